@@ -1,0 +1,1 @@
+"""A replicated SQLite for any schema: capture, merge, membership, spreading and repair."""

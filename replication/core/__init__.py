@@ -1,0 +1,1 @@
+"""Clocks, merge, versions and protocols as state machines without I/O."""
