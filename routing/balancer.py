@@ -1,0 +1,285 @@
+"""Which machine gets a request.
+
+Decides among the machines of one service: nearest tier first, power of two choices on load inside a
+tier, over the soft limit on to the next tier, never over the hard limit; and if checks and recent
+failures leave nobody, the unhealthy rather than nobody. Refuses to know requests, connections and
+time: `now` comes from the caller. Invariant: a machine of another app is never returned, nor one
+that is stopped, cordoned, excluded, already tried or at its hard limit.
+
+The cost does not depend on the size of the table, and in the usual case not on the size of the app.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+from .explain import Verdict, describe, judge
+from .geo import AREAS
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from .table import RoutingTable, Service
+    from .target import Bucket, Target
+
+# A tier in which neither of two random machines is below the soft limit is looked through for one that
+# is, but not beyond this: when 1 in 50 is free, 128 looks miss it in 8 of 100 cases, and the cost of a
+# miss is a tier farther away.
+SOFT_SCAN_MAX: Final = 128
+# Orders of regions kept per app. Clients can ask for any order, so there must be an end.
+PLANS_MAX: Final = 64
+
+_UNLIMITED: Final = math.inf
+# As `now`, it makes every ejection look expired.
+_IGNORE_EJECTION: Final = math.inf
+
+
+class Rng(Protocol):
+    """The one thing needed of a random number generator."""
+
+    def random(self) -> float:
+        """Return a number in [0, 1)."""
+
+
+class Want(NamedTuple):
+    """What a replay or a client asks of the choice.
+
+    `regions` are codes and areas in order of preference; without a last `any` nothing else will do.
+    `instance` is that machine or none. `prefer_instance` is that machine if it can take the request.
+    """
+
+    regions: tuple[str, ...] = ()
+    instance: str | None = None
+    prefer_instance: str | None = None
+    exclude: frozenset[str] = frozenset()
+
+
+ANYWHERE: Final = Want()
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Nobody could take the request: why, and how many machines fell to which filter.
+
+    `at_limit` says that only hard limits stood in the way, so that waiting may help.
+    """
+
+    code: str
+    reason: str
+    at_limit: bool = False
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+# Codes of Fly's error list: nothing healthy, instance not found, nothing left after tries, at the limit.
+NO_MACHINE: Final = "PR01"
+INSTANCE_NOT_FOUND: Final = "PR02"
+NO_CANDIDATE_LEFT: Final = "PR03"
+AT_LIMIT: Final = "PR04"
+
+
+class Balancer:
+    """Chooses machines for one process in one region."""
+
+    def __init__(self, table: RoutingTable, region: str, rng: Rng, *, panic: bool = True) -> None:
+        self._table = table
+        self._region = region
+        self._random = rng.random
+        self._panic = panic  # whether unhealthy and ejected machines are better than nobody
+
+    def choose(
+        self, service: Service, now: float, want: Want = ANYWHERE, tried: Collection[str] = ()
+    ) -> Target | Refusal:
+        """Return the machine to send a request to, or a Refusal.
+
+        `now` is in seconds of the clock that health.record_failure is given. `tried` holds the ids of
+        machines that failed this request before. The caller counts `Target.in_flight`.
+        """
+        if want.instance is not None:
+            return self._choose_instance(service, want.instance, now, want, tried)
+        plan = self._plan(service, want.regions)
+        if want.prefer_instance is not None:
+            preferred = self._table.machine(want.prefer_instance)
+            if preferred is not None and preferred.bucket in plan:
+                verdict = judge(service, preferred, now, want, tried)
+                if verdict is Verdict.CANDIDATE or verdict is Verdict.OVER_SOFT:
+                    return preferred
+        hard = _UNLIMITED if service.hard_limit is None else service.hard_limit
+        soft = min(service.soft_limit, hard)
+        for bucket in plan:
+            target = self._pick(service, bucket.ready, now, soft, want, tried, SOFT_SCAN_MAX)
+            if target is not None:
+                return target
+        for bucket in plan:
+            target = self._pick(service, bucket.ready, now, hard, want, tried)
+            if target is not None:
+                return target
+        return self._choose_in_need(service, plan, now, hard, want, tried)
+
+    def _choose_in_need(
+        self,
+        service: Service,
+        plan: tuple[Bucket, ...],
+        now: float,
+        hard: float,
+        want: Want,
+        tried: Collection[str],
+    ) -> Target | Refusal:
+        """Choose when nobody healthy has room: wait for the healthy, or turn to the others."""
+        at_limit = any(
+            self._pick(service, bucket.ready, now, _UNLIMITED, want, tried) is not None for bucket in plan
+        )
+        if self._panic and not at_limit:
+            pools = [pool for bucket in plan for pool in (bucket.ready, bucket.reserve)]
+            for limit in (hard, _UNLIMITED):
+                for pool in pools:
+                    target = self._pick(service, pool, _IGNORE_EJECTION, limit, want, tried)
+                    if target is not None and limit == hard:
+                        return target
+                    at_limit = at_limit or target is not None
+        return self._refuse(service, now, want, tried, at_limit=at_limit)
+
+    def _pick(
+        self,
+        service: Service,
+        pool: list[Target],
+        now: float,
+        limit: float,
+        want: Want,
+        tried: Collection[str],
+        scan_max: int = 2**31,
+    ) -> Target | None:
+        """Return the less loaded of two random machines that are below the limit, or any one that is."""
+        size = len(pool)
+        if not size:
+            return None
+        first = int(self._random() * size)
+        target = pool[first]
+        if size > 1:
+            second = int(self._random() * (size - 1))
+            other = pool[second if second < first else second + 1]
+            if other.in_flight + other.remote_load < target.in_flight + target.remote_load:
+                target, other = other, target
+            if _fits(service, target, now, limit, want, tried):
+                return target
+            if _fits(service, other, now, limit, want, tried):
+                return other
+        elif _fits(service, target, now, limit, want, tried):
+            return target
+        for step in range(1, min(size, scan_max)):
+            target = pool[(first + step) % size]
+            if _fits(service, target, now, limit, want, tried):
+                return target
+        return None
+
+    def _choose_instance(
+        self, service: Service, instance: str, now: float, want: Want, tried: Collection[str]
+    ) -> Target | Refusal:
+        """Return the one machine that will do, whatever its checks and recent failures say."""
+        target = self._table.machine(instance)
+        if target is None or target.app != service.app:
+            return Refusal(INSTANCE_NOT_FOUND, f"app {service.app!r} has no machine {instance!r}")
+        if target.bucket not in self._plan(service, want.regions):
+            verdict = Verdict.OTHER_REGION
+        else:
+            verdict = judge(service, target, now, want, tried)
+            if verdict not in _FORCED_MAY_NOT:
+                return target
+        return Refusal(
+            NO_CANDIDATE_LEFT if verdict is Verdict.TRIED else NO_MACHINE,
+            f"machine {instance!r}: {describe(verdict, service, target, now)}",
+            at_limit=verdict is Verdict.AT_HARD_LIMIT,
+            dropped={verdict.value: 1},
+        )
+
+    def _refuse(
+        self, service: Service, now: float, want: Want, tried: Collection[str], *, at_limit: bool
+    ) -> Refusal:
+        dropped: dict[str, int] = {}
+        for _, verdict in self._judge_all(service, now, want, tried):
+            dropped[verdict.value] = dropped.get(verdict.value, 0) + 1
+        where = f"of {service.app!r}" + (f" in {','.join(want.regions)}" if want.regions else "")
+        if at_limit:
+            return Refusal(AT_LIMIT, f"every machine {where} is at its hard limit", at_limit, dropped)
+        if tried:
+            return Refusal(NO_CANDIDATE_LEFT, f"no other machine {where} to try", at_limit, dropped)
+        return Refusal(NO_MACHINE, f"no machine {where} can take requests", at_limit, dropped)
+
+    def _judge_all(
+        self, service: Service, now: float, want: Want, tried: Collection[str]
+    ) -> list[tuple[Target, Verdict]]:
+        plan = self._plan(service, want.regions)
+        judged = [
+            (target, judge(service, target, now, want, tried))
+            for bucket in plan
+            for target in bucket.members.values()
+        ]
+        judged += [
+            (target, Verdict.OTHER_REGION) for target in service.targets() if target.bucket not in plan
+        ]
+        return judged
+
+    def explain(
+        self, service: Service, now: float, want: Want = ANYWHERE, tried: Collection[str] = ()
+    ) -> list[tuple[Target, str]]:
+        """Return every machine of the service, nearest tier first, with what speaks for or against it."""
+        explained = []
+        for target, verdict in self._judge_all(service, now, want, tried):
+            if want.instance is not None and target.id != want.instance:
+                verdict = Verdict.NOT_THE_INSTANCE  # noqa: PLW2901 - the stronger reason replaces the weaker one
+            explained.append((target, describe(verdict, service, target, now)))
+        return explained
+
+    def _plan(self, service: Service, regions: tuple[str, ...]) -> tuple[Bucket, ...]:
+        """Return the tiers to look through, in order; cached until regions of the app come or go."""
+        plans = service.owner.plans
+        # A table may serve several balancers, so our region is part of the key.
+        key = (self._region, regions) if regions else self._region
+        plan = plans.get(key)
+        if plan is None:
+            if len(plans) >= PLANS_MAX:
+                plans.clear()
+            plan = plans[key] = self._compute_plan(service.owner.buckets, regions or ("any",))
+        return plan
+
+    def _compute_plan(self, buckets: dict[str, Bucket], regions: tuple[str, ...]) -> tuple[Bucket, ...]:
+        known = self._table.regions
+        nearest_first = sorted(
+            buckets.values(),
+            key=lambda bucket: (known.distance_km(self._region, bucket.region), bucket.region),
+        )
+        plan: dict[str, Bucket] = {}
+        for name in regions:
+            if name in AREAS:
+                for bucket in nearest_first:
+                    if known.covers(name, bucket.region):
+                        plan.setdefault(bucket.region, bucket)
+            elif name in buckets:
+                plan.setdefault(name, buckets[name])
+        return tuple(plan.values())
+
+
+# An instance that was asked for by name is tried even when its checks fail or it has just failed.
+_FORCED_MAY_NOT: Final = frozenset(
+    {
+        Verdict.NOT_STARTED,
+        Verdict.CORDONED,
+        Verdict.NO_PORT,
+        Verdict.EXCLUDED,
+        Verdict.TRIED,
+        Verdict.AT_HARD_LIMIT,
+    }
+)
+
+
+def _fits(
+    service: Service, target: Target, now: float, limit: float, want: Want, tried: Collection[str]
+) -> bool:
+    return (
+        target.in_flight + target.remote_load < limit
+        and target.ejected_until <= now
+        and target.id not in tried
+        and target.id not in want.exclude
+        and (target.port is not None or service.internal_port is not None)
+    )

@@ -1,0 +1,335 @@
+"""The routing table: rows in, lookups out.
+
+Decides which service a host, path and port lead to and which machines belong to it. Refuses to know
+where rows come from, and does not choose among machines. Every change and every lookup is O(1) in
+the size of the table.
+
+Invariant: the table is a function of the rows it holds, whatever the order they came in. A row that
+refers to something absent waits and takes effect when that arrives; a row that is not acceptable
+counts as absent, is named in `rejected`, and touches no other row.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from .catalog import TABLES, RowError, parse_row
+from .geo import AREAS, Regions
+from .hosts import HostIndex
+from .target import NO_CHECKS, Bucket, Target
+from .types import (
+    AppRow,
+    CheckRow,
+    Concurrency,
+    Entity,
+    HostnameRow,
+    LoadRow,
+    MachineRow,
+    NodeRow,
+    Pk,
+    RegionRow,
+    Row,
+    ServiceRow,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+__all__ = ["App", "RoutingTable", "Service", "Target"]
+
+ANY_PORT: Final = 0
+
+
+class App:
+    """What is known under one app name, with or without its row."""
+
+    __slots__ = ("buckets", "name", "plans", "row", "services")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.row: AppRow | None = None  # None while only other rows speak of it; then nothing routes to it
+        self.services: dict[int, Service] = {}  # by public port
+        self.buckets: dict[str, Bucket] = {}  # by region; only regions with machines
+        # Orders of buckets as balancers worked them out; emptied when a region comes, goes or moves.
+        self.plans: dict[object, tuple[Bucket, ...]] = {}
+
+    def is_unused(self) -> bool:
+        """True when no row speaks of this app any more."""
+        return self.row is None and not self.services and not self.buckets
+
+    def targets(self) -> Iterator[Target]:
+        """Yield every machine of the app."""
+        for bucket in self.buckets.values():
+            yield from bucket.members.values()
+
+
+class Service:
+    """How an app is reached on one public port; the same object as long as its row exists."""
+
+    __slots__ = ("app", "checks", "concurrency", "hard_limit", "internal_port", "owner", "port", "soft_limit")
+
+    def __init__(self, row: ServiceRow, owner: App) -> None:
+        self.app = row.app
+        self.port = row.port  # ANY_PORT: any port without a service of its own
+        self.owner = owner
+        self.internal_port: int | None
+        self.soft_limit: int
+        self.hard_limit: int | None
+        self.concurrency: Concurrency
+        self.checks: str
+        self.update(row)
+
+    def __repr__(self) -> str:
+        return f"Service({self.app!r}, port={self.port})"
+
+    def update(self, row: ServiceRow) -> None:
+        """Take over a changed row of the same service."""
+        self.internal_port = row.internal_port
+        self.soft_limit = row.soft_limit
+        self.hard_limit = row.hard_limit
+        self.concurrency = row.concurrency
+        self.checks = row.checks
+
+    @property
+    def network(self) -> str:
+        """The network of the app; empty while the app has no row."""
+        return self.owner.row.network if self.owner.row is not None else ""
+
+    def upstream_port(self, target: Target) -> int | None:
+        """Return the port to connect to at a machine; None when neither row names one."""
+        return self.internal_port if target.port is None else target.port
+
+    def targets(self) -> Iterator[Target]:
+        """Yield every machine of the app, in whatever state."""
+        return self.owner.targets()
+
+
+class RoutingTable:
+    """All rows, indexed.
+
+    `own_node` is the node that this process belongs to: what it reports of its own load is already
+    counted in `Target.in_flight` and is left out of `Target.remote_load`.
+    """
+
+    def __init__(self, own_node: str = "") -> None:
+        self.own_node = own_node
+        self.regions = Regions()
+        self.rejected: dict[tuple[str, Pk], str] = {}  # why a row that exists is not in use
+        self._rows: dict[str, dict[Pk, Entity]] = {table: {} for table in TABLES}
+        self._hosts = HostIndex()
+        self._apps: dict[str, App] = {}
+        self._targets: dict[str, Target] = {}
+        self._checks: dict[str, dict[str, CheckRow]] = {}  # by machine, then name; also of absent machines
+        self._loads: dict[str, dict[str, int]] = {}  # by machine, then node; also of absent machines
+        self._region_uses: dict[str, int] = {}  # how many rows of nodes and machines name a region
+
+    # Changes
+
+    def apply(self, table: str, pk: Pk, row: Row | None) -> None:
+        """Put, replace or (with None) delete one row; a row of a table that is not ours is ignored.
+
+        A row that is not acceptable does not raise: it ends up in `rejected`.
+        """
+        rows = self._rows.get(table)
+        if rows is None:
+            return
+        new: Entity | None = None
+        self.rejected.pop((table, pk), None)
+        if row is not None:
+            try:
+                new = parse_row(table, row, pk)
+            except RowError as error:
+                self.rejected[(table, pk)] = error.reason
+        old = rows.get(pk)
+        if new == old:
+            return
+        if new is None:
+            del rows[pk]
+        else:
+            rows[pk] = new
+        self._index(old, new)
+
+    def load(self, rows: Iterable[tuple[str, Pk, Row | None]]) -> None:
+        """Hold exactly these rows from now on; machines that stay keep their Target."""
+        stale = {(table, pk) for table, held in self._rows.items() for pk in held} | set(self.rejected)
+        for table, pk, row in rows:
+            self.apply(table, pk, row)
+            stale.discard((table, pk))
+        for table, pk in stale:
+            self.apply(table, pk, None)
+
+    def _index(self, old: Entity | None, new: Entity | None) -> None:
+        match new if new is not None else old:
+            case MachineRow(id=machine):
+                self._index_machine(machine, old, new)
+            case CheckRow(machine=machine, name=name):
+                self._index_check(machine, name, new)
+            case LoadRow(machine=machine, node=node):
+                self._index_load(machine, node, new)
+            case HostnameRow(hostname=hostname, path_prefix=prefix):
+                if isinstance(new, HostnameRow):
+                    self._hosts.put(hostname, prefix, new.app)
+                else:
+                    self._hosts.drop(hostname, prefix)
+            case ServiceRow(app=name, port=port):
+                self._index_service(name, port, new)
+            case AppRow(name=name):
+                app = self._app(name)
+                app.row = new if isinstance(new, AppRow) else None
+                self._forget_if_unused(app)
+            case RegionRow(code=code):
+                self._index_region(code, new)
+            case NodeRow():
+                self._count_region(old, new)
+
+    def _app(self, name: str) -> App:
+        app = self._apps.get(name)
+        if app is None:
+            app = self._apps[name] = App(name)
+        return app
+
+    def _forget_if_unused(self, app: App) -> None:
+        if app.is_unused():
+            del self._apps[app.name]
+
+    def _index_service(self, name: str, port: int, new: Entity | None) -> None:
+        app = self._app(name)
+        if not isinstance(new, ServiceRow):
+            del app.services[port]
+            self._forget_if_unused(app)
+        elif port in app.services:
+            app.services[port].update(new)
+        else:
+            app.services[port] = Service(new, app)
+
+    def _index_region(self, code: str, new: Entity | None) -> None:
+        if isinstance(new, RegionRow):
+            self.regions.put_own(code, new.name, new.latitude, new.longitude)
+        else:
+            self.regions.drop_own(code)
+        # Rare, and the only change that is O(apps): all orders of distance may be wrong now.
+        for app in self._apps.values():
+            app.plans.clear()
+
+    def _index_machine(self, machine: str, old: Entity | None, new: Entity | None) -> None:
+        self._count_region(old, new)
+        target = self._targets.get(machine)
+        if not isinstance(new, MachineRow):
+            assert target is not None
+            del self._targets[machine]
+            target.removed = True
+            self._detach(target)
+            return
+        if target is None:
+            target = self._targets[machine] = Target(new)
+            self._attach(target, new.app, new.region)
+            target.set_checks(self._checks.get(machine, NO_CHECKS))
+            target.remote_load = sum(self._loads.get(machine, {}).values())
+            return
+        if (target.app, target.region) != (new.app, new.region):
+            self._detach(target)
+            self._attach(target, new.app, new.region)
+        target.update(new)
+
+    def _attach(self, target: Target, app_name: str, region: str) -> None:
+        app = self._app(app_name)
+        bucket = app.buckets.get(region)
+        if bucket is None:
+            bucket = app.buckets[region] = Bucket(region)
+            app.plans.clear()
+        target.attach(app_name, bucket)
+
+    def _detach(self, target: Target) -> None:
+        app, bucket = self._apps[target.app], target.bucket
+        target.detach()
+        if bucket is not None and not bucket.members:
+            del app.buckets[bucket.region]
+            app.plans.clear()
+            self._forget_if_unused(app)
+
+    def _index_check(self, machine: str, name: str, new: Entity | None) -> None:
+        checks = self._checks.setdefault(machine, {})
+        if isinstance(new, CheckRow):
+            checks[name] = new
+        else:
+            del checks[name]
+        if not checks:
+            del self._checks[machine]
+        target = self._targets.get(machine)
+        if target is not None:
+            target.set_checks(checks or NO_CHECKS)
+
+    def _index_load(self, machine: str, node: str, new: Entity | None) -> None:
+        if node == self.own_node:
+            return
+        loads = self._loads.setdefault(machine, {})
+        before = loads.pop(node, 0)
+        after = 0
+        if isinstance(new, LoadRow):
+            after = loads[node] = new.in_flight
+        if not loads:
+            del self._loads[machine]
+        target = self._targets.get(machine)
+        if target is not None:
+            target.remote_load += after - before
+
+    def _count_region(self, old: Entity | None, new: Entity | None) -> None:
+        if isinstance(new, NodeRow | MachineRow):
+            self._region_uses[new.region] = self._region_uses.get(new.region, 0) + 1
+        if isinstance(old, NodeRow | MachineRow):
+            self._region_uses[old.region] -= 1
+            if not self._region_uses[old.region]:
+                del self._region_uses[old.region]
+
+    # Lookups
+
+    def find(self, host: bytes, path: bytes, port: int) -> Service | None:
+        """Return the service for a request, or None.
+
+        `host` is as the client sent it, with or without a port; `path` may carry a query; `port` is
+        the one the client connected to.
+        """
+        name = self._hosts.find(host, path)
+        return None if name is None else self.service(name, port)
+
+    def find_app(self, host: bytes, path: bytes) -> str | None:
+        """Return the name of the app that a host and path lead to, whether or not the app exists."""
+        return self._hosts.find(host, path)
+
+    def service(self, app: str, port: int) -> Service | None:
+        """Return the service of an app on a public port, or None; an app without its row has none."""
+        entry = self._apps.get(app)
+        if entry is None or entry.row is None:
+            return None
+        services = entry.services
+        return services.get(port) or services.get(ANY_PORT)
+
+    def machine(self, machine: str) -> Target | None:
+        """Return the machine with this id, of whatever app."""
+        return self._targets.get(machine)
+
+    def app(self, name: str) -> App | None:
+        """Return what is known of an app, also when its row is missing."""
+        return self._apps.get(name)
+
+    def knows_region(self, name: str) -> bool:
+        """True for a built-in or own region, an area, and a code that a node or machine uses."""
+        return name in self.regions or name in AREAS or name in self._region_uses
+
+    # Everything, for the admin
+
+    def apps(self) -> Iterator[App]:
+        """Yield every app that any row speaks of; `App.row` is None when it has none of its own."""
+        return iter(self._apps.values())
+
+    def targets(self) -> Iterator[Target]:
+        """Yield every machine."""
+        return iter(self._targets.values())
+
+    def routes(self) -> Iterator[tuple[str, str, str]]:
+        """Yield (hostname, path prefix, app) of every route."""
+        return self._hosts.routes()
+
+    def rows(self, table: str) -> Mapping[Pk, Entity]:
+        """Return the accepted rows of a table, by key; not to be changed."""
+        return self._rows[table]
