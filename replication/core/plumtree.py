@@ -1,0 +1,296 @@
+"""How a new changeset reaches every node: eagerly along a tree, by name along all other links.
+
+Decides which link is part of the tree, and asks for what was announced but did not come. Knows nothing
+of sockets, of what a changeset holds, or of whether it was applied: that it learns from `has`.
+Invariant: a changeset is delivered and passed on once for as long as it is remembered or `has` knows it.
+
+After Leitão, Pereira, Rodrigues 2007. Departures: there is one tree for all sources; a duplicate prunes
+only if the first copy was pushed too, so that a sync which was faster does not take the tree apart;
+and when nobody can send an announced changeset, the answer is a sync.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from replication.core.change import EncodedChangeset
+from replication.core.clock import SiteId
+from replication.core.timers import Timers
+from replication.core.wire import ITEMS_MAX, ChangesetId, Frame, Graft, IHave, Prune, Push
+
+
+@dataclass(frozen=True, slots=True)
+class PlumtreeSettings:
+    """The knobs, with what each costs."""
+
+    announce_interval_ms: float = 50  # batches IHave; adds to the time that a graft takes
+    graft_timeout_ms: float = 300  # longer than the longest path along the tree, or grafts beat the tree
+    announced_max: int = 4_096  # per peer; what does not fit is found by the next sync
+    missing_max: int = 16_384
+    recent_max: int = 65_536  # about a minute of a busy cluster
+    cache_bytes_max: int = 16 * 1024 * 1024  # what can be resent without reading the log
+
+
+# How many announcers of one changeset are remembered; each is worth one more attempt before a sync.
+_ANNOUNCERS_MAX = 4
+
+
+# --- outputs ------------------------------------------------------------------------------------------
+
+
+class SendFrame(NamedTuple):
+    """Send a message on the stream to a peer; it may get lost with the link."""
+
+    peer: SiteId
+    message: Frame
+
+
+class Deliver(NamedTuple):
+    """A changeset that is new here."""
+
+    changeset: EncodedChangeset
+
+
+class Resend(NamedTuple):
+    """Push to a peer what is no longer cached: read it from the log."""
+
+    peer: SiteId
+    id: ChangesetId
+
+
+class NeedSync(NamedTuple):
+    """A changeset was announced and did not come: sync with the one who announced it."""
+
+    peer: SiteId
+
+
+Output = SendFrame | Deliver | Resend | NeedSync
+
+
+class _Announce(NamedTuple):
+    pass
+
+
+class _GraftDue(NamedTuple):
+    id: ChangesetId
+
+
+@dataclass(slots=True)
+class _Peer:
+    eager: bool = True  # every link starts in the tree; duplicates take it out
+
+
+@dataclass(slots=True)
+class _Missing:
+    announcers: list[SiteId]  # not yet asked
+    asked: SiteId | None = None  # the last to whom a Graft went
+
+
+class Plumtree:
+    """One node's part in the broadcast."""
+
+    def __init__(
+        self,
+        settings: PlumtreeSettings,
+        *,
+        has: Callable[[SiteId, int], bool],
+        distance: Callable[[SiteId], float] = lambda site: 0.0,
+    ) -> None:
+        self.counters: Counter[str] = Counter()
+        self._settings = settings
+        self._has = has
+        self._distance = distance
+        self._peers: dict[SiteId, _Peer] = {}
+        self._timers: Timers[_Announce | _GraftDue] = Timers()
+        # Who sent it first: a peer, or None for our own and for what was forgotten and came again.
+        self._recent: OrderedDict[ChangesetId, SiteId | None] = OrderedDict()
+        self._cache: OrderedDict[ChangesetId, EncodedChangeset] = OrderedDict()
+        self._cache_bytes = 0
+        self._announced: dict[SiteId, list[ChangesetId]] = {}  # to be sent at the next _Announce
+        self._announcing = False  # while an _Announce is set
+        self._missing: dict[ChangesetId, _Missing] = {}  # from the first IHave until it came or was given up
+        self._out: list[Output] = []
+
+    @property
+    def eager(self) -> list[SiteId]:
+        """The peers that get changesets pushed."""
+        return [site for site, peer in self._peers.items() if peer.eager]
+
+    @property
+    def lazy(self) -> list[SiteId]:
+        """The peers that get changesets announced."""
+        return [site for site, peer in self._peers.items() if not peer.eager]
+
+    # --- inputs ---------------------------------------------------------------------------------------
+
+    def handle_peer_up(self, site: SiteId) -> None:
+        """Begin to push to a peer to which there is a link."""
+        self._peers.setdefault(site, _Peer())
+
+    def handle_peer_down(self, site: SiteId) -> None:
+        """Forget a peer; if the tree hung on it, push to all that are left."""
+        self._announced.pop(site, None)
+        if self._peers.pop(site, None) is not None and not self.eager:
+            for peer in self._peers.values():
+                peer.eager = True
+
+    def broadcast(self, changeset: EncodedChangeset, now_ms: float) -> list[Output]:
+        """Spread a changeset of our own."""
+        self._remember(changeset, None)
+        self._spread(changeset, None, now_ms)
+        return self._drain()
+
+    def handle_message(self, peer: SiteId, message: Frame, now_ms: float) -> list[Output]:
+        """Take one of the four broadcast messages from a peer."""
+        match message:
+            case Push():
+                self._handle_push(peer, message.changeset, now_ms)
+            case IHave():
+                self._handle_ihave(peer, message.ids, now_ms)
+            case Graft():
+                self._handle_graft(peer, message.ids)
+            case Prune():
+                self.counters["prunes_received"] += 1
+                if peer in self._peers:
+                    self._peers[peer].eager = False
+        return self._drain()
+
+    def forget(self, id_: ChangesetId) -> None:
+        """Undo a delivery that failed, so that a later copy is delivered again."""
+        self._recent.pop(id_, None)
+        cached = self._cache.pop(id_, None)
+        if cached is not None:
+            self._cache_bytes -= len(cached.payload)
+
+    def next_at(self) -> float | None:
+        """Return when `tick` is due."""
+        return self._timers.next_at()
+
+    def tick(self, now_ms: float) -> list[Output]:
+        """Announce what waits, and graft what was announced to us and did not come."""
+        grafts: dict[SiteId, list[ChangesetId]] = {}
+        while (token := self._timers.pop_due(now_ms)) is not None:
+            if isinstance(token, _Announce):
+                self._flush_announced()
+            else:
+                self._graft(token.id, grafts, now_ms)
+        for peer, ids in grafts.items():
+            self.counters["grafts_sent"] += 1
+            # What is over the limit is asked for again when its timer comes up.
+            self._out.append(SendFrame(peer, Graft(tuple(ids[:ITEMS_MAX]))))
+        return self._drain()
+
+    # --- messages -------------------------------------------------------------------------------------
+
+    def _handle_push(self, peer: SiteId, changeset: EncodedChangeset, now_ms: float) -> None:
+        id_ = (changeset.site, changeset.version)
+        self._missing.pop(id_, None)
+        if self._knows(id_):
+            self.counters["pushes_duplicate"] += 1
+            if id_ in self._recent and self._recent[id_] != peer:
+                self.counters["prunes_sent"] += 1
+                self._out.append(SendFrame(peer, Prune()))
+                if peer in self._peers:
+                    self._peers[peer].eager = False
+            return
+        self.counters["pushes_new"] += 1
+        if peer in self._peers:
+            self._peers[peer].eager = True
+        self._remember(changeset, peer)
+        self._out.append(Deliver(changeset))
+        self._spread(changeset, peer, now_ms)
+
+    def _handle_ihave(self, peer: SiteId, ids: tuple[ChangesetId, ...], now_ms: float) -> None:
+        for id_ in ids:
+            if self._knows(id_):
+                continue
+            missing = self._missing.get(id_)
+            if missing is not None:
+                if peer not in missing.announcers and len(missing.announcers) < _ANNOUNCERS_MAX:
+                    missing.announcers.append(peer)
+            elif len(self._missing) < self._settings.missing_max:
+                self._missing[id_] = _Missing([peer])
+                self._timers.set(now_ms + self._settings.graft_timeout_ms, _GraftDue(id_))
+            else:
+                self.counters["announcements_dropped"] += 1
+
+    def _handle_graft(self, peer: SiteId, ids: tuple[ChangesetId, ...]) -> None:
+        self.counters["grafts_received"] += 1
+        if peer in self._peers:
+            self._peers[peer].eager = True
+        for id_ in ids:
+            cached = self._cache.get(id_)
+            if cached is not None:
+                self._push(peer, cached)
+            elif self._has(*id_):
+                self._out.append(Resend(peer, id_))
+
+    def _graft(self, id_: ChangesetId, grafts: dict[SiteId, list[ChangesetId]], now_ms: float) -> None:
+        missing = self._missing.get(id_)
+        if missing is None:
+            return
+        while missing.announcers and not self._knows(id_):
+            peer = missing.announcers.pop(0)
+            if peer not in self._peers:
+                continue
+            missing.asked = peer
+            self._peers[peer].eager = True
+            grafts.setdefault(peer, []).append(id_)
+            self._timers.set(now_ms + self._settings.graft_timeout_ms, _GraftDue(id_))
+            return
+        del self._missing[id_]
+        if missing.asked is not None and not self._knows(id_):
+            self._out.append(NeedSync(missing.asked))
+
+    # --- sending --------------------------------------------------------------------------------------
+
+    def _spread(self, changeset: EncodedChangeset, source: SiteId | None, now_ms: float) -> None:
+        for site in sorted(self.eager, key=self._distance):
+            if site != source:
+                self._push(site, changeset)
+        lazy = self.lazy
+        if lazy and not self._announcing:
+            self._announcing = True
+            self._timers.set(now_ms + self._settings.announce_interval_ms, _Announce())
+        for site in lazy:
+            if site != source:
+                waiting = self._announced.setdefault(site, [])
+                if len(waiting) < self._settings.announced_max:
+                    waiting.append((changeset.site, changeset.version))
+                else:
+                    self.counters["announcements_dropped"] += 1
+
+    def _push(self, peer: SiteId, changeset: EncodedChangeset) -> None:
+        self.counters["pushes_sent"] += 1
+        self._out.append(SendFrame(peer, Push(changeset)))
+
+    def _flush_announced(self) -> None:
+        self._announcing = False
+        for peer, ids in self._announced.items():
+            if ids:
+                self.counters["announcements_sent"] += len(ids)
+                self._out.append(SendFrame(peer, IHave(tuple(ids))))
+        self._announced.clear()
+
+    # --- memory ---------------------------------------------------------------------------------------
+
+    def _knows(self, id_: ChangesetId) -> bool:
+        return id_ in self._recent or self._has(*id_)
+
+    def _remember(self, changeset: EncodedChangeset, source: SiteId | None) -> None:
+        id_ = (changeset.site, changeset.version)
+        self._recent[id_] = source
+        if len(self._recent) > self._settings.recent_max:
+            self._recent.popitem(last=False)
+        self._cache[id_] = changeset
+        self._cache_bytes += len(changeset.payload)
+        too_many = len(self._cache) > self._settings.recent_max
+        while too_many or self._cache_bytes > self._settings.cache_bytes_max:
+            too_many = False
+            _, dropped = self._cache.popitem(last=False)
+            self._cache_bytes -= len(dropped.payload)
+
+    def _drain(self) -> list[Output]:
+        out, self._out = self._out, []
+        return out
