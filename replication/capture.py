@@ -1,0 +1,118 @@
+"""Turn what triggers noted since the last look into changes.
+
+A note holds what a row was before; compared with what it is now, that tells whether it was created,
+changed or deleted, and whether it changed at all: writing what is there already makes no change, and neither
+does a detour that ends where it began. This module does not know versions or peers.
+
+Invariant: after a capture nothing is pending, and each changed row has the clock of this capture.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .core.change import RowChange, TableChange
+from .core.merge import Record
+from .schema import MergeMode
+from .sidetables import RECORD_COLUMNS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .core.change import Key, Row
+    from .core.clock import Clock
+    from .tables import Sites, Table
+
+
+class TableCapture:
+    """What is gathered from one table; made for one capture."""
+
+    def __init__(self, table: Table, sites: Sites, clock: Clock) -> None:
+        self._table = table
+        self._sites = sites
+        self._clock = clock
+        self._ordinal = sites.get_ordinal(clock.site)
+        self._created_record = (*sites.encode(Record(clock, False, clock)), None)
+        self._deleted_record = (*sites.encode(Record(clock, True, None)), None)
+        self._records: list[tuple[Any, ...]] = []
+        self._deleted: list[Key] = []
+        # Rows by the columns that travel; a table that merges by row has one group.
+        self._groups: dict[tuple[str, ...], tuple[list[Row], list[Clock | None]]] = {}
+        self.rows: list[RowChange] = []
+
+    def run(self) -> list[TableChange]:
+        """Gather, write the new clock records, forget the notes; return the changes, in groups of columns."""
+        width = self._table.key_width
+        olds = width + 2 + len(RECORD_COLUMNS)
+        news = olds + len(self._table.schema.values)
+        for noted in self._table.read_pending():
+            pk = noted[:width]
+            existed, exists = noted[width], noted[width + 1]
+            if exists:
+                old, new = noted[olds:news], noted[news:]
+                if not existed:
+                    old = None
+                elif is_same(old, new):
+                    continue
+                self._note_row(pk, noted[width + 2 : olds], old, new)
+            elif existed:
+                self._note_deleted(pk)
+        self._table.clear_pending()
+        self._table.write_records(self._records)
+        return self._make_changes()
+
+    def _note_row(self, pk: Key, fields: Sequence[Any], old: Row | None, new: Row) -> None:
+        schema = self._table.schema
+        row = pk + new
+        # Without a record, or with one that says dead, the row is new.
+        known = None
+        if fields[0] is not None or fields[2] is not None:
+            known = self._sites.decode(fields[:-1])
+        if known is None or known.dead:
+            self._records.append(pk + self._created_record)
+            self._add(schema.stored, row, None)
+        elif schema.mode is MergeMode.ROW or old is None:
+            self._records.append((*pk, *self._sites.encode(Record(known.life, False, self._clock)), None))
+            self._add(schema.stored, row, known.life)
+        else:
+            changed = [
+                index
+                for index, (before, after) in enumerate(zip(old, new, strict=True))
+                if not is_same((before,), (after,))
+            ]
+            columns = tuple(schema.values[index] for index in changed)
+            cells = {**known.cells, **dict.fromkeys(columns, self._clock)}
+            record = Record(known.life, False, known.base, cells)
+            self._records.append((*pk, *self._sites.encode(record), None))
+            self._add(schema.pk + columns, pk + tuple(new[index] for index in changed), known.life)
+        self.rows.append(RowChange(schema.name, pk, schema.to_row(row)))
+
+    def _note_deleted(self, pk: Key) -> None:
+        self._deleted.append(pk)
+        self._records.append(pk + self._deleted_record)
+        self.rows.append(RowChange(self._table.schema.name, pk, None))
+
+    def _add(self, columns: tuple[str, ...], row: Row, created: Clock | None) -> None:
+        group = self._groups.get(columns)
+        if group is None:
+            group = self._groups[columns] = ([], [])
+        group[0].append(row)
+        group[1].append(created)
+
+    def _make_changes(self) -> list[TableChange]:
+        schema = self._table.schema
+        by_column = schema.mode is MergeMode.COLUMN
+        changes = [
+            TableChange(schema.name, by_column, schema.pk, columns, tuple(rows), tuple(created), ())
+            for columns, (rows, created) in self._groups.items()
+        ]
+        if self._deleted:
+            changes.append(
+                TableChange(schema.name, by_column, schema.pk, schema.pk, (), (), tuple(self._deleted))
+            )
+        return changes
+
+
+def is_same(old: Sequence[object], new: Sequence[object]) -> bool:
+    """True when values are equal and of equal types: 1 and 1.0 are not the same."""
+    return old == new and all(type(a) is type(b) for a, b in zip(old, new, strict=True))

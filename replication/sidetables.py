@@ -1,0 +1,244 @@
+"""Decide what SQLite holds beside the replicated tables, and bring a file to that.
+
+Per table: a clock record for each row (see core/merge.py), and a pending table in which triggers note the
+keys of rows that somebody wrote, with what they held before the first such write. Both live in the same
+file and so in the same transactions as the rows. The triggers are plain SQL: any SQLite client runs them.
+This module does not read or write either kind of record.
+
+Invariant: a row that differs from what its clock record stands for has an entry in the pending table.
+
+Three rules of SQLite shape the triggers. REPLACE does not run delete triggers for the rows that it removes,
+so what is about to be overwritten is noted before. OR clauses of the outer statement override those of
+statements in triggers, but not ON CONFLICT DO NOTHING. UPDATE OF column does not fire for SET rowid.
+"""
+
+# ruff: noqa: S608  names in the SQL of this file are quoted, values are bound
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from .core.clock import SITE_BYTES
+from .errors import SchemaError, StoreError
+from .schema import MergeMode, Schema, TableSchema, quote, read_columns
+
+if TYPE_CHECKING:
+    import sqlite3
+
+STORAGE_FORMAT: Final = 1
+
+# merging is the triggers' guard: set while the agent writes what it merged, within one transaction, so that
+# no other connection ever sees it set. The id of a log entry is site << 40 | version: one integer key, and
+# the versions of one site lie together.
+_COMMON: Final = f"""
+CREATE TABLE _repl_state (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    format INTEGER NOT NULL,
+    site INTEGER NOT NULL,
+    version INTEGER NOT NULL,
+    hlc INTEGER NOT NULL,
+    seq INTEGER NOT NULL,
+    merging INTEGER NOT NULL DEFAULT 0,
+    boot TEXT NOT NULL DEFAULT '',
+    is_clean INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE _repl_site (
+    ordinal INTEGER PRIMARY KEY,
+    site BLOB NOT NULL UNIQUE CHECK (length(site) = {SITE_BYTES})
+);
+CREATE TABLE _repl_seen (site INTEGER PRIMARY KEY, ranges BLOB NOT NULL);
+CREATE TABLE _repl_log (id INTEGER PRIMARY KEY, payload BLOB NOT NULL);
+CREATE TABLE _repl_parked (
+    site INTEGER NOT NULL, version INTEGER NOT NULL, reason TEXT NOT NULL, payload BLOB NOT NULL,
+    PRIMARY KEY (site, version)
+);
+CREATE TABLE _repl_table (name TEXT PRIMARY KEY, mode TEXT NOT NULL) WITHOUT ROWID;
+"""
+RECORD_COLUMNS: Final = ("hlc", "site", "life_hlc", "life_site", "dead", "cells", "limbo")
+
+
+def clock_table(name: str) -> str:
+    """Return the quoted name of a table's clock records."""
+    return quote(f"_repl_clock_{name}")
+
+
+def pending_table(name: str) -> str:
+    """Return the quoted name of the table that triggers note writes in."""
+    return quote(f"_repl_pending_{name}")
+
+
+def key(column: str) -> str:
+    """Return the quoted name that a key column has in side tables."""
+    return quote(f"k_{column}")
+
+
+def old(column: str) -> str:
+    """Return the quoted name of what a column held before, in the pending table."""
+    return quote(f"o_{column}")
+
+
+def has_common(connection: sqlite3.Connection) -> bool:
+    """True when the file is a replica already; raise StoreError for a format that is not ours."""
+    found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = '_repl_state'").fetchone()
+    if found is None:
+        return False
+    (number,) = connection.execute("SELECT format FROM _repl_state").fetchone()
+    if number != STORAGE_FORMAT:
+        raise StoreError(f"the file has storage format {number}, this version reads {STORAGE_FORMAT}")
+    return True
+
+
+def create_common(connection: sqlite3.Connection) -> None:
+    """Create what every replica has, within the caller's transaction."""
+    for statement in _COMMON.split(";\n"):
+        if statement.strip():
+            connection.execute(statement)
+
+
+def migrate(connection: sqlite3.Connection, schema: Schema) -> None:
+    """Bring tables, side tables, triggers and indexes to the schema, within the caller's transaction.
+
+    Adds tables and columns; rows are not rewritten and nothing is replicated for it. Raises SchemaError for
+    what would destroy data: a column removed or changed, another key, another way to merge.
+    """
+    modes = dict(connection.execute("SELECT name, mode FROM _repl_table"))
+    for table in schema.tables.values():
+        existing = read_columns(connection, table.name)
+        if existing:
+            _check_unchanged(table, existing, modes.get(table.name, table.mode.value))
+            _add_columns(connection, table, existing)
+        else:
+            connection.execute(table.create_sql)
+        if table.name not in modes:
+            _create_side_tables(connection, table)
+            if existing:
+                _adopt_rows(connection, table)
+        _create_triggers(connection, table)
+    _create_indexes(connection, schema)
+
+
+def _check_unchanged(table: TableSchema, existing: dict[str, tuple[object, ...]], mode: str) -> None:
+    if MergeMode(mode) is not table.mode:
+        raise SchemaError(f"table {table.name}: merges by {mode}; that cannot be changed")
+    for column, facts in existing.items():
+        wanted = table.fingerprint.get(column)
+        if wanted is None:
+            raise SchemaError(f"table {table.name}: column {column} exists but is not in the schema")
+        if wanted != facts:
+            raise SchemaError(
+                f"table {table.name}: column {column} was {facts[:4]}, the schema has {wanted[:4]}"
+            )
+
+
+def _add_columns(
+    connection: sqlite3.Connection, table: TableSchema, existing: dict[str, tuple[object, ...]]
+) -> None:
+    for column, (*_, hidden) in table.fingerprint.items():
+        if column in existing:
+            continue
+        try:
+            connection.execute(f"ALTER TABLE {quote(table.name)} ADD COLUMN {table.definitions[column]}")
+            has_pending = read_columns(connection, f"_repl_pending_{table.name}")
+            if has_pending and not hidden:
+                # A note made before the column existed stands for a row that had the default in it.
+                default = connection.execute("SELECT quote(?)", (table.defaults[column],)).fetchone()[0]
+                connection.execute(
+                    f"ALTER TABLE {pending_table(table.name)} ADD COLUMN {old(column)} DEFAULT {default}"
+                )
+        except connection.OperationalError as error:
+            raise SchemaError(f"table {table.name}: column {column} cannot be added: {error}") from error
+
+
+def _create_side_tables(connection: sqlite3.Connection, table: TableSchema) -> None:
+    keys = ", ".join(
+        f"{key(column)} {declared}" for column, declared in zip(table.pk, table.key_types, strict=True)
+    )
+    if table.is_rowid_key:
+        keys = f"{key(table.pk[0])} INTEGER PRIMARY KEY"
+        end = ")"
+    else:
+        end = f", PRIMARY KEY ({', '.join(map(key, table.pk))})) WITHOUT ROWID"
+    connection.execute(f"CREATE TABLE {clock_table(table.name)} ({keys}, {', '.join(RECORD_COLUMNS)}{end}")
+    bare_keys = ", ".join(map(key, table.pk))
+    olds = "".join(f", {old(column)}" for column in table.values)
+    connection.execute(
+        f"CREATE TABLE {pending_table(table.name)} ({bare_keys}, existed INTEGER NOT NULL{olds}, "
+        f"PRIMARY KEY ({bare_keys})) WITHOUT ROWID"
+    )
+    connection.execute("INSERT INTO _repl_table VALUES (?, ?)", (table.name, table.mode.value))
+
+
+def _adopt_rows(connection: sqlite3.Connection, table: TableSchema) -> None:
+    """Note all rows of a table that was there before replication as new."""
+    connection.execute(
+        f"INSERT INTO {pending_table(table.name)} ({', '.join(map(key, table.pk))}, existed) "
+        f"SELECT {', '.join(map(quote, table.pk))}, 0 FROM {quote(table.name)}"
+    )
+
+
+def make_triggers(table: TableSchema) -> dict[str, str]:
+    """Return the triggers that note who writes to a table: name to SQL."""
+    name = quote(table.name)
+    pending = pending_table(table.name)
+    keys = ", ".join(map(key, table.pk))
+    images = f"{keys}, existed" + "".join(f", {old(column)}" for column in table.values)
+    guard = "(SELECT merging FROM _repl_state) = 0"
+
+    def image(prefix: str) -> str:
+        of_key = ", ".join(prefix + quote(column) for column in table.pk)
+        return f"{of_key}, 1" + "".join(f", {prefix}{quote(column)}" for column in table.values)
+
+    new_key = ", ".join("NEW." + quote(column) for column in table.pk)
+    at_new_key = " AND ".join(f"{quote(column)} = NEW.{quote(column)}" for column in table.pk)
+    moved = " OR ".join(f"NEW.{quote(column)} IS NOT OLD.{quote(column)}" for column in table.pk)
+    # 1 and 1.0 are equal, and so are words that a collation finds equal; both are changes all the same.
+    changed = " OR ".join(
+        f"NEW.{column} IS NOT OLD.{column} COLLATE BINARY OR typeof(NEW.{column}) <> typeof(OLD.{column})"
+        for column in map(quote, table.stored)
+    )
+    note_overwritten = (
+        f"INSERT INTO {pending} ({images}) SELECT {image('')} FROM {name} WHERE {at_new_key} "
+        "ON CONFLICT DO NOTHING;"
+    )
+    note_new = f"INSERT INTO {pending} ({keys}, existed) VALUES ({new_key}, 0) ON CONFLICT DO NOTHING;"
+    note_old = f"INSERT INTO {pending} ({images}) VALUES ({image('OLD.')}) ON CONFLICT DO NOTHING;"
+    bodies = {
+        "overwrite": ("BEFORE INSERT", "", note_overwritten),
+        "insert": ("AFTER INSERT", "", note_new),
+        "collide": ("BEFORE UPDATE", f" AND ({moved})", note_overwritten),
+        "update": ("AFTER UPDATE", f" AND ({changed})", note_old),
+        "move": ("AFTER UPDATE", f" AND ({moved})", note_new),
+        "delete": ("AFTER DELETE", "", note_old),
+    }
+    triggers = {}
+    for kind, (event, condition, body) in bodies.items():
+        trigger = f"_repl_{kind}_{table.name}"
+        triggers[trigger] = (
+            f"CREATE TRIGGER {quote(trigger)} {event} ON {name} WHEN {guard}{condition} BEGIN {body} END"
+        )
+    return triggers
+
+
+def _create_triggers(connection: sqlite3.Connection, table: TableSchema) -> None:
+    for trigger, sql in make_triggers(table).items():
+        found = connection.execute(
+            "SELECT sql FROM sqlite_master WHERE type = 'trigger' AND name = ?", (trigger,)
+        ).fetchone()
+        if found == (sql,):
+            continue
+        if found is not None:
+            connection.execute(f"DROP TRIGGER {quote(trigger)}")
+        connection.execute(sql)
+
+
+def _create_indexes(connection: sqlite3.Connection, schema: Schema) -> None:
+    """Create the schema's indexes; those that somebody else made are left alone."""
+    for index, sql in schema.indexes.items():
+        found = connection.execute(
+            "SELECT sql FROM sqlite_master WHERE type = 'index' AND name = ?", (index,)
+        ).fetchone()
+        if found == (sql,):
+            continue
+        if found is not None:
+            connection.execute(f"DROP INDEX {quote(index)}")
+        connection.execute(sql)

@@ -1,0 +1,206 @@
+"""Write all that a replica knows as a stream of chunks, and read such a stream.
+
+For a peer that is new or was away for longer than the log reaches. A snapshot is states of rows (live and
+deleted, with their clocks), the changesets that are parked, and which versions all that stands for. It is
+merged like anything else, so it is safe on a replica that has data. This module does not know how it travels.
+
+Invariant: what a snapshot says was seen is in it, either in rows or as parked changesets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from .core.change import EncodedChangeset
+from .core.clock import HLC_MAX, SITE_BYTES, Clock, Hlc, SiteId
+from .core.codec import CodecError, SiteTable, check_rows, decode_clock, decode_sites, pack, unpack
+from .core.merge import NO_CELLS, Record
+from .core.versions import VersionRanges
+from .schema import MergeMode
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from .core.change import Key, Row
+    from .tables import Sites, Table
+
+SNAPSHOT_FORMAT: Final = 1
+# Bytes of a row beside its text and blobs: a guess from above, for the size of chunks.
+_ROW_OVERHEAD_BYTES: Final = 96
+_VALUE_OVERHEAD_BYTES: Final = 9
+
+
+class RowState(NamedTuple):
+# Bytes of a row and of a value beside text and blobs: guesses from above, for the size of chunks.
+
+    pk: Key
+    record: Record
+    values: Row | None
+
+
+class TableStates(NamedTuple):
+    """States of rows of one table."""
+
+    table: str
+    by_column: bool
+    key_columns: tuple[str, ...]
+    columns: tuple[str, ...]
+    states: list[RowState]
+
+
+class Head(NamedTuple):
+    """What the whole snapshot stands for."""
+
+    seen: dict[SiteId, VersionRanges]
+
+
+Part = Head | TableStates | list[EncodedChangeset]
+
+
+def read_states(
+    table: Table, sites: Sites, connection: sqlite3.Connection | None = None
+) -> Iterator[RowState]:
+    """Yield the states of a table's rows, by key."""
+    width = table.key_width
+    for found in table.read_states(connection):
+        record = sites.decode(found[width : width + 6])
+        limbo, exists, values = found[width + 6], found[width + 7], found[width + 8 :]
+        if record.dead:
+            values = None
+            if limbo is not None:
+                kept = unpack(limbo)
+                defaults = table.schema.defaults
+                values = tuple(kept.get(column, defaults[column]) for column in table.schema.values)
+        elif not exists:
+            continue  # taken away without a trigger; there is nothing to tell of it
+        yield RowState(found[:width], record, values)
+
+
+def compute_digest(table: Table, sites: Sites) -> bytes:
+    """Return a hash of all rows of a table and their clocks, equal on replicas that know the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    for pk, (life, dead, base, cells), values in read_states(table, sites):
+        digest.update(pack((pk, life, dead, base, sorted(cells.items()), values)))
+    return digest.digest()
+
+
+def write_snapshot(
+    connection: sqlite3.Connection,
+    tables: Iterable[Table],
+    sites: Sites,
+    seen: Mapping[SiteId, VersionRanges],
+    max_chunk_bytes: int,
+) -> Iterator[bytes]:
+    """Yield chunks of about the size, read in the transaction that the connection is in."""
+    count = 1
+    yield pack((SNAPSHOT_FORMAT, "head", [(site, ranges.encode()) for site, ranges in seen.items()]))
+    for table in tables:
+        batch: list[RowState] = []
+        size = 0
+        for state in read_states(table, sites, connection):
+            batch.append(state)
+            size += _estimate_bytes(state)
+            if size >= max_chunk_bytes:
+                yield _pack_states(table, batch)
+                count += 1
+                batch = []
+                size = 0
+        if batch:
+            yield _pack_states(table, batch)
+            count += 1
+    for site, version, payload in connection.execute("SELECT site, version, payload FROM _repl_parked"):
+        yield pack((SNAPSHOT_FORMAT, "parked", [(sites.get_site(site), version, payload)]))
+        count += 1
+    yield pack((SNAPSHOT_FORMAT, "end", count))
+
+
+def _estimate_bytes(state: RowState) -> int:
+    size = _ROW_OVERHEAD_BYTES + _ROW_OVERHEAD_BYTES * len(state.record.cells)
+    for value in state.pk + (state.values or ()):
+        size += _VALUE_OVERHEAD_BYTES + (len(value) if isinstance(value, (str, bytes)) else 0)
+    return size
+
+
+def _pack_states(table: Table, states: list[RowState]) -> bytes:
+    schema = table.schema
+    sites = SiteTable()
+    rows = []
+    for pk, (life, dead, base, cells), values in states:
+        packed_base = None if base is None else sites.encode(base)
+        packed_cells = {name: sites.encode(clock) for name, clock in cells.items()}
+        rows.append((pk, sites.encode(life), dead, packed_base, packed_cells, values))
+    by_column = schema.mode is MergeMode.COLUMN
+    return pack(
+        (SNAPSHOT_FORMAT, "rows", schema.name, by_column, schema.pk, schema.values, sites.sites, rows)
+    )
+
+
+def read_snapshot(chunks: Iterable[bytes]) -> Iterator[Part]:
+    """Yield what the chunks hold, the head first; raise CodecError for what is malformed, late or missing."""
+    is_complete = False
+    for count, chunk in enumerate(chunks):
+        fields = unpack(chunk)
+        if is_complete or not isinstance(fields, tuple) or len(fields) < 2 or fields[0] != SNAPSHOT_FORMAT:
+            raise CodecError("not a chunk of a snapshot")
+        kind = fields[1]
+        if (kind == "head") is not (count == 0):
+            raise CodecError("a snapshot begins with its head, once")
+        try:
+            if kind == "end":
+                is_complete = fields[2] == count
+            else:
+                yield _decode_part(kind, fields[2:])
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            raise CodecError(f"malformed chunk: {error}") from error
+    if not is_complete:
+        raise CodecError("the snapshot is not complete")
+
+
+def _decode_part(kind: object, fields: tuple[Any, ...]) -> Part:
+    if kind == "head":
+        (pairs,) = fields
+        decode_sites(site for site, _ in pairs)
+        return Head({SiteId(site): VersionRanges.decode(ranges) for site, ranges in pairs})
+    if kind == "parked":
+        (entries,) = fields
+        for site, version, payload in entries:
+            if (
+                len(site) != SITE_BYTES
+                or type(version) is not int
+                or type(payload) is not bytes
+                or version < 1
+            ):
+                raise CodecError("not a parked changeset")
+        return [EncodedChangeset(SiteId(site), version, payload) for site, version, payload in entries]
+    if kind != "rows":
+        raise CodecError(f"unknown chunk {kind!r}")
+    table, by_column, key_columns, columns, sites, rows = fields
+    known = decode_sites(sites)
+    check_rows([row[0] for row in rows], len(key_columns))
+    check_rows([row[5] for row in rows if row[5] is not None], len(columns))
+    states = [RowState(row[0], _decode_record(row, known), row[5]) for row in rows]
+    if any(values is None and not record.dead for _, record, values in states):
+        raise CodecError("a live row without values")
+    return TableStates(table, bool(by_column), key_columns, columns, states)
+
+
+def _decode_record(row: tuple[Any, ...], sites: Sequence[SiteId]) -> Record:
+    _, life, dead, base, cells, _ = row
+    limit = Hlc(HLC_MAX)
+    decoded: Mapping[str, Clock] = NO_CELLS
+    if cells:
+        decoded = {name: decode_clock(pair, sites, limit) for name, pair in cells.items()}
+    return Record(
+        decode_clock(life, sites, limit),
+        bool(dead),
+        None if base is None else decode_clock(base, sites, limit),
+        decoded,
+    )
+
+
+def compute_latest(record: Record) -> Hlc:
+    """Return the largest time in a record."""
+    latest = record.life.hlc if record.base is None else max(record.life.hlc, record.base.hlc)
+    return max([latest, *(clock.hlc for clock in record.cells.values())])

@@ -1,0 +1,620 @@
+"""The replicated database of one node: writes in, changesets out; changesets in, rows out.
+
+The store decides what is one transaction. Rows, clock records, the log, what was seen, the hybrid clock and
+the counters change together or not at all. It does not know peers, threads or event loops, and never reads
+the wall clock: callers pass wall_ms.
+
+Invariant: a version is seen if and only if its effect (or its parked payload) is in the same file, and a pair
+of site and version is never used for two changesets.
+
+Durability: WAL with synchronous=NORMAL. After kill -9 nothing committed is lost. After a power failure the
+last commits may be; what peers sent is simply fetched again. Own versions could be handed out twice then, so
+a file that was not closed and is opened after a reboot goes on under a new site identity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from . import sidetables
+from .capture import TableCapture
+from .core.change import Changeset, Commit, EncodedChangeset, SqlValue
+from .core.clock import MAX_DRIFT_MS, SITE_BYTES, Clock, Hlc, HybridClock, SiteId, compute_ms
+from .core.codec import CodecError, decode_changeset, encode_changeset, pack, unpack
+from .core.versions import VersionRanges
+from .errors import BusyError, SnapshotError, StatementError, StoreError
+from .merging import TableMerge, check_change, offer_change, offer_states
+from .snapshot import Head, TableStates, compute_digest, compute_latest, read_snapshot, write_snapshot
+from .tables import Sites, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from .core.change import RowChange, TableChange
+    from .schema import Schema
+
+# A person with a shell may hold the lock for a while; a program that holds it for five seconds is stuck.
+BUSY_TIMEOUT_MS: Final = 5_000
+# Statements per table and a few of the store's own; preparing one again costs more than running it.
+CACHED_STATEMENTS: Final = 512
+VERSION_BITS: Final = 40
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+_WRITES = re.compile(
+    r"(?:\s+|--[^\n]*\n|/\*.*?\*/)*(INSERT|UPDATE|DELETE|REPLACE|WITH)\b", re.IGNORECASE | re.DOTALL
+)
+# What a changeset's own content can make SQLite say; anything else is trouble with the file.
+_POISON: Final = (
+    sqlite3.IntegrityError,
+    sqlite3.DataError,
+    sqlite3.InterfaceError,
+    sqlite3.ProgrammingError,
+    OverflowError,
+    ValueError,
+)
+_BUSY_CODES: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+Statement = tuple[str, "Sequence[SqlValue] | Mapping[str, SqlValue]"]
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyResult:
+    """What became of a batch: changesets applied, had already, and set aside."""
+
+    commit: Commit | None
+    applied: int
+    duplicates: int
+    parked: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedChangeset:
+    """A changeset that is held but could not be applied, and why."""
+
+    site: SiteId
+    version: int
+    reason: str
+    payload: bytes
+
+
+class Store:
+    """One replica in one SQLite file. Synchronous; calls must not overlap."""
+
+    def __init__(self, connection: sqlite3.Connection, path: str, schema: Schema, max_drift_ms: int) -> None:
+        self.connection = connection
+        self.site = SiteId(b"")  # set by _load, from the file
+        self.seq = 0  # set by _load and by each commit that changes rows
+        self._path = path
+        self._clock = HybridClock(max_drift_ms=max_drift_ms)
+        self._version = 0
+        self._ordinal = 0
+        self._sites = Sites(connection)
+        self._seen: dict[SiteId, VersionRanges] = {}
+        self._touched: dict[SiteId, None] = {}  # sites whose ranges the transaction has changed
+        self._tables = {name: Table(connection, table) for name, table in schema.tables.items()}
+        checks = ", ".join(table.has_pending for table in self._tables.values())
+        self._has_pending = f"SELECT {checks}" if checks else ""
+        self._data_version = -1
+        self._load()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        schema: Schema,
+        *,
+        max_drift_ms: int = MAX_DRIFT_MS,
+        site: SiteId | None = None,
+    ) -> Store:
+        """Open or create a replica and bring it to the schema.
+
+        site is for a new file; without it a random one is made. Raises SchemaError when the schema would
+        destroy data, StoreError when the file cannot be used, BusyError when another process holds it.
+        """
+        name = os.fspath(path)
+        connection = sqlite3.connect(
+            name, isolation_level=None, check_same_thread=False, cached_statements=CACHED_STATEMENTS
+        )
+        try:
+            with _translated():
+                connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+                connection.execute("PRAGMA journal_mode = WAL")
+                # The identity that the coming commits are made under must outlive a power failure.
+                connection.execute("PRAGMA synchronous = FULL")
+                connection.execute("BEGIN IMMEDIATE")
+                _prepare_file(connection, site)
+                sidetables.migrate(connection, schema)
+                connection.execute("COMMIT")
+                connection.execute("PRAGMA synchronous = NORMAL")
+            return cls(connection, name, schema, max_drift_ms)
+        except BaseException:
+            connection.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; a file that is closed keeps its identity across reboots."""
+        with contextlib.suppress(sqlite3.Error):  # a full disk must not keep us from closing
+            self.connection.execute("PRAGMA synchronous = FULL")
+            self.connection.execute("UPDATE _repl_state SET is_clean = 1")
+            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self.connection.close()
+
+    # Writing
+
+    def execute(self, statements: Sequence[Statement], wall_ms: int) -> tuple[list[int], Commit | None]:
+        """Run statements that write, in one transaction; return rows affected by each, and the commit.
+
+        The commit is None when no value changed. Raises StatementError, with nothing changed, when one fails,
+        is not a write, or returns rows.
+        """
+        affected: list[int] = []
+        with self._transaction():
+            for index, (sql, values) in enumerate(statements):
+                affected.append(self._run(index, sql, values))
+            rows, own = self._capture_noted(wall_ms)
+            commit = self._conclude(rows, own)
+        return affected, commit
+
+    def capture(self, wall_ms: int) -> Commit | None:
+        """Gather what others wrote to the file since the last look; None when no value changed."""
+        if not self._noted_tables():
+            return None
+        with self._transaction():
+            rows, own = self._capture_noted(wall_ms)
+            return self._conclude(rows, own)
+
+    def foreign_writes(self) -> bool:
+        """True when another connection has committed since the last call."""
+        (version,) = self.connection.execute("PRAGMA data_version").fetchone()
+        moved = version != self._data_version
+        self._data_version = version
+        return bool(moved)
+
+    # Merging
+
+    def apply(self, batch: Sequence[EncodedChangeset], wall_ms: int) -> ApplyResult:
+        """Merge changesets, in any order, in one transaction.
+
+        One that cannot be applied here is parked, with the reason, and does not stop the others.
+        """
+        fresh: dict[tuple[SiteId, int], EncodedChangeset] = {}
+        for encoded in batch:
+            seen = self._seen.get(encoded.site)
+            if seen is None or not seen.contains(encoded.version):
+                fresh.setdefault((encoded.site, encoded.version), encoded)
+        duplicates = len(batch) - len(fresh)
+        if not fresh:
+            return ApplyResult(None, 0, duplicates, 0)
+        changesets = list(fresh.values())
+        with self._transaction():
+            rows, own = self._capture_noted(wall_ms)
+            merged, parked = self._merge_encoded(changesets, wall_ms)
+            self._park(parked)
+            self._log(changesets)
+            for encoded in changesets:
+                self._mark_seen(encoded.site, encoded.version, encoded.version)
+            commit = self._conclude(rows + merged, own + changesets)
+        return ApplyResult(commit, len(changesets) - len(parked), duplicates, len(parked))
+
+    def parked(self) -> list[ParkedChangeset]:
+        """Return the changesets that are held but could not be applied."""
+        found = self.connection.execute("SELECT site, version, reason, payload FROM _repl_parked").fetchall()
+        return [ParkedChangeset(self._sites.get_site(row[0]), *row[1:]) for row in found]
+
+    def retry_parked(self, wall_ms: int) -> Commit | None:
+        """Apply what can be applied by now: after a schema change, or when a far-off time has come."""
+        waiting = [EncodedChangeset(entry.site, entry.version, entry.payload) for entry in self.parked()]
+        if not waiting:
+            return None
+        with self._transaction():
+            rows, own = self._capture_noted(wall_ms)
+            merged, parked = self._merge_encoded(waiting, wall_ms)
+            self.connection.execute("DELETE FROM _repl_parked")
+            self._park(parked)
+            return self._conclude(rows + merged, own)
+
+    # What was seen, and the log
+
+    def seen(self) -> dict[SiteId, VersionRanges]:
+        """Return which versions this replica has, by site, its own included."""
+        return {site: ranges.copy() for site, ranges in self._seen.items()}
+
+    def log_floor(self, site: SiteId) -> int:
+        """Return the version from which on all that was seen of a site is in the log."""
+        ordinal = self._sites.find(site)
+        if ordinal is None:
+            return 1
+        found = self.connection.execute(
+            "SELECT min(id) FROM _repl_log WHERE id BETWEEN ? AND ?", _log_range(ordinal, 1, None)
+        ).fetchone()[0]
+        if found is None:
+            seen = self._seen.get(site)
+            return 1 if seen is None else seen.last + 1
+        return int(found) & ((1 << VERSION_BITS) - 1)
+
+    def read_log(self, site: SiteId, first: int, last: int, max_bytes: int) -> list[EncodedChangeset]:
+        """Return logged changesets in order of version, at least one if any, then up to the size."""
+        ordinal = self._sites.find(site)
+        if ordinal is None or first > last:
+            return []
+        cursor = self.connection.execute(
+            "SELECT id, payload FROM _repl_log WHERE id BETWEEN ? AND ? ORDER BY id",
+            _log_range(ordinal, first, last),
+        )
+        entries: list[EncodedChangeset] = []
+        size = 0
+        for number, payload in cursor:
+            size += len(payload)
+            if entries and size > max_bytes:
+                break
+            entries.append(EncodedChangeset(site, number & ((1 << VERSION_BITS) - 1), payload))
+        cursor.close()
+        return entries
+
+    def prune_log(self, keep: Mapping[SiteId, int]) -> int:
+        """Drop log entries below the version given for their site; return how many."""
+        dropped = 0
+        with self._transaction():
+            for site, version in keep.items():
+                ordinal = self._sites.find(site)
+                if ordinal is None or version <= 1:
+                    continue
+                cursor = self.connection.execute(
+                    "DELETE FROM _repl_log WHERE id BETWEEN ? AND ?", _log_range(ordinal, 1, version - 1)
+                )
+                dropped += cursor.rowcount
+        return dropped
+
+    # Whole replicas
+
+    def snapshot(self, max_chunk_bytes: int) -> Iterator[bytes]:
+        """Return the chunks of a consistent snapshot.
+
+        A file is read on a connection of its own, which keeps the WAL from being reset until the iterator
+        ends or is closed. A database in memory has no second connection: its chunks are made at once.
+        """
+        if self._path == ":memory:":
+            chunks = write_snapshot(
+                self.connection, self._tables.values(), self._sites, self._seen, max_chunk_bytes
+            )
+            return iter(list(chunks))
+        reader = sqlite3.connect(
+            f"{Path(self._path).absolute().as_uri()}?mode=ro",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        reader.execute("BEGIN")
+        # The first read fixes the view; calls on the store do not overlap, so seen() is what that view has.
+        reader.execute("SELECT seq FROM _repl_state").fetchone()
+        return self._stream(reader, self.seen(), max_chunk_bytes)
+
+    def _stream(
+        self, reader: sqlite3.Connection, seen: Mapping[SiteId, VersionRanges], max_chunk_bytes: int
+    ) -> Iterator[bytes]:
+        try:
+            yield from write_snapshot(reader, self._tables.values(), self._sites, seen, max_chunk_bytes)
+        finally:
+            reader.close()
+
+    def apply_snapshot(self, chunks: Iterable[bytes], wall_ms: int) -> Commit | None:
+        """Merge a snapshot in one transaction, then count what it stands for as seen.
+
+        Raises SnapshotError, with nothing applied, when it is malformed, incomplete, needs another schema or
+        comes from too far in the future.
+        """
+        seen: dict[SiteId, VersionRanges] = {}
+        try:
+            with self._transaction():
+                rows, own = self._capture_noted(wall_ms)
+                for part in read_snapshot(chunks):
+                    if isinstance(part, Head):
+                        seen = part.seen
+                    elif isinstance(part, TableStates):
+                        rows += self._merge_states(part, wall_ms)
+                    else:
+                        rows += self._merge_parked(part, wall_ms)
+                self._adopt_seen(seen)
+                return self._conclude(rows, own)
+        except (CodecError, *_POISON) as error:
+            raise SnapshotError(str(error)) from error
+
+    def digest(self, table: str) -> bytes:
+        """Return a hash of a table's rows and clocks, equal on replicas that know the same."""
+        return compute_digest(self._tables[table], self._sites)
+
+    # Within a transaction
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with _translated():
+            self.connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self.connection.execute("COMMIT")
+            except BaseException:
+                if self.connection.in_transaction:  # SQLite has rolled back by itself when the disk is full
+                    self.connection.execute("ROLLBACK")
+                self._load()
+                raise
+
+    def _load(self) -> None:
+        """Read what is kept in memory from the file: at the start, and after a rollback."""
+        self._sites.reload()
+        row = self.connection.execute("SELECT site, version, hlc, seq FROM _repl_state").fetchone()
+        self._ordinal, self._version, hlc, self.seq = row
+        self.site = self._sites.get_site(self._ordinal)
+        self._clock.observe(Hlc(hlc))
+        self._seen = {
+            self._sites.get_site(ordinal): VersionRanges.decode(unpack(ranges))
+            for ordinal, ranges in self.connection.execute("SELECT site, ranges FROM _repl_seen")
+        }
+        self._touched.clear()
+
+    def _run(self, index: int, sql: str, values: Sequence[SqlValue] | Mapping[str, SqlValue]) -> int:
+        if _WRITES.match(sql) is None:
+            raise StatementError(index, "only INSERT, UPDATE, DELETE and REPLACE can be executed")
+        try:
+            cursor = self.connection.execute(sql, values)
+        except (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError) as error:
+            if isinstance(error, sqlite3.OperationalError) and _is_trouble(error):
+                raise
+            raise StatementError(index, str(error)) from error
+        if cursor.description is not None:
+            cursor.close()
+            raise StatementError(index, "the statement returns rows; use a query")
+        return int(self.connection.execute("SELECT changes()").fetchone()[0])
+
+    def _noted_tables(self) -> list[Table]:
+        if not self._has_pending:
+            return []
+        flags = self.connection.execute(self._has_pending).fetchone()
+        return [table for table, noted in zip(self._tables.values(), flags, strict=True) if noted]
+
+    def _capture_noted(self, wall_ms: int) -> tuple[list[RowChange], list[EncodedChangeset]]:
+        """Make one changeset of what triggers have noted; nothing when no value changed."""
+        noted = self._noted_tables()
+        if not noted:
+            return [], []
+        hlc = self._clock.tick(wall_ms)
+        rows: list[RowChange] = []
+        changes: list[TableChange] = []
+        for table in noted:
+            gathered = TableCapture(table, self._sites, Clock(hlc, self.site))
+            changes += gathered.run()
+            rows += gathered.rows
+        if not changes:
+            return [], []
+        self._version += 1
+        payload = encode_changeset(Changeset(hlc, tuple(changes)))
+        own = EncodedChangeset(self.site, self._version, payload)
+        self._log([own])
+        self._mark_seen(self.site, self._version, self._version)
+        return rows, [own]
+
+    def _merge_encoded(
+        self, changesets: Sequence[EncodedChangeset], wall_ms: int
+    ) -> tuple[list[RowChange], list[tuple[EncodedChangeset, str]]]:
+        """Merge what can be merged; return the rows that changed, and the others with the reason."""
+        parked: list[tuple[EncodedChangeset, str]] = []
+        sound: list[tuple[EncodedChangeset, Changeset]] = []
+        for encoded in changesets:
+            try:
+                sound.append((encoded, self._check(encoded, wall_ms)))
+            except CodecError as error:
+                parked.append((encoded, str(error)))
+        if not sound:
+            return [], parked
+        try:
+            return self._merge_at_once(sound), parked
+        except _POISON as error:
+            if len(sound) == 1:
+                parked.append((sound[0][0], str(error)))
+                return [], parked
+        # Something in the batch cannot be stored. One by one, the culprit harms nobody else.
+        rows: list[RowChange] = []
+        for entry in sound:
+            try:
+                rows += self._merge_at_once([entry])
+            except _POISON as error:
+                parked.append((entry[0], str(error)))
+        return rows, parked
+
+    def _check(self, encoded: EncodedChangeset, wall_ms: int) -> Changeset:
+        changeset = decode_changeset(encoded.payload)
+        if self._clock.is_too_far_ahead(changeset.hlc, wall_ms):
+            raise CodecError(f"its clock is {compute_ms(changeset.hlc) - wall_ms} ms ahead")
+        for change in changeset.changes:
+            check_change(self._tables.get(change.table), change)
+        return changeset
+
+    def _merge_at_once(self, changesets: Sequence[tuple[EncodedChangeset, Changeset]]) -> list[RowChange]:
+        """Merge all or, if SQLite refuses a value, nothing."""
+        with self._merging():
+            merges: dict[str, TableMerge] = {}
+            for encoded, changeset in changesets:
+                clock = Clock(changeset.hlc, encoded.site)
+                for change in changeset.changes:
+                    table = self._tables[change.table]
+                    merge = merges.get(change.table)
+                    if merge is None:
+                        merge = merges[change.table] = TableMerge(table, self._sites)
+                    offer_change(merge, table, change, clock)
+            rows: list[RowChange] = []
+            for merge in merges.values():
+                merge.flush()
+                rows += merge.rows
+        for _, changeset in changesets:
+            self._clock.observe(changeset.hlc)
+        return rows
+
+    def _merge_states(self, part: TableStates, wall_ms: int) -> list[RowChange]:
+        latest = max((compute_latest(state.record) for state in part.states), default=Hlc(0))
+        if self._clock.is_too_far_ahead(latest, wall_ms):
+            raise CodecError(f"its clock is {compute_ms(latest) - wall_ms} ms ahead")
+        table = self._tables.get(part.table)
+        if table is None:
+            raise CodecError(f"unknown table {part.table}")
+        with self._merging():
+            merge = TableMerge(table, self._sites)
+            offer_states(merge, table, part)
+            merge.flush()
+        self._clock.observe(latest)
+        return merge.rows
+
+    def _merge_parked(self, changesets: list[EncodedChangeset], wall_ms: int) -> list[RowChange]:
+        """Take over what the sender of a snapshot could not apply: perhaps we can, or we park it too."""
+        fresh = [
+            encoded
+            for encoded in changesets
+            if not self._seen.get(encoded.site, VersionRanges()).contains(encoded.version)
+        ]
+        rows, parked = self._merge_encoded(fresh, wall_ms)
+        self._park(parked)
+        return rows
+
+    @contextlib.contextmanager
+    def _merging(self) -> Iterator[None]:
+        """Keep triggers from noting what is written here; undo it all when SQLite refuses a value."""
+        self.connection.execute("SAVEPOINT merging")
+        try:
+            self.connection.execute("UPDATE _repl_state SET merging = 1")
+            yield
+            self.connection.execute("UPDATE _repl_state SET merging = 0")
+        except _POISON:
+            self.connection.execute("ROLLBACK TO merging")
+            self._sites.reload()
+            raise
+        finally:
+            if self.connection.in_transaction:
+                self.connection.execute("RELEASE merging")
+
+    def _park(self, parked: Sequence[tuple[EncodedChangeset, str]]) -> None:
+        self.connection.executemany(
+            "INSERT OR REPLACE INTO _repl_parked VALUES (?, ?, ?, ?)",
+            [
+                (self._sites.get_ordinal(encoded.site), encoded.version, reason, encoded.payload)
+                for encoded, reason in parked
+            ],
+        )
+
+    def _log(self, changesets: Sequence[EncodedChangeset]) -> None:
+        self.connection.executemany(
+            "INSERT OR REPLACE INTO _repl_log VALUES (?, ?)",
+            [
+                (self._sites.get_ordinal(encoded.site) << VERSION_BITS | encoded.version, encoded.payload)
+                for encoded in changesets
+            ],
+        )
+
+    def _mark_seen(self, site: SiteId, first: int, last: int) -> None:
+        self._seen.setdefault(site, VersionRanges()).add(first, last)
+        self._touched[site] = None
+        if site == self.site:
+            # Our own versions, told by peers to a file that had lost them: they are taken.
+            self._version = max(self._version, last)
+
+    def _adopt_seen(self, seen: Mapping[SiteId, VersionRanges]) -> None:
+        for site, theirs in seen.items():
+            mine = self._seen.get(site, VersionRanges())
+            unlogged = [
+                last for first, last in mine.missing(theirs.last) if not _is_disjoint(theirs, first, last)
+            ]
+            if unlogged:
+                # The log has a hole now; what is below it cannot be served without it.
+                self.connection.execute(
+                    "DELETE FROM _repl_log WHERE id BETWEEN ? AND ?",
+                    _log_range(self._sites.get_ordinal(site), 1, unlogged[-1]),
+                )
+            for first, last in theirs:
+                self._mark_seen(site, first, last)
+
+    def _conclude(self, rows: list[RowChange], changesets: list[EncodedChangeset]) -> Commit | None:
+        """Write counters and ranges; return what the transaction did, if anything."""
+        for site in self._touched:
+            self.connection.execute(
+                "INSERT OR REPLACE INTO _repl_seen VALUES (?, ?)",
+                (self._sites.get_ordinal(site), pack(self._seen[site].encode())),
+            )
+        self._touched.clear()
+        if rows:
+            self.seq += 1
+        self.connection.execute(
+            "UPDATE _repl_state SET version = ?, hlc = ?, seq = ?",
+            (self._version, self._clock.last, self.seq),
+        )
+        if not rows and not changesets:
+            return None
+        return Commit(self.seq, tuple(rows), tuple(changesets))
+
+
+def _log_range(ordinal: int, first: int, last: int | None) -> tuple[int, int]:
+    base = ordinal << VERSION_BITS
+    largest = (1 << VERSION_BITS) - 1
+    return base | min(max(first, 0), largest), base | min(largest if last is None else last, largest)
+
+
+def _is_disjoint(ranges: VersionRanges, first: int, last: int) -> bool:
+    return all(high < first or low > last for low, high in ranges)
+
+
+def _is_trouble(error: sqlite3.Error) -> bool:
+    """True when the file, not the statement, is what failed."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    return code not in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH)
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Raise this package's errors for SQLite's."""
+    try:
+        yield
+    except _POISON:
+        raise
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        if code in _BUSY_CODES:
+            raise BusyError("another process is writing to the database file") from error
+        raise StoreError(str(error)) from error
+
+
+def _read_boot() -> str:
+    """Return what names the time since the machine started; nothing where the system does not say."""
+    try:
+        return BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _prepare_file(connection: sqlite3.Connection, site: SiteId | None) -> None:
+    """Make the file a replica, or check that it is one and still is who it was."""
+    boot = _read_boot()
+    if not sidetables.has_common(connection):
+        sidetables.create_common(connection)
+        connection.execute("INSERT INTO _repl_site VALUES (0, ?)", (site or os.urandom(SITE_BYTES),))
+        connection.execute(
+            "INSERT INTO _repl_state (id, format, site, version, hlc, seq, boot) "
+            "VALUES (1, ?, 0, 0, 0, 0, ?)",
+            (sidetables.STORAGE_FORMAT, boot),
+        )
+        return
+    stored, was_clean, last_boot = connection.execute(
+        "SELECT t.site, s.is_clean, s.boot FROM _repl_state AS s JOIN _repl_site AS t ON t.ordinal = s.site"
+    ).fetchone()
+    if site is not None and site != stored:
+        raise StoreError(f"the file belongs to site {stored.hex()}, not {site.hex()}")
+    if site is None and not was_clean and (not boot or boot != last_boot):
+        _renew_identity(connection)
+    connection.execute("UPDATE _repl_state SET is_clean = 0, boot = ?, merging = 0", (boot,))
+
+
+def _renew_identity(connection: sqlite3.Connection) -> None:
+    """Go on as a new site: versions of the old one may be known to peers and lost here."""
+    (ordinal,) = connection.execute("SELECT max(ordinal) + 1 FROM _repl_site").fetchone()
+    connection.execute("INSERT INTO _repl_site VALUES (?, ?)", (ordinal, os.urandom(SITE_BYTES)))
+    connection.execute("UPDATE _repl_state SET site = ?, version = 0", (ordinal,))
