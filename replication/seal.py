@@ -117,9 +117,8 @@ class ReplayWindow:
         if counter > self.newest:
             shift = counter - self.newest
             # A jump over the whole window forgets it; shifting by 2^60 would ask for that much memory.
-            self.seen = ((self.seen << shift) if shift < REPLAY_WINDOW else 0) & (
-                (1 << REPLAY_WINDOW) - 1
-            ) | 1
+            kept = self.seen << shift if shift < REPLAY_WINDOW else 0
+            self.seen = kept & ((1 << REPLAY_WINDOW) - 1) | 1
             self.newest = counter
             return True
         age = self.newest - counter

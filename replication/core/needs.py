@@ -61,18 +61,10 @@ def compute_missing(ours: Seen, theirs: WireSeen) -> dict[SiteId, list[Range]]:
     return missing
 
 
-def plan_needs(
-    ours: Seen, theirs: WireSeen, floors: Mapping[SiteId, int], us: SiteId, *, needs_max: int
-) -> Plan:
-    """Return what to ask a peer for; what is below its log's floor only a snapshot can bring.
-
-    Our own site is left out: nobody can know more of it than we do, unless our database went back in
-    time, and that the caller has to judge.
-    """
+def plan_needs(ours: Seen, theirs: WireSeen, floors: Mapping[SiteId, int], *, needs_max: int) -> Plan:
+    """Return what to ask a peer for; what is below its log's floor only a snapshot can bring."""
     needs: list[Need] = []
     for site, ranges in compute_missing(ours, theirs).items():
-        if site == us:
-            continue
         for first, last in ranges:
             if first < floors.get(site, 1):
                 return Plan((), snapshot=True)

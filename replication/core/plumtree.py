@@ -95,7 +95,7 @@ class Plumtree:
         settings: PlumtreeSettings,
         *,
         has: Callable[[SiteId, int], bool],
-        distance: Callable[[SiteId], float] = lambda site: 0.0,
+        distance: Callable[[SiteId], float],
     ) -> None:
         self.counters: Counter[str] = Counter()
         self._settings = settings

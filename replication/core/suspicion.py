@@ -13,7 +13,7 @@ from replication.core.clock import SiteId
 def compute_suspicion_bounds_ms(
     members: int, probe_interval_ms: float, *, factor: float, patience: float
 ) -> tuple[float, float]:
-    """Return the shortest suspicion, `factor * max(1, log10 n) * interval`, and the longest, `patience` times it."""
+    """Return the shortest and the longest: `factor * max(1, log10 n) * interval`, and `patience` times it."""
     shortest = factor * max(1.0, math.log10(max(1, members))) * probe_interval_ms
     return shortest, patience * shortest
 

@@ -278,7 +278,7 @@ class Swim:
         if member is not None:
             member.heard_ms = now_ms
 
-    def leave(self, now_ms: float) -> list[Output]:
+    def leave(self) -> list[Output]:
         """Tell members that we go on purpose; call it twice, a little apart, against loss."""
         self._leaving = True
         farewell = Update(self.me, MemberState.LEFT)
@@ -485,7 +485,7 @@ class Swim:
         member = self.members.get(site)
         return member is not None and member.is_reachable
 
-    def _on_probe_timeout(self, token: _ProbeTimeout, now_ms: float) -> None:
+    def _on_probe_timeout(self, token: _ProbeTimeout, _now_ms: float) -> None:
         probe = self._probes.get(token.number)
         if probe is None or probe.site not in self.members:
             return

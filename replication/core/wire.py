@@ -32,7 +32,8 @@ FRAME_BYTES_MAX = 64 * 1024 * 1024
 # Before the peer has said who it is, it may not make us buffer more than this.
 HELLO_BYTES_MAX = 4096
 
-VERSION_MAX = 2**62
+# The store packs a version into 40 bits: 34 years of a thousand changesets a second.
+VERSION_MAX = 2**40
 SITES_MAX = 16_384
 RANGES_MAX = 4_096
 ITEMS_MAX = 16_384
@@ -109,10 +110,11 @@ class Rumors:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The first message on a stream, both ways."""
+    """The first message on a stream, both ways; `lasting` when the dialer means to keep the link."""
 
     cluster: str
     sender: MemberInfo
+    lasting: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,7 +404,7 @@ class _Registry:
         Nack: (_UINT32, _INFO, _UPDATES),
         Join: (_INFO, _UPDATES),
         Rumors: (_INFO, _UPDATES),
-        Hello: (_Field(_text(CLUSTER_CHARS_MAX), _same), _INFO),
+        Hello: (_Field(_text(CLUSTER_CHARS_MAX), _same), _INFO, _Field(_flag, _same)),
         StreamPing: (_UINT32,),
         StreamAck: (_UINT32,),
         Members: (_UPDATES,),

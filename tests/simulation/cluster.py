@@ -38,7 +38,7 @@ class Node:
         info = MemberInfo(self.site, f"node-{index}", host, port, incarnation)
         self.swim = Swim(info, cluster.swim_settings, self.rng)
         self.seen: dict[SiteId, VersionRanges] = {}
-        self.tree = Plumtree(PlumtreeSettings(), has=self.has)
+        self.tree = Plumtree(PlumtreeSettings(), has=self.has, distance=lambda _: 0.0)
         self.links: list[SiteId] = []
         self.events: list[tuple[float, SiteId, MemberState]] = []
         self.syncs_wanted = 0

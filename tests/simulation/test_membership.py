@@ -84,7 +84,7 @@ def test_both_sides_of_a_partition_live_on_and_find_each_other_when_it_heals(spl
 def test_a_leaver_is_not_suspected_first():
     cluster = formed(5)
     leaver = cluster.nodes[4]
-    leaver.run_swim(leaver.swim.leave(cluster.now_ms))
+    leaver.run_swim(leaver.swim.leave())
     cluster.run(20)
     cluster.crash(leaver)
     cluster.run_until(lambda: cluster.all_see(cluster.nodes[:4], [leaver], LEFT), 2_000)

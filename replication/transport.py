@@ -1,0 +1,363 @@
+"""Moves sealed bytes: one UDP socket, one TCP listener, and links dialled out.
+
+Decides whom to let in (by seal, cluster and first message) and how much may be in flight. Knows nothing
+of membership or changesets. Invariant: all traffic leaves from the bound address, so that a peer sees the
+address that it knows; and nothing is said to whoever does not hold a key.
+
+A frame on a stream is a length of 4 bytes and a sealed record.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Protocol, cast
+
+from replication.core.member import Address, MemberInfo
+from replication.core.wire import (
+    DATAGRAM_BYTES_MAX,
+    FRAME_BYTES_MAX,
+    HELLO_BYTES_MAX,
+    Hello,
+    WireError,
+    decode_frame,
+    encode,
+)
+from replication.errors import ReplicationError
+from replication.seal import DATAGRAM_OVERHEAD_BYTES, HANDSHAKE_BYTES, Handshake, Seal, SealError, StreamBox
+from replication.settings import is_wildcard
+
+log = logging.getLogger(__name__)
+
+# Strangers may hold this many connections, each for no longer than the handshake may take.
+LINKS_ACCEPTED_MAX = 1_024
+# What may wait for a slow peer; above it pushes are dropped (sync brings them) and sessions wait.
+SEND_BYTES_MAX = 8 * 1024 * 1024
+# Where `drain` begins to wait: about what fills a path of 300 ms at 10 Mbit/s.
+DRAIN_BYTES = 256 * 1024
+# Sent but unacknowledged for this long, a connection is dead: the peer is gone or the path is cut.
+USER_TIMEOUT_MS = 10_000
+_FAIR_FRAMES = 64
+
+
+class LinkError(ReplicationError):
+    """A link that cannot be made or kept; `reason` is fit for a metric's label."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Handler(Protocol):
+    """What the transport reports to; all on the event loop."""
+
+    def handle_datagram(self, data: bytes) -> None:
+        """Take what an authentic datagram holds."""
+
+    def handle_link_up(self, link: "Link") -> None:
+        """Take note of a link whose other side has said who it is."""
+
+    async def handle_frame(self, link: "Link", data: bytes) -> None:
+        """Take a frame; the next one is read when this returns. A WireError closes the link."""
+
+    def handle_link_down(self, link: "Link") -> None:
+        """Take note that a link that was up is gone."""
+
+
+class Link:
+    """One established stream to a peer."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, box: StreamBox, *, dialled: bool
+    ) -> None:
+        self.dialled = dialled  # whether we opened it
+        self.lasting = False  # whether the dialer keeps it; set by the hello
+        self.peer = cast(
+            "MemberInfo", None
+        )  # who the other side says it is; set by the hello, before anyone sees it
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.closed = asyncio.Event()
+        self._reader = reader
+        self._writer = writer
+        self._box = box
+        self._task: asyncio.Task[None] | None = None
+        writer.transport.set_write_buffer_limits(high=DRAIN_BYTES)
+
+    def send(self, frame: bytes) -> bool:
+        """Queue a frame; False when it was dropped, as the link is gone or the peer too slow."""
+        waiting = self._writer.transport.get_write_buffer_size()
+        if self._writer.is_closing() or (waiting and waiting + len(frame) > SEND_BYTES_MAX):
+            return False
+        record = self._box.seal(frame)
+        self._writer.write(len(record).to_bytes(4, "big") + record)
+        self.bytes_sent += len(record) + 4
+        return True
+
+    async def drain(self) -> None:
+        """Wait until the peer has taken most of what was sent; raises OSError when the link is gone."""
+        await self._writer.drain()
+
+    async def receive(self, size_max: int) -> bytes:
+        """Return the next frame; raises LinkError, SealError, IncompleteReadError."""
+        size = int.from_bytes(await self._reader.readexactly(4), "big")
+        if size > size_max + self._box.overhead_bytes:
+            raise LinkError("size")
+        record = await self._reader.readexactly(size)
+        self.bytes_received += size + 4
+        return self._box.open(record)
+
+    def close(self) -> None:
+        """Close at once; what was queued may be lost."""
+        self._writer.transport.abort()
+
+    async def close_gently(self) -> None:
+        """Let what is queued out, for a moment, and close."""
+        self._writer.close()
+        with contextlib.suppress(OSError, TimeoutError):
+            await asyncio.wait_for(self._writer.wait_closed(), 0.5)
+        self.close()
+
+
+class Transport(asyncio.DatagramProtocol):
+    """One agent's sockets."""
+
+    def __init__(
+        self,
+        bind: Address,
+        seal: Seal,
+        hello: Callable[[], Hello],
+        handler: Handler,
+        *,
+        handshake_timeout_s: float,
+    ) -> None:
+        self.counters: Counter[str] = Counter()
+        self.dropped: Counter[tuple[str, str]] = Counter()  # (datagram | stream, reason)
+        self.address: Address = bind  # as bound; set by `bind`, as is the family
+        self.family = socket.AF_INET
+        self._bind = bind
+        self._seal = seal
+        self._hello = hello
+        self._handler = handler
+        self._handshake_timeout_s = handshake_timeout_s
+        self._links: set[Link] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # of accepted connections and of links
+        self._sockets: tuple[socket.socket, ...] = ()  # TCP and UDP; set by `bind`
+        self._server: asyncio.Server | None = None
+        self._udp: asyncio.DatagramTransport | None = None
+
+    # --- life -----------------------------------------------------------------------------------------
+
+    async def bind(self) -> None:
+        """Take one port for both sockets, without receiving yet; raises OSError."""
+        found = await asyncio.get_running_loop().getaddrinfo(*self._bind, type=socket.SOCK_STREAM)
+        self.family, (host, port) = found[0][0], found[0][4][:2]
+        self._sockets = _bind_both(self.family, str(host), int(port))
+        self.address = self._sockets[0].getsockname()[:2]
+
+    async def serve(self) -> None:
+        """Begin to receive."""
+        tcp, udp = self._sockets
+        loop = asyncio.get_running_loop()
+        self._udp, _ = await loop.create_datagram_endpoint(lambda: self, sock=udp)
+        self._server = await asyncio.start_server(self._accept, sock=tcp, backlog=128)
+
+    async def stop(self) -> None:
+        """Close everything and wait until it is."""
+        if self._server is not None:
+            self._server.close()
+        await asyncio.gather(*(link.close_gently() for link in list(self._links)))
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._server is not None:
+            await self._server.wait_closed()
+        if self._udp is not None:
+            self._udp.close()
+            await asyncio.sleep(0)  # the transport closes its socket in the next turn of the loop
+        for sock in self._sockets:
+            sock.close()
+
+    @property
+    def links(self) -> frozenset[Link]:
+        """The links that are up."""
+        return frozenset(self._links)
+
+    # --- datagrams ------------------------------------------------------------------------------------
+
+    def send_datagram(self, to: Address, data: bytes) -> None:
+        """Send, and forget."""
+        if self._udp is None or self._udp.is_closing():
+            return
+        try:
+            self._udp.sendto(self._seal.seal_datagram(data), to)
+        except (OSError, ValueError):
+            # Another address family, or no route: the same as a datagram lost on the way.
+            self.counters["datagrams_unsent"] += 1
+            return
+        self.counters["datagrams_sent"] += 1
+
+    def datagram_received(self, data: bytes, addr: object) -> None:  # noqa: ARG002 - the seal says who it is
+        """Open a datagram, or count why not; nothing is answered."""
+        self.counters["datagrams_received"] += 1
+        if len(data) > DATAGRAM_BYTES_MAX + DATAGRAM_OVERHEAD_BYTES:
+            self.dropped["datagram", "size"] += 1
+            return
+        try:
+            self._handler.handle_datagram(self._seal.open_datagram(data))
+        except (SealError, WireError) as error:
+            self.dropped["datagram", error.reason] += 1
+
+    def error_received(self, exc: Exception) -> None:  # noqa: ARG002 - probes find out who is gone
+        """Count what the kernel heard back, such as a closed port."""
+        self.counters["datagrams_refused"] += 1
+
+    # --- streams --------------------------------------------------------------------------------------
+
+    async def connect(self, address: Address, *, lasting: bool) -> Link:
+        """Dial a peer from the bound address; raises ReplicationError, OSError, TimeoutError."""
+        local = None if is_wildcard(self.address[0]) else (self.address[0], 0)
+        async with asyncio.timeout(self._handshake_timeout_s):
+            reader, writer = await asyncio.open_connection(*address, local_addr=local, family=self.family)
+            try:
+                link = await self._open(reader, writer, self._seal.dial(), dialled=True, lasting=lasting)
+            except asyncio.IncompleteReadError:
+                # A key holder answers; this is what a closed door looks like.
+                writer.transport.abort()
+                raise LinkError("refused") from None
+            except BaseException:
+                writer.transport.abort()
+                raise
+        self._track(self._run(link))
+        return link
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            if len(self._tasks) > LINKS_ACCEPTED_MAX:
+                self.dropped["stream", "too_many"] += 1
+                return
+            async with asyncio.timeout(self._handshake_timeout_s):
+                link = await self._open(reader, writer, self._seal.accept(), dialled=False, lasting=False)
+            await self._run(link)
+        except (LinkError, SealError, WireError) as error:
+            self.dropped["stream", error.reason] += 1
+        except TimeoutError:
+            self.dropped["stream", "timeout"] += 1
+        except asyncio.IncompleteReadError:
+            self.dropped["stream", "truncated"] += 1
+        except OSError:
+            self.dropped["stream", "io"] += 1
+        except asyncio.CancelledError:
+            pass  # `stop` cancels; asyncio's own callback for accepted streams would log it as an error
+        finally:
+            self._tasks.discard(task)
+            writer.transport.abort()
+
+    async def _open(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        handshake: Handshake,
+        *,
+        dialled: bool,
+        lasting: bool,
+    ) -> Link:
+        """Shake hands and exchange hellos; the dialer speaks first."""
+        _tune(writer)
+        if dialled:
+            writer.write(handshake.first_bytes())
+            box = handshake.finish(await reader.readexactly(HANDSHAKE_BYTES))
+        else:
+            box = handshake.finish(await reader.readexactly(HANDSHAKE_BYTES))
+            writer.write(handshake.first_bytes())
+        link = Link(reader, writer, box, dialled=dialled)
+        ours = self._hello()
+        if dialled:
+            link.send(encode(Hello(ours.cluster, ours.sender, lasting)))
+        theirs = decode_frame(await link.receive(HELLO_BYTES_MAX), size_max=HELLO_BYTES_MAX)
+        if not isinstance(theirs, Hello):
+            raise WireError("hello")
+        if theirs.cluster != ours.cluster:
+            raise LinkError("cluster")
+        if theirs.sender.site == ours.sender.site:
+            raise LinkError("self")
+        if not dialled:
+            link.send(encode(ours))
+        link.peer = theirs.sender
+        link.lasting = lasting if dialled else theirs.lasting
+        return link
+
+    async def _run(self, link: Link) -> None:
+        self._links.add(link)
+        self._handler.handle_link_up(link)
+        frames = 0
+        try:
+            while True:
+                data = await link.receive(FRAME_BYTES_MAX)
+                await self._handler.handle_frame(link, data)
+                frames += 1
+                if frames % _FAIR_FRAMES == 0:
+                    await asyncio.sleep(0)  # a full buffer is read without waiting; others get a turn
+        except asyncio.IncompleteReadError:
+            pass  # the other side closed it
+        except (LinkError, SealError, WireError) as error:
+            self.dropped["stream", error.reason] += 1
+        except OSError:
+            self.dropped["stream", "io"] += 1
+        finally:
+            link.close()
+            self._links.discard(link)
+            self.counters["bytes_sent"] += link.bytes_sent
+            self.counters["bytes_received"] += link.bytes_received
+            link.closed.set()
+            self._handler.handle_link_down(link)
+
+    def _track(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _bind_both(family: socket.AddressFamily, host: str, port: int) -> tuple[socket.socket, socket.socket]:
+    """Return a TCP and a UDP socket on one port; when the system chooses it, that may take several tries."""
+    attempts = 1 if port else 32
+    for attempt in range(attempts):
+        tcp = socket.socket(family, socket.SOCK_STREAM)
+        udp = socket.socket(family, socket.SOCK_DGRAM)
+        try:
+            tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                tcp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            tcp.bind((host, port))
+            udp.bind((host, tcp.getsockname()[1]))
+            tcp.setblocking(False)
+            udp.setblocking(False)
+        except OSError as error:
+            tcp.close()
+            udp.close()
+            if error.errno != errno.EADDRINUSE or attempt == attempts - 1:
+                raise OSError(
+                    error.errno, f"cannot bind gossip to {host} port {port}: {error.strerror}"
+                ) from error
+            continue
+        return tcp, udp
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _tune(writer: asyncio.StreamWriter) -> None:
+    """Notice a dead path within seconds instead of TCP's quarter of an hour."""
+    sock = writer.get_extra_info("socket")
+    with contextlib.suppress(OSError, AttributeError):  # where the platform lacks an option, probes remain
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
