@@ -13,21 +13,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from .explain import Verdict, describe, judge
 from .geo import AREAS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
     from .table import RoutingTable, Service
     from .target import Bucket, Target
 
-# A tier in which neither of two random machines is below the soft limit is looked through for one that
-# is, but not beyond this: when 1 in 50 is free, 128 looks miss it in 8 of 100 cases, and the cost of a
-# miss is a tier farther away.
-SOFT_SCAN_MAX: Final = 128
+# How far to look through a tier when neither of two random machines will do; an overload must not make
+# every choice cost the size of the app. Over the soft limit the price of a miss is a tier farther away:
+# with 1 in 5 below it, 16 looks miss in 3 of 100 cases. Over the hard limit it is a wait in the queue:
+# with 1 in 50 below it, 256 looks miss in 6 of 1,000, and tiers of up to 256 machines are never missed.
+SOFT_SCAN_MAX: Final = 16
+HARD_SCAN_MAX: Final = 256
+# A refusal counts what dropped this many machines: enough to see why, and cheap while refusals rain.
+DROPPED_COUNT_MAX: Final = 128
 # Orders of regions kept per app. Clients can ask for any order, so there must be an end.
 PLANS_MAX: Final = 64
 
@@ -63,7 +68,8 @@ ANYWHERE: Final = Want()
 class Refusal:
     """Nobody could take the request: why, and how many machines fell to which filter.
 
-    `at_limit` says that only hard limits stood in the way, so that waiting may help.
+    `at_limit` says that only hard limits stood in the way, so that waiting may help. `dropped` counts
+    the nearest DROPPED_COUNT_MAX machines; Balancer.explain has them all.
     """
 
     code: str
@@ -131,13 +137,12 @@ class Balancer:
             self._pick(service, bucket.ready, now, _UNLIMITED, want, tried) is not None for bucket in plan
         )
         if self._panic and not at_limit:
-            pools = [pool for bucket in plan for pool in (bucket.ready, bucket.reserve)]
-            for limit in (hard, _UNLIMITED):
-                for pool in pools:
-                    target = self._pick(service, pool, _IGNORE_EJECTION, limit, want, tried)
-                    if target is not None and limit == hard:
-                        return target
-                    at_limit = at_limit or target is not None
+            for pool in (pool for bucket in plan for pool in (bucket.ready, bucket.reserve)):
+                target = self._pick(service, pool, _IGNORE_EJECTION, hard, want, tried)
+                if target is not None:
+                    return target
+                full = self._pick(service, pool, _IGNORE_EJECTION, _UNLIMITED, want, tried)
+                at_limit = at_limit or full is not None
         return self._refuse(service, now, want, tried, at_limit=at_limit)
 
     def _pick(
@@ -148,9 +153,9 @@ class Balancer:
         limit: float,
         want: Want,
         tried: Collection[str],
-        scan_max: int = 2**31,
+        scan_max: int = HARD_SCAN_MAX,
     ) -> Target | None:
-        """Return the less loaded of two random machines that are below the limit, or any one that is."""
+        """Return the less loaded of two random machines if it fits, else one of some others that does."""
         size = len(pool)
         if not size:
             return None
@@ -197,7 +202,7 @@ class Balancer:
         self, service: Service, now: float, want: Want, tried: Collection[str], *, at_limit: bool
     ) -> Refusal:
         dropped: dict[str, int] = {}
-        for _, verdict in self._judge_all(service, now, want, tried):
+        for _, verdict in islice(self._judge_all(service, now, want, tried), DROPPED_COUNT_MAX):
             dropped[verdict.value] = dropped.get(verdict.value, 0) + 1
         where = f"of {service.app!r}" + (f" in {','.join(want.regions)}" if want.regions else "")
         if at_limit:
@@ -208,17 +213,15 @@ class Balancer:
 
     def _judge_all(
         self, service: Service, now: float, want: Want, tried: Collection[str]
-    ) -> list[tuple[Target, Verdict]]:
+    ) -> Iterator[tuple[Target, Verdict]]:
         plan = self._plan(service, want.regions)
-        judged = [
-            (target, judge(service, target, now, want, tried))
-            for bucket in plan
-            for target in bucket.members.values()
-        ]
-        judged += [
-            (target, Verdict.OTHER_REGION) for target in service.targets() if target.bucket not in plan
-        ]
-        return judged
+        for bucket in plan:
+            for target in bucket.members.values():
+                yield target, judge(service, target, now, want, tried)
+        for bucket in service.owner.buckets.values():
+            if bucket not in plan:
+                for target in bucket.members.values():
+                    yield target, Verdict.OTHER_REGION
 
     def explain(
         self, service: Service, now: float, want: Want = ANYWHERE, tried: Collection[str] = ()

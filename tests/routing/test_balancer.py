@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from routing.balancer import ANYWHERE, PLANS_MAX, SOFT_SCAN_MAX, Balancer, Refusal, Want
+from routing.balancer import ANYWHERE, DROPPED_COUNT_MAX, HARD_SCAN_MAX, PLANS_MAX, Balancer, Refusal, Want
 from routing.health import record_failure
 from tests.routing.rows import drop, put, row, table_with
 
@@ -146,11 +146,20 @@ def test_at_the_hard_limit_the_refusal_says_that_waiting_may_help() -> None:
 
 
 def test_one_free_machine_among_many_at_the_hard_limit_is_found() -> None:
-    table = world(*((f"m{i}", "ams") for i in range(3 * SOFT_SCAN_MAX)), soft_limit=1, hard_limit=1)
+    table = world(*((f"m{i}", "ams") for i in range(HARD_SCAN_MAX)), soft_limit=1, hard_limit=1)
     for target in table.targets():
         target.in_flight = 1
     the_target(table, "m77").in_flight = 0
     assert choose(table) == "m77"
+
+
+def test_a_refusal_counts_a_bounded_number_of_machines() -> None:
+    table = world(*((f"m{i}", "ams") for i in range(2 * DROPPED_COUNT_MAX)), hard_limit=1)
+    for target in table.targets():
+        target.in_flight = 1
+    refused = refusal(table)
+    assert refused.at_limit
+    assert refused.dropped == {"at hard limit": DROPPED_COUNT_MAX}
 
 
 @pytest.mark.parametrize(
