@@ -5,6 +5,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+BASE_PORT ?= 8080
 STAMP := $(VENV)/.installed
 
 help:
@@ -25,7 +26,7 @@ $(STAMP): pyproject.toml
 setup: $(STAMP)
 
 demo: setup
-	@exec $(BIN)/isthmus demo
+	@exec $(BIN)/isthmus demo --base-port $(BASE_PORT)
 
 check: setup
 	$(BIN)/ruff check .

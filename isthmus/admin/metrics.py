@@ -1,0 +1,94 @@
+"""Turn the plain samples of workers, agent and checks into Prometheus text.
+
+Decides the form only: what is counted, and its help text, belongs to the part that counts. Invariant: sums
+over workers never go down when a worker is restarted, because what a dead one had counted is kept.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+
+import proxy.metrics
+import replication.metrics
+from isthmus import checks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+Sample = tuple[str, tuple[tuple[str, str], ...], float]
+Key = tuple[str, tuple[tuple[str, str], ...]]
+
+OWN_METRICS: Mapping[str, tuple[str, str]] = {
+    "isthmus_feed_connected": ("gauge", "Workers that follow the agent's change feed"),
+    "isthmus_feed_followers": ("gauge", "Followers as the agent counts them"),
+    "isthmus_routing_rows_rejected": ("gauge", "Rows of the table that workers could not use"),
+}
+
+
+def known_metrics() -> dict[str, tuple[str, str]]:
+    """Return (type, help) of every metric by name."""
+    return {**proxy.metrics.METRICS, **replication.metrics.METRICS, **checks.METRICS, **OWN_METRICS}
+
+
+class WorkerTotals:
+    """What all workers have counted since the node started.
+
+    `_latest` holds the newest samples of each worker; `_retired` the counters of those that are gone.
+    """
+
+    def __init__(self) -> None:
+        self._latest: dict[str, dict[Key, float]] = {}
+        self._retired: dict[Key, float] = defaultdict(float)
+        self._types = known_metrics()
+
+    def handle_samples(self, worker: str, samples: Iterable[Sample]) -> None:
+        """Take the newest samples of a worker; `worker` names one life of one process."""
+        slot = worker.split("/", maxsplit=1)[0]
+        for other in [name for name in self._latest if name != worker and name.split("/")[0] == slot]:
+            for key, value in self._latest.pop(other).items():
+                if not self._is_gauge(key[0]):
+                    self._retired[key] += value
+        self._latest[worker] = {(name, labels): value for name, labels, value in samples}
+
+    def samples(self) -> Iterator[Sample]:
+        """Return the sums over all workers."""
+        totals = defaultdict(float, self._retired)
+        for samples in self._latest.values():
+            for key, value in samples.items():
+                totals[key] += value
+        for (name, labels), value in totals.items():
+            yield name, labels, value
+
+    def _is_gauge(self, name: str) -> bool:
+        return self._types.get(name, ("gauge", ""))[0] == "gauge"
+
+
+def expose(samples: Iterable[Sample]) -> tuple[bytes, str]:
+    """Return Prometheus text and its content type. A sample without an entry in the tables is an error."""
+    registry = CollectorRegistry()
+    registry.register(_Samples(samples))
+    return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
+
+
+class _Samples:
+    """A prometheus_client collector over samples that were taken already."""
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self._samples = samples
+
+    def collect(self) -> Iterator[Metric]:
+        known = known_metrics()
+        families: dict[str, Metric] = {}
+        for name, labels, value in self._samples:
+            family = name
+            if family not in known:  # the parts of a histogram
+                family = name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count")
+            kind, text = known[family]
+            # prometheus_client adds `_total` to a counter's samples itself.
+            metric = families.setdefault(family, Metric(family.removesuffix("_total"), text, kind))
+            metric.add_sample(name, dict(labels), value)
+        yield from families.values()

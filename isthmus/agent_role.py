@@ -1,0 +1,107 @@
+"""The agent process: replication, checks, the feed to the workers, and the admin listener.
+
+Builds the parts, and owns their order of start and stop. Invariant: the feed and the admin API never show a
+change that is not committed, because both follow the replication agent's commits.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from typing import TYPE_CHECKING
+
+from isthmus.admin.metrics import Sample, WorkerTotals
+from isthmus.admin.server import AdminServer
+from isthmus.admin.views import Views
+from isthmus.checks import Checker
+from isthmus.child import RefusedError
+from isthmus.config import Config, format_address, parse_listen
+from isthmus.feed import FeedServer
+from isthmus.registry import Registry, RegistryError
+from isthmus.route_feed import RouteFeed, routing_schema
+from replication.agent import Agent
+from replication.errors import ReplicationError
+from replication.settings import AgentSettings
+from routing.table import RoutingTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from replication.core.change import Commit
+
+log = logging.getLogger(__name__)
+
+
+def agent_settings(config: Config) -> AgentSettings:
+    """Return what the replication agent needs to know of the configuration."""
+    gossip = config.gossip
+    return AgentSettings(
+        name=config.node,
+        path=config.database,
+        bind=parse_listen(gossip.listen),
+        advertise=parse_listen(gossip.advertise) if gossip.advertise else None,
+        join=gossip.join,
+        keys=gossip.decoded_keys(),
+        cluster=gossip.cluster,
+    )
+
+
+class AgentRole:
+    """One node's agent. The parts are built in `start`, in the order in which they need each other."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._table = RoutingTable(config.node)
+        self._routes = RouteFeed(self._table, config.database)
+        self._totals = WorkerTotals()
+        self._agent = Agent(agent_settings(config), routing_schema(), on_commit=self._handle_commit)
+        self._checker = Checker(self._agent, config.node)
+        self._feed: FeedServer | None = None
+        self._admin: AdminServer | None = None
+
+    async def start(self) -> dict[str, str]:
+        """Start all parts; returns the addresses of the admin and gossip listeners."""
+        config = self._config
+        try:
+            await self._agent.start()
+        except (OSError, sqlite3.Error, ReplicationError) as error:
+            raise RefusedError(f"the agent cannot start: {error}") from error
+        gossip = format_address(*self._agent.address)
+        self._feed = FeedServer(config.feed_socket, self._routes.load(), self._totals.handle_samples)
+        await self._feed.start()
+        own = {config.proxy.listen, config.admin.listen, gossip}
+        registry = Registry(self._agent, config.node, config.region, own)
+        views = Views(config, self._agent, self._table, self._feed)
+        self._admin = AdminServer(config.admin, views, registry, self._samples)
+        try:
+            await self._admin.start()
+            await registry.announce(config, config.proxy.listen, time.time_ns() // 1_000_000)
+        except (OSError, RegistryError) as error:
+            await self.stop()
+            raise RefusedError(str(error)) from error
+        await self._checker.start()
+        return {"admin": self._admin.address, "gossip": gossip}
+
+    async def stop(self) -> None:
+        """Stop all parts, the last started first; the replication agent says goodbye to the others."""
+        await self._checker.stop()
+        if self._admin is not None:
+            await self._admin.stop()
+        await self._agent.stop()
+        if self._feed is not None:
+            await self._feed.stop()
+
+    def _handle_commit(self, commit: Commit) -> None:
+        for change in commit.changes:
+            self._routes.apply(change)
+        if self._feed is not None:
+            self._feed.publish(commit)
+        self._checker.on_tables_changed({change.table for change in commit.changes})
+
+    def _samples(self) -> Iterator[Sample]:
+        yield from self._totals.samples()
+        yield from self._agent.samples()
+        yield from self._checker.samples()
+        if self._feed is not None:
+            yield "isthmus_feed_followers", (), float(self._feed.followers)

@@ -1,0 +1,140 @@
+"""A child process of the supervisor: the agent or one worker, tied to its parent by a socket.
+
+Decides when a child stops: on SIGTERM, or when the socket to the supervisor closes. Knows nothing of what
+its role does. Invariant: no child outlives its supervisor, and no secret is on a command line.
+
+On the socket the supervisor sends one `Task` and the child answers lines of JSON: `Ready` once, then a
+`{"beat": n}` each second for as long as its event loop turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import struct
+import sys
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import msgspec
+import uvloop
+
+from isthmus.logs import setup_logging
+
+if TYPE_CHECKING:
+    from isthmus.config import Config
+
+BEAT_S = 1.0
+
+# What a child exits with when it cannot start for a reason that a restart does not mend.
+EXIT_REFUSED = 78
+
+log = logging.getLogger(__name__)
+
+
+class Task(msgspec.Struct, frozen=True):
+    """What a child is to be."""
+
+    role: Literal["agent", "worker"]
+    index: int
+    config: Config
+
+
+class Report(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line from a child: it is ready (with the addresses that it listens on), refuses, or beats."""
+
+    ready: dict[str, str] | None = None
+    refused: str = ""
+    beat: int = 0
+
+
+class Role(Protocol):
+    """What a child does between its start and its stop."""
+
+    async def start(self) -> dict[str, str]:
+        """Begin, and return the addresses that it listens on by name."""
+
+    async def stop(self) -> None:
+        """End gracefully."""
+
+
+class RefusedError(Exception):
+    """The role cannot start, and trying again would not help. The message is for the operator."""
+
+
+def send_task(channel: socket.socket, task: Task) -> None:
+    """Send the one message from supervisor to child."""
+    payload = msgspec.json.encode(task)
+    channel.sendall(struct.pack(">I", len(payload)) + payload)
+
+
+def _receive_task(channel: socket.socket) -> Task:
+    with channel.makefile("rb") as stream:
+        (size,) = struct.unpack(">I", stream.read(4))
+        return msgspec.json.decode(stream.read(size), type=Task)
+
+
+def main() -> int:
+    """Run the child whose socket is the file descriptor in the first argument."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    os.set_inheritable(channel.fileno(), False)
+    task = _receive_task(channel)
+    name = task.role if task.role == "agent" else f"worker-{task.index}"
+    setup_logging(task.config.log.format, task.config.log.level, name)
+    # The supervisor asks a stalled child for its stacks before it ends it.
+    faulthandler.register(signal.SIGUSR1)
+    # Importing here keeps a worker from loading what only the agent needs.
+    role: Role
+    if task.role == "agent":
+        from isthmus.agent_role import AgentRole  # noqa: PLC0415 — see above
+
+        role = AgentRole(task.config)
+    else:
+        from isthmus.worker_role import WorkerRole  # noqa: PLC0415 — see above
+
+        role = WorkerRole(task.config, task.index)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_live(role, channel))
+
+
+async def _live(role: Role, channel: socket.socket) -> int:
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    reader, writer = await asyncio.open_connection(sock=channel)
+    lifeline = asyncio.create_task(_watch_parent(reader, stopping))
+    try:
+        addresses = await role.start()
+    except RefusedError as error:
+        writer.write(msgspec.json.encode(Report(refused=str(error))) + b"\n")
+        await writer.drain()
+        return EXIT_REFUSED
+    writer.write(msgspec.json.encode(Report(ready=addresses)) + b"\n")
+    beats = asyncio.create_task(_beat(writer))
+    await stopping.wait()
+    beats.cancel()
+    await role.stop()
+    lifeline.cancel()
+    writer.close()
+    return 0
+
+
+async def _watch_parent(reader: asyncio.StreamReader, stopping: asyncio.Event) -> None:
+    await reader.read()
+    stopping.set()
+
+
+async def _beat(writer: asyncio.StreamWriter) -> None:
+    count = 0
+    while True:
+        count += 1
+        writer.write(msgspec.json.encode(Report(beat=count)) + b"\n")
+        await asyncio.sleep(BEAT_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

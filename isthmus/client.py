@@ -1,0 +1,104 @@
+"""The command line's way to the admin API of a running node.
+
+Decides which node is meant and how its refusals are told. Invariant: every failure is a ClientError with a
+sentence that says what to do.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import urllib.parse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from isthmus.config import default_data_dir
+from isthmus.supervisor import read_node_info
+
+if TYPE_CHECKING:
+    import argparse
+
+TIMEOUT_S = 10.0
+
+
+class ClientError(Exception):
+    """The node could not be asked, or said no."""
+
+
+class AdminClient:
+    """Asks one node's admin API."""
+
+    def __init__(self, base: str, token: str) -> None:
+        parts = urllib.parse.urlsplit(base if "//" in base else f"//{base}")
+        if parts.scheme not in ("", "http") or not parts.netloc:
+            raise ClientError(f"--admin takes http://HOST:PORT, not `{base}`")
+        self._address = parts.netloc
+        self._token = token
+
+    def get(self, path: str) -> Any:
+        """Return what is at the path."""
+        return self._ask("GET", path, None)
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """Change something, and return what the node says of it."""
+        return self._ask("POST", path, body)
+
+    def delete(self, path: str) -> Any:
+        """Remove something, and return what the node says of it."""
+        return self._ask("DELETE", path, None)
+
+    def _ask(self, method: str, path: str, body: Any) -> Any:
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        payload = None
+        if body is not None:
+            payload = orjson.dumps(body)
+            headers["Content-Type"] = "application/json"
+        connection = http.client.HTTPConnection(self._address, timeout=TIMEOUT_S)
+        try:
+            connection.request(method, path, payload, headers)
+            response = connection.getresponse()
+            answer = orjson.loads(response.read())
+        except (OSError, http.client.HTTPException, orjson.JSONDecodeError) as error:
+            raise ClientError(
+                f"no isthmus answers at {self._address} ({error}); start one with `isthmus run`, "
+                "or say where it is with --admin HOST:PORT"
+            ) from None
+        finally:
+            connection.close()
+        if response.status >= 400:
+            raise ClientError(answer.get("error", f"status {response.status}"))
+        return answer
+
+
+def quote(part: str) -> str:
+    """Make a name fit for one segment of a path."""
+    return urllib.parse.quote(part, safe="")
+
+
+def add_client_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which node is asked."""
+    parser.add_argument(
+        "--admin", metavar="HOST:PORT", help="admin listener of the node to ask [ISTHMUS_ADMIN]"
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", type=Path, help="data directory of the node to ask [ISTHMUS_DATA]"
+    )
+    parser.add_argument("--token", help="admin token, where one is set [ISTHMUS_TOKEN]")
+
+
+def make_client(args: argparse.Namespace) -> AdminClient:
+    """Return a client for the node that the flags, the environment or the data directory name."""
+    token = args.token or os.environ.get("ISTHMUS_TOKEN", "")
+    base = args.admin or (None if args.data else os.environ.get("ISTHMUS_ADMIN"))
+    if base:
+        return AdminClient(base, token)
+    data = args.data or Path(os.environ.get("ISTHMUS_DATA") or default_data_dir(os.environ))
+    info = read_node_info(data)
+    if info is None:
+        raise ClientError(
+            f"no isthmus runs with the data directory {data}; start one with `isthmus run`, "
+            "or say which node to ask with --admin HOST:PORT or --data DIR"
+        )
+    return AdminClient(info.admin, token)

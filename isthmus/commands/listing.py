@@ -1,0 +1,100 @@
+"""`isthmus routes|machines|nodes|apps|status`: what a node knows, as a table or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from isthmus.client import add_client_flags, make_client
+
+if TYPE_CHECKING:
+    import argparse
+
+Cells = Sequence[str]
+
+
+def add_parser(verbs: Any) -> None:
+    """Add the verbs that show."""
+    for name, (help_text, _, _) in _LISTINGS.items():
+        parser: argparse.ArgumentParser = verbs.add_parser(name, help=help_text)
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        add_client_flags(parser)
+        parser.set_defaults(run=run, listing=name)
+    status: argparse.ArgumentParser = verbs.add_parser(
+        "status", help="show the state of the node itself, as JSON"
+    )
+    add_client_flags(status)
+    status.set_defaults(run=run, listing="status", json=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fetch and print."""
+    answer = make_client(args).get(f"/v1/{args.listing}")
+    if args.json:
+        print(orjson.dumps(answer, option=orjson.OPT_INDENT_2).decode())
+        return 0
+    _, header, cells = _LISTINGS[args.listing]
+    rows = [row for item in answer for row in cells(item)]
+    print(format_table(header, rows) if rows else f"no {args.listing} yet")
+    return 0
+
+
+def format_table(header: Cells, rows: Iterable[Cells]) -> str:
+    """Return aligned columns, two spaces apart."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _route_rows(route: dict[str, Any]) -> Iterable[Cells]:
+    way = (route["host"], route["path"], route["app"])
+    if not route["machines"]:
+        yield (*way, "none routable", "", "")
+    for machine in route["machines"]:
+        yield (*way, machine["machine"], machine["region"], machine["address"])
+
+
+def _machine_rows(machine: dict[str, Any]) -> Iterable[Cells]:
+    checks = ", ".join(f"{check['name']} {check['status']}" for check in machine["checks"]) or "-"
+    state = machine["state"] + (" cordoned" if machine["cordoned"] else "")
+    keys = ("machine", "app", "region", "node", "address")
+    yield (*(machine[key] for key in keys), state, checks, machine["verdict"])
+
+
+def _node_rows(node: dict[str, Any]) -> Iterable[Cells]:
+    heard = "self" if node["self"] else _ago(node["heard_ms_ago"])
+    rtt = "-" if node["rtt_ms"] is None else f"{node['rtt_ms']:.1f} ms"
+    yield (node["node"], node["region"], node["state"], heard, rtt, node["address"], node["software"])
+
+
+def _app_rows(app: dict[str, Any]) -> Iterable[Cells]:
+    yield (app["app"], ", ".join(app["hosts"]) or "-", f"{app['routable']}/{app['machines']}")
+
+
+def _ago(ms: float | None) -> str:
+    return "never" if ms is None else f"{ms / 1000:.1f} s ago"
+
+
+_LISTINGS: dict[str, tuple[str, Cells, Callable[[dict[str, Any]], Iterable[Cells]]]] = {
+    "routes": (
+        "show where requests may go now",
+        ("HOST", "PATH", "APP", "MACHINE", "REGION", "ADDRESS"),
+        _route_rows,
+    ),
+    "machines": (
+        "show every machine",
+        ("MACHINE", "APP", "REGION", "NODE", "ADDRESS", "STATE", "CHECKS", "VERDICT"),
+        _machine_rows,
+    ),
+    "nodes": (
+        "show every node",
+        ("NODE", "REGION", "STATE", "HEARD", "RTT", "PROXY", "SOFTWARE"),
+        _node_rows,
+    ),
+    "apps": ("show every app", ("APP", "HOSTS", "ROUTABLE"), _app_rows),
+}

@@ -1,0 +1,120 @@
+"""`isthmus run`: one node, until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isthmus import __version__
+from isthmus.config import Config, load_config
+from isthmus.logs import setup_logging
+from isthmus.single import run_single
+from isthmus.supervisor import NodeInfo, Supervisor
+
+if TYPE_CHECKING:
+    import argparse
+
+# Flags and the settings that they give.
+_SETTINGS = {
+    "listen": "proxy.listen",
+    "admin_listen": "admin.listen",
+    "gossip_listen": "gossip.listen",
+    "advertise": "gossip.advertise",
+    "join": "gossip.join",
+    "node": "node",
+    "region": "region",
+    "data": "data",
+    "workers": "workers",
+    "log_level": "log.level",
+    "log_format": "log.format",
+}
+
+
+def add_parser(verbs: Any) -> None:
+    """Add `run`."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "run",
+        help="run a node",
+        description="Run a node: proxy, agent and admin listener. Everything has a default. Flags win over "
+        "the environment (ISTHMUS_…), and that over the file.",
+    )
+    parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file [ISTHMUS_CONFIG]")
+    parser.add_argument("--listen", metavar="HOST:PORT", help="where clients connect (127.0.0.1:8080)")
+    parser.add_argument(
+        "--admin-listen", metavar="HOST:PORT", help="admin API and dashboard (127.0.0.1:8471)"
+    )
+    parser.add_argument(
+        "--gossip-listen", metavar="HOST:PORT", help="where other nodes connect (127.0.0.1:8472)"
+    )
+    parser.add_argument(
+        "--advertise", metavar="HOST:PORT", help="gossip address to tell others, if not the one above"
+    )
+    parser.add_argument(
+        "--join",
+        metavar="HOST:PORT",
+        action="append",
+        help="a node to join; a name stands for all its addresses",
+    )
+    parser.add_argument("--node", metavar="NAME", help="name of this node (the host's)")
+    parser.add_argument("--region", metavar="CODE", help="region of this node")
+    parser.add_argument("--data", metavar="DIR", help="where the database lives")
+    parser.add_argument(
+        "--workers", metavar="N", type=int, help="worker processes; 0 runs all in one process (1)"
+    )
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--log-format", choices=("text", "json"))
+    front = parser.add_argument_group("front one app")
+    front.add_argument("--app", metavar="NAME", help="an app to serve")
+    front.add_argument("--host", metavar="HOST", action="append", help="a host name that leads to it (any)")
+    front.add_argument(
+        "--machine", metavar="HOST:PORT", action="append", help="where it runs; may be repeated"
+    )
+    front.add_argument("--check", metavar="PATH", help="probe each machine at this path")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run until SIGTERM or Ctrl-C."""
+    file = args.config or (Path(os.environ["ISTHMUS_CONFIG"]) if os.environ.get("ISTHMUS_CONFIG") else None)
+    flags: dict[str, Any] = {setting: getattr(args, flag) for flag, setting in _SETTINGS.items()}
+    flags["apps"] = _front(args)
+    config = load_config(file, flags)
+    setup_logging(config.log.format, config.log.level, "node")
+
+    def announce(info: NodeInfo) -> None:
+        print(_banner(config, info), flush=True)
+
+    if config.workers == 0:
+        run_single(config, announce)
+    else:
+        asyncio.run(Supervisor(config, announce).run())
+    return 0
+
+
+def _front(args: argparse.Namespace) -> list[dict[str, Any]] | None:
+    if args.app is None:
+        if args.machine or args.host or args.check:
+            args.parser.error("--machine, --host and --check go with --app NAME")
+        return None
+    app: dict[str, Any] = {
+        "name": args.app,
+        "machines": [{"address": address} for address in args.machine or ()],
+    }
+    if args.host:
+        app["hosts"] = args.host
+    if args.check:
+        app["checks"] = [{"path": args.check}]
+    return [app]
+
+
+def _banner(config: Config, info: NodeInfo) -> str:
+    sealed = "sealed with the cluster key" if config.gossip.keys else "no cluster key, this machine only"
+    return (
+        f"isthmus {__version__}   node {info.node}   region {info.region}\n"
+        f"  proxy   http://{info.listen}\n"
+        f"  admin   http://{info.admin}\n"
+        f"  gossip  {info.gossip} ({sealed})\n"
+        f"  data    {config.data}"
+    )

@@ -1,0 +1,210 @@
+"""The change feed between the agent and its workers: msgpack messages over a Unix socket.
+
+Decides how a worker catches up and what happens to one that cannot. Knows no table. Invariant: a follower
+sees every commit after the one that it named, in order and without a hole, or is told to load the file
+again.
+
+Messages, agent to worker: `["commit", seq, [[table, pk, row or nil], …]]` and `["reload"]`; worker to
+agent: `["follow", seq]` first, then `["samples", worker, [[name, labels, value], …]]` now and then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+
+from replication.core.change import Commit, RowChange
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+Sample = tuple[str, tuple[tuple[str, str], ...], float]
+
+# A worker that was away for fewer commits than this resumes without reading the file again.
+COMMITS_KEPT = 4096
+# A commit larger than this is cheaper read from the file than sent to each worker.
+COMMIT_ROWS_MAX = 10_000
+# A worker this far behind is stuck: it is cut off, and loads the file when it comes back.
+BACKLOG_BYTES_MAX = 16 << 20
+# The feed is local and trusted, but a confused peer must not take the memory.
+MESSAGE_BYTES_MAX = 64 << 20
+
+SAMPLES_INTERVAL_S = 1.0
+RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 1.0
+
+
+def _pack(message: list[Any]) -> bytes:
+    packed: bytes = msgpack.packb(message)
+    return packed
+
+
+def _unpacker() -> msgpack.Unpacker:
+    return msgpack.Unpacker(use_list=False, max_buffer_size=MESSAGE_BYTES_MAX)
+
+
+class FeedServer:
+    """The agent's end: publishes commits to every follower and collects their metrics.
+
+    `last_seq` is the newest commit published; `_recent` holds packed commits up to it, without holes.
+    """
+
+    def __init__(
+        self, path: Path, last_seq: int, on_samples: Callable[[str, Iterable[Sample]], None]
+    ) -> None:
+        self._path = path
+        self._on_samples = on_samples
+        self.last_seq = last_seq
+        self._recent: deque[tuple[int, bytes]] = deque(maxlen=COMMITS_KEPT)
+        self._followers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+
+    @property
+    def followers(self) -> int:
+        """How many workers follow right now."""
+        return len(self._followers)
+
+    async def start(self) -> None:
+        """Listen. A socket that an earlier agent left behind is replaced."""
+        self._path.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._serve, str(self._path))
+        self._path.chmod(0o600)
+
+    async def stop(self) -> None:
+        """Close the socket and every follower."""
+        if self._server is not None:
+            self._server.close()
+        for writer in list(self._followers):
+            writer.close()
+        self._path.unlink(missing_ok=True)
+
+    def publish(self, commit: Commit) -> None:
+        """Send one commit to all followers. Never blocks: one that does not read is cut off."""
+        if len(commit.changes) > COMMIT_ROWS_MAX:
+            self._recent.clear()
+            packed = _pack(["reload"])
+        else:
+            packed = _pack(["commit", commit.seq, commit.changes])
+            self._recent.append((commit.seq, packed))
+        self.last_seq = commit.seq
+        for writer in list(self._followers):
+            if writer.transport.get_write_buffer_size() > BACKLOG_BYTES_MAX:
+                log.warning("a worker does not read its feed and is cut off")
+                self._followers.discard(writer)
+                writer.transport.abort()
+            else:
+                writer.write(packed)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        unpacker = _unpacker()
+        try:
+            while data := await reader.read(1 << 16):
+                unpacker.feed(data)
+                for message in unpacker:
+                    self._handle(message, writer)
+        except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
+            log.warning("a worker's feed connection failed", extra={"error": repr(error)})
+        finally:
+            self._followers.discard(writer)
+            writer.close()
+
+    def _handle(self, message: Any, writer: asyncio.StreamWriter) -> None:
+        match message:
+            case ("follow", int(seq)):
+                self._followers.add(writer)
+                writer.writelines(self._catch_up(seq))
+            case ("samples", str(worker), tuple(samples)):
+                self._on_samples(worker, samples)
+            case _:
+                raise ValueError(f"unknown feed message {message!r:.80}")
+
+    def _catch_up(self, seq: int) -> list[bytes]:
+        """Return what a follower that has seen `seq` is missing."""
+        if seq == self.last_seq:
+            return []
+        first_kept = self._recent[0][0] if self._recent else self.last_seq + 1
+        if seq > self.last_seq or seq < first_kept - 1:
+            return [_pack(["reload"])]
+        return [packed for kept, packed in self._recent if kept > seq]
+
+
+class FeedFollower:
+    """A worker's end: applies what the agent publishes, and outlives the agent.
+
+    `connected` is true while the agent answers; `heard` is the monotonic time of the last sign of it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        worker: str,
+        *,
+        load: Callable[[], int],
+        apply: Callable[[RowChange], None],
+        samples: Callable[[], Iterable[Sample]],
+    ) -> None:
+        self._path = path
+        self._worker = worker
+        self._load = load
+        self._apply = apply
+        self._samples = samples
+        self.seq = 0
+        self.connected = False
+        self.heard = time.monotonic()
+
+    async def run(self) -> None:
+        """Follow for ever; a lost agent is looked for with growing pauses while routing goes on."""
+        pause = RECONNECT_MIN_S
+        while True:
+            try:
+                reader, writer = await asyncio.open_unix_connection(str(self._path))
+            except OSError:
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(pause * 2, RECONNECT_MAX_S)
+                continue
+            pause = RECONNECT_MIN_S
+            self.connected = True
+            reporter = asyncio.create_task(self._report(writer))
+            try:
+                writer.write(_pack(["follow", self.seq]))
+                await self._follow(reader)
+            except (OSError, ValueError, msgpack.UnpackException) as error:
+                log.warning("the feed failed", extra={"error": repr(error)})
+            finally:
+                self.connected = False
+                reporter.cancel()
+                writer.close()
+            log.info("the agent is away; routing goes on with the last table")
+
+    async def _follow(self, reader: asyncio.StreamReader) -> None:
+        unpacker = _unpacker()
+        while data := await reader.read(1 << 18):
+            unpacker.feed(data)
+            self.heard = time.monotonic()
+            for message in unpacker:
+                match message:
+                    case ("commit", int(seq), tuple(changes)):
+                        if seq > self.seq:
+                            for change in changes:
+                                self._apply(RowChange(*change))
+                            self.seq = seq
+                    case ("reload",):
+                        self.seq = self._load()
+                    case _:
+                        raise ValueError(f"unknown feed message {message!r:.80}")
+
+    async def _report(self, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                writer.write(_pack(["samples", self._worker, list(self._samples())]))
+                await writer.drain()
+                await asyncio.sleep(SAMPLES_INTERVAL_S)

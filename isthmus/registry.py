@@ -1,0 +1,236 @@
+"""Changes to the routing table that people and configuration files ask for.
+
+Decides what is a sensible change and turns it into SQL. Knows nothing of HTTP or of how rows spread.
+Invariant: what is refused has changed nothing, because every change is one transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from isthmus import __version__
+from isthmus.config import AppConfig, CheckConfig, Config, MachineConfig, unknown_region
+
+Value = None | int | float | str | bytes
+Statement = tuple[str, Sequence[Value]]
+Rows = list[tuple[Any, ...]]
+
+# The actions on a machine and what each writes.
+ACTIONS: Mapping[str, str] = {
+    "start": "UPDATE machines SET state = 'started' WHERE id = ?",
+    "stop": "UPDATE machines SET state = 'stopped' WHERE id = ?",
+    "cordon": "UPDATE machines SET cordoned = 1 WHERE id = ?",
+    "uncordon": "UPDATE machines SET cordoned = 0 WHERE id = ?",
+}
+
+
+class RegistryError(Exception):
+    """A change is refused; `found` is false when what it is about does not exist."""
+
+    def __init__(self, message: str, *, found: bool = True) -> None:
+        super().__init__(message)
+        self.found = found
+
+
+class Database(Protocol):
+    """What the registry needs of the replicated database."""
+
+    async def execute(self, statements: Sequence[Statement]) -> Any:
+        """Run all statements in one transaction."""
+
+    async def query(self, sql: str, params: Sequence[Value] = ()) -> Any:
+        """Run a reading statement; the answer has `rows`."""
+
+
+class NewMachine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What `machine add` asks for."""
+
+    app: str
+    address: str
+    id: str = ""
+    region: str = ""
+
+
+class Registry:
+    """Writes the rows of one node.
+
+    `own_listeners` are the addresses that this node itself listens on: no machine may have one, or a
+    request could be sent to the admin API or round in a circle.
+    """
+
+    def __init__(self, database: Database, node: str, region: str, own_listeners: Collection[str]) -> None:
+        self._database = database
+        self._node = node
+        self._region = region
+        self._own_listeners = own_listeners
+
+    async def announce(self, config: Config, address: str, now_ms: int) -> None:
+        """Write this node's own row, its regions, and what its configuration declares."""
+        statements: list[Statement] = [
+            (
+                (
+                    "INSERT INTO nodes (id, region, address, started_ms, software) VALUES (?, ?, ?, ?, ?)"
+                    " ON CONFLICT DO UPDATE SET region = excluded.region, address = excluded.address,"
+                    " started_ms = excluded.started_ms, software = excluded.software"
+                ),
+                (self._node, self._region, address, now_ms, f"isthmus {__version__}"),
+            )
+        ]
+        for code, region in config.regions.items():
+            statements.append(
+                (
+                    (
+                        "INSERT INTO regions (code, name, latitude, longitude) VALUES (?, ?, ?, ?)"
+                        " ON CONFLICT DO UPDATE SET name = excluded.name, latitude = excluded.latitude,"
+                        " longitude = excluded.longitude"
+                    ),
+                    (code, region.name, region.latitude, region.longitude),
+                )
+            )
+        owner = f"config:{self._node}"
+        for app in config.apps:
+            statements += self._app_statements(app, owner)
+        declared = [machine for app in config.apps for machine in self._named(app)]
+        statements += _forget("machines", "id", [machine.id for machine in declared], owner)
+        statements += _forget("apps", "name", [app.name for app in config.apps], owner)
+        for table in ("hostnames", "services"):
+            statements += _forget(table, "app", [app.name for app in config.apps], owner)
+        for app in config.apps:
+            statements.append(_keep_hosts(app, owner))
+        await self._database.execute(statements)
+
+    async def add_app(self, app: AppConfig) -> list[str]:
+        """Create the app or change it to what is given; returns the ids of its machines given here."""
+        for host in app.hosts:
+            await self._refuse_taken_route(app, host)
+        await self._database.execute(self._app_statements(app, ""))
+        return [machine.id for machine in self._named(app)]
+
+    async def remove_app(self, name: str) -> None:
+        """Remove an app with all that belongs to it."""
+        await self._require("apps", "name", name, "app")
+        await self._database.execute(
+            [
+                ("DELETE FROM checks WHERE machine IN (SELECT id FROM machines WHERE app = ?)", (name,)),
+                ("DELETE FROM loads WHERE machine IN (SELECT id FROM machines WHERE app = ?)", (name,)),
+                ("DELETE FROM machines WHERE app = ?", (name,)),
+                ("DELETE FROM services WHERE app = ?", (name,)),
+                ("DELETE FROM hostnames WHERE app = ?", (name,)),
+                ("DELETE FROM apps WHERE name = ?", (name,)),
+            ]
+        )
+
+    async def add_machine(self, new: NewMachine) -> str:
+        """Add a machine that this node owns and checks; returns its id. Twice is as once."""
+        await self._require("apps", "name", new.app, "app")
+        try:
+            machine = MachineConfig(address=new.address, id=new.id, region=new.region)
+        except ValueError as error:
+            raise RegistryError(str(error)) from None
+        if new.region:
+            own = {row[0] for row in (await self._database.query("SELECT code FROM regions")).rows}
+            problem = unknown_region(new.region, own | {self._region})
+            if problem:
+                raise RegistryError(problem)
+        (machine,) = self._named(AppConfig(name=new.app, machines=(machine,)))
+        await self._refuse_foreign_id(machine.id, new.app)
+        await self._database.execute([self._machine_statement(new.app, machine, "")])
+        return machine.id
+
+    async def remove_machine(self, machine: str) -> None:
+        """Remove a machine with its checks and loads."""
+        await self._require("machines", "id", machine, "machine")
+        await self._database.execute(
+            [
+                ("DELETE FROM checks WHERE machine = ?", (machine,)),
+                ("DELETE FROM loads WHERE machine = ?", (machine,)),
+                ("DELETE FROM machines WHERE id = ?", (machine,)),
+            ]
+        )
+
+    async def change_machine(self, machine: str, action: str) -> None:
+        """Apply one of ACTIONS to a machine."""
+        await self._require("machines", "id", machine, "machine")
+        await self._database.execute([(ACTIONS[action], (machine,))])
+
+    async def _require(self, table: str, column: str, value: str, what: str) -> None:
+        sql = f"SELECT 1 FROM {table} WHERE {column} = ?"  # noqa: S608 — both names are ours
+        if not (await self._database.query(sql, (value,))).rows:
+            raise RegistryError(f"there is no {what} `{value}`", found=False)
+
+    async def _refuse_taken_route(self, app: AppConfig, host: str) -> None:
+        sql = "SELECT app FROM hostnames WHERE hostname = ? AND path_prefix = ? AND app != ?"
+        rows: Rows = (await self._database.query(sql, (host.lower(), app.path_prefix, app.name))).rows
+        if rows:
+            raise RegistryError(f"host `{host}` at {app.path_prefix} already leads to app `{rows[0][0]}`")
+
+    async def _refuse_foreign_id(self, machine: str, app: str) -> None:
+        rows: Rows = (await self._database.query("SELECT app FROM machines WHERE id = ?", (machine,))).rows
+        if rows and rows[0][0] != app:
+            raise RegistryError(f"machine `{machine}` already belongs to app `{rows[0][0]}`")
+
+    def _app_statements(self, app: AppConfig, owner: str) -> list[Statement]:
+        statements: list[Statement] = [
+            ("INSERT INTO apps (name, managed_by) VALUES (?, ?) ON CONFLICT DO NOTHING", (app.name, owner)),
+            (
+                (
+                    "INSERT INTO services (app, port, soft_limit, hard_limit, checks, managed_by)"
+                    " VALUES (?, 0, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET soft_limit = excluded.soft_limit,"
+                    " hard_limit = excluded.hard_limit, checks = excluded.checks"
+                ),
+                (app.name, app.soft_limit, app.hard_limit, encode_checks(app.checks), owner),
+            ),
+        ]
+        route = (
+            "INSERT INTO hostnames (hostname, path_prefix, app, managed_by) VALUES (?, ?, ?, ?)"
+            " ON CONFLICT DO UPDATE SET app = excluded.app"
+        )
+        statements += [(route, (host.lower(), app.path_prefix, app.name, owner)) for host in app.hosts]
+        return statements + [self._machine_statement(app.name, m, owner) for m in self._named(app)]
+
+    def _named(self, app: AppConfig) -> list[MachineConfig]:
+        """Return the app's machines, each with an id; one that is not named gets one from what it is."""
+        named = []
+        for machine in app.machines:
+            if machine.address in self._own_listeners:
+                raise RegistryError(f"{machine.address} is a listener of this node itself, not a machine")
+            if not machine.id:
+                identity = f"{self._node} {app.name} {machine.address}".encode()
+                machine = msgspec.structs.replace(machine, id=hashlib.sha256(identity).hexdigest()[:14])  # noqa: PLW2901 — the same machine, named
+            named.append(machine)
+        return named
+
+    def _machine_statement(self, app: str, machine: MachineConfig, owner: str) -> Statement:
+        return (
+            (
+                "INSERT INTO machines (id, app, node, region, address, managed_by) VALUES (?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET app = excluded.app, node = excluded.node,"
+                " region = excluded.region, address = excluded.address, managed_by = excluded.managed_by"
+            ),
+            (machine.id, app, self._node, machine.region or self._region, machine.address, owner),
+        )
+
+
+def encode_checks(checks: Iterable[CheckConfig]) -> str:
+    """Return check definitions as the JSON that `services.checks` holds."""
+    return msgspec.json.encode(list(checks)).decode()
+
+
+def _forget(table: str, column: str, keep: Sequence[str], owner: str) -> list[Statement]:
+    """Remove what this node's configuration declared earlier and no longer does."""
+    marks = ", ".join("?" * len(keep))
+    sql = f"DELETE FROM {table} WHERE managed_by = ? AND {column} NOT IN ({marks})"  # noqa: S608 — names are ours
+    return [(sql, (owner, *keep))]
+
+
+def _keep_hosts(app: AppConfig, owner: str) -> Statement:
+    marks = ", ".join("?" * len(app.hosts))
+    sql = (
+        "DELETE FROM hostnames WHERE managed_by = ? AND app = ?"  # noqa: S608 — only marks are put in
+        f" AND (path_prefix != ? OR hostname NOT IN ({marks}))"
+    )
+    return (sql, (owner, app.name, app.path_prefix, *(host.lower() for host in app.hosts)))

@@ -1,0 +1,73 @@
+"""Replicated changes become routing-table changes.
+
+The only place where both the replicated rows and the RoutingTable are known. Invariant: whatever row comes,
+the table stays usable: a row that cannot be used is counted and named, and the others take effect.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from replication.schema import Schema
+from replication.sidetables import read_seq
+from routing.catalog import load_schema_sql
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from replication.core.change import RowChange
+    from routing.table import RoutingTable
+    from routing.types import Pk, Row
+
+log = logging.getLogger(__name__)
+
+# A file that another process is checkpointing may be busy for a moment.
+BUSY_TIMEOUT_S = 10.0
+
+
+def routing_schema() -> Schema:
+    """Return the replicated schema that routing reads."""
+    return Schema.parse(load_schema_sql())
+
+
+class RouteFeed:
+    """Keeps one RoutingTable in step with the database."""
+
+    def __init__(self, table: RoutingTable, database: Path) -> None:
+        self._table = table
+        self._database = database
+        self._schema = routing_schema()
+
+    def apply(self, change: RowChange) -> None:
+        """Apply one row change; tables that routing does not read are passed over."""
+        self._table.apply(change.table, change.pk, change.row)
+
+    def load(self) -> int:
+        """Make the table equal to the file, and return the sequence number up to which it is.
+
+        Reads in one transaction, so the number and the rows belong together; needs no agent.
+        """
+        started = time.monotonic()
+        source = f"{self._database.resolve().as_uri()}?mode=ro"
+        connection = sqlite3.connect(source, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+        with closing(connection):
+            connection.execute("BEGIN")
+            seq = read_seq(connection)
+            self._table.load(self._read_rows(connection))
+        log.info(
+            "routing table loaded",
+            extra={"seq": seq, "took_ms": round((time.monotonic() - started) * 1000)},
+        )
+        return seq
+
+    def _read_rows(self, connection: sqlite3.Connection) -> Iterator[tuple[str, Pk, Row]]:
+        for name, table in self._schema.tables.items():
+            columns = ", ".join(f'"{column}"' for column in table.columns)
+            key_at = [table.columns.index(column) for column in table.pk]
+            for row in connection.execute(f'SELECT {columns} FROM "{name}"'):  # noqa: S608 — our own schema's names
+                yield name, tuple(row[i] for i in key_at), row

@@ -1,0 +1,62 @@
+"""All of a node in one process, for small machines and tests (`workers = 0`).
+
+Decides the order only; agent and worker are the same as in processes of their own, and talk over the same
+socket. Invariant: stops on the signals on which a supervised node stops, in the same order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import uvloop
+
+from isthmus.agent_role import AgentRole
+from isthmus.child import RefusedError
+from isthmus.config import Config, ConfigError
+from isthmus.listeners import bound_address, claim
+from isthmus.supervisor import NodeInfo, lock_data_dir
+from isthmus.worker_role import WorkerRole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def run_single(config: Config, announce: Callable[[NodeInfo], None]) -> None:
+    """Run a node in this process until SIGTERM or SIGINT. Raises ConfigError when it cannot start."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_run(config, announce))
+
+
+async def _run(config: Config, announce: Callable[[NodeInfo], None]) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    lock = await lock_data_dir(config)
+    reservation = claim(config)
+    listen = bound_address(reservation)
+    config = msgspec.structs.replace(config, proxy=msgspec.structs.replace(config.proxy, listen=listen))
+    agent = AgentRole(config)
+    info_file = Path(config.data) / "node.json"
+    try:
+        addresses = await agent.start()
+        worker = WorkerRole(config, 0)
+        await worker.start()
+        info = NodeInfo(
+            config.node, config.region, os.getpid(), listen, addresses["admin"], addresses["gossip"]
+        )
+        info_file.write_bytes(msgspec.json.encode(info) + b"\n")
+        announce(info)
+        await stopping.wait()
+        await worker.stop()
+        await agent.stop()
+    except RefusedError as error:
+        raise ConfigError(str(error)) from error
+    finally:
+        info_file.unlink(missing_ok=True)
+        reservation.close()
+        os.close(lock)

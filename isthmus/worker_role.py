@@ -1,0 +1,96 @@
+"""A worker process: the data plane over a routing table that follows the agent.
+
+Builds the proxy and its table, and owns their order of start and stop. Invariant: a worker never waits for
+the agent; it starts from the file, and goes on with its last table when nobody feeds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+from typing import TYPE_CHECKING
+
+from isthmus.config import Config, parse_listen
+from isthmus.feed import FeedFollower
+from isthmus.route_feed import RouteFeed
+from proxy.metrics import ProxyMetrics
+from proxy.server import Server
+from proxy.settings import ProxySettings
+from routing.balancer import Balancer
+from routing.table import RoutingTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from isthmus.admin.metrics import Sample
+
+
+def proxy_settings(config: Config) -> ProxySettings:
+    """Return what the data plane needs to know of the configuration."""
+    proxy = config.proxy
+    own = (config.proxy.listen, config.admin.listen, config.gossip.listen)
+    return ProxySettings(
+        node=config.node,
+        region=config.region,
+        trusted_proxies=proxy.trusted_proxies,
+        machine_networks=proxy.machine_networks,
+        forbidden_addresses=tuple(parse_listen(address) for address in own),
+        client_routing=proxy.client_routing,
+        head_bytes_max=proxy.head_bytes_max,
+        header_count_max=proxy.header_count_max,
+        url_bytes_max=proxy.url_bytes_max,
+        replay_body_bytes_max=proxy.replay_body_bytes_max,
+        replays_max=proxy.replays_max,
+        attempts_max=proxy.attempts_max,
+        connect_timeout_s=proxy.connect_timeout_ms / 1000,
+        head_timeout_s=proxy.head_timeout_ms / 1000,
+        keepalive_timeout_s=proxy.keepalive_timeout_ms / 1000,
+        body_timeout_s=proxy.body_timeout_ms / 1000,
+        send_timeout_s=proxy.send_timeout_ms / 1000,
+        response_timeout_s=proxy.response_timeout_ms / 1000,
+        stream_timeout_s=proxy.stream_timeout_ms / 1000,
+        tunnel_timeout_s=proxy.tunnel_timeout_ms / 1000,
+    )
+
+
+class WorkerRole:
+    """One worker of a node. `_follower_task` runs from start to stop."""
+
+    def __init__(self, config: Config, index: int) -> None:
+        self._config = config
+        self._table = RoutingTable(config.node)
+        self._routes = RouteFeed(self._table, config.database)
+        self._metrics = ProxyMetrics()
+        balancer = Balancer(self._table, config.region, random.Random())
+        self._server = Server(proxy_settings(config), self._table, balancer, self._metrics)
+        self._follower = FeedFollower(
+            config.feed_socket,
+            f"worker-{index}/{os.getpid()}",
+            load=self._routes.load,
+            apply=self._routes.apply,
+            samples=self._samples,
+        )
+        self._follower_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> dict[str, str]:
+        """Load the table from the file, begin to follow, and serve."""
+        self._follower.seq = self._routes.load()
+        self._follower_task = asyncio.create_task(self._follower.run())
+        host, port = parse_listen(self._config.proxy.listen)
+        await self._server.start(host, port, reuse_port=True)
+        return {}
+
+    async def stop(self) -> None:
+        """Let requests in flight finish within the drain time, then close."""
+        await self._server.drain(self._config.proxy.drain_ms / 1000)
+        if self._follower_task is not None:
+            self._follower_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._follower_task
+
+    def _samples(self) -> Iterator[Sample]:
+        yield from self._metrics.samples()
+        yield "isthmus_feed_connected", (), float(self._follower.connected)
+        yield "isthmus_routing_rows_rejected", (), float(len(self._table.rejected))
