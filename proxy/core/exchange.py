@@ -1,0 +1,634 @@
+"""One request and its answer, from the complete head on.
+
+Decides when to choose, send, retry, replay, relay and give up. Refuses to know sockets, parsers and
+time. It is driven by `handle_` calls and acts by direct calls on its neighbours (see `plane`):
+objects for every effect would cost as much as the parser.
+
+Invariants: the client gets one final answer, or its connection is cut; a request is sent again only
+while none of the answer was passed on and the whole body is still here; `Target.in_flight` is
+counted exactly while the exchange holds the target.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from routing.balancer import ANYWHERE, Refusal, Want
+from routing.health import record_failure, record_success
+from routing.replay import (
+    JSON_BYTES_MAX,
+    Replay,
+    ReplayError,
+    format_replay_src,
+    parse_replay_header,
+    parse_replay_json,
+    plan_replay,
+)
+
+from .errors import (
+    BAD_REPLAY,
+    BAD_RESPONSE,
+    BODY_TOO_LARGE,
+    CONNECT_FAILED,
+    RETRIES_EXHAUSTED,
+    TOO_MANY_REPLAYS,
+    UPSTREAM_RESET,
+    prefers_plain,
+    render_error,
+)
+from .framing import LAST_CHUNK, encode_chunk
+from .request_head import IDEMPOTENT
+from .response_head import SWITCHING_PROTOCOLS
+
+if TYPE_CHECKING:
+    from routing.table import Service
+    from routing.target import Target
+
+    from .plane import Client, Machine, Plane
+    from .request_head import RequestHead
+    from .response_head import ResponseHead
+
+
+class Phase(Enum):
+    """Where an exchange stands."""
+
+    REACHING = 1  # choosing and connecting
+    WAITING = 2  # sent, or being sent; no final head yet
+    RELAYING = 3  # the head of the answer was passed on
+    READING_REPLAY = 4  # collecting a JSON instruction
+    DONE = 5
+
+
+_REACHING: Final = Phase.REACHING
+_WAITING: Final = Phase.WAITING
+_RELAYING: Final = Phase.RELAYING
+_READING_REPLAY: Final = Phase.READING_REPLAY
+_DONE: Final = Phase.DONE
+
+_VIA: Final = b"Via: 1.1 isthmus\r\n"
+
+
+class Exchange:
+    """One request's life. `forwarded` are the lines that tell the machine about the client."""
+
+    __slots__ = (
+        "attempts",
+        "body_bytes",
+        "body_ended",
+        "body_lost",
+        "chunk_response",
+        "client",
+        "continued",
+        "extra",
+        "fallback_used",
+        "forwarded",
+        "fresh",
+        "head",
+        "informational",
+        "instruction",
+        "kept",
+        "last_failure",
+        "machine",
+        "phase",
+        "plane",
+        "replay",
+        "replay_started",
+        "replays",
+        "request_id",
+        "resends",
+        "service",
+        "source",
+        "started",
+        "status",
+        "target",
+        "tried",
+        "want",
+    )
+
+    def __init__(
+        self, plane: Plane, client: Client, head: RequestHead, service: Service, want: Want, forwarded: bytes
+    ) -> None:
+        self.plane = plane
+        self.client = client
+        self.head = head
+        self.service = service
+        self.want = want
+        self.forwarded = forwarded
+        self.phase = _REACHING
+        self.started = plane.now()
+        self.request_id = plane.request_ids.next(plane.wall_us() // 1000)
+        self.target: Target | None = None  # whose in_flight counts this exchange
+        self.machine: Machine | None = None  # set from `_send` until released or closed
+        self.tried: tuple[str, ...] = ()  # machines that failed since the last replay
+        self.attempts = 0  # connections asked for since the last replay
+        self.resends = 0  # times the request was sent again after a machine had it
+        self.fresh = False  # the next connection must be a new one
+        self.last_failure = ""  # why the last attempt failed, for the message
+        # The request body.
+        self.kept: list[bytes] | None = None  # all of it so far, while it can be sent again
+        self.body_bytes = 0
+        self.body_lost = False  # some of it is no longer kept
+        self.body_ended = False
+        self.continued = False  # a 100 (Continue) went to the client
+        # The answer.
+        self.informational = 0
+        self.status = 0
+        self.chunk_response = False
+        self.instruction: list[bytes] | None = None  # pieces of a JSON replay
+        # Replays.
+        self.replays = 0
+        self.replay: Replay | None = None  # the one being carried out; None again once it reached a machine
+        self.replay_started = 0.0
+        self.source: tuple[Service, Target] | None = None  # who asked for it
+        self.fallback_used = False
+        self.extra = b""  # lines that only the next machine gets
+
+    # From the client
+
+    def start(self, body: bytes, ended: bool) -> None:
+        """Take up the request with the first bytes of its body. Call once."""
+        self.plane.metrics.in_flight += 1
+        self.body_ended = ended
+        if body:
+            self.kept = [body]
+            self.body_bytes = len(body)
+        self._attempt()
+
+    def handle_request_body(self, data: bytes, ended: bool) -> None:
+        """Take more of the request body; `data` may be empty when `ended`."""
+        self.body_ended = ended
+        if data:
+            self.body_bytes += len(data)
+            if not self.body_lost:
+                if self.kept is None:
+                    self.kept = []
+                self.kept.append(data)
+                if self.body_bytes > self.plane.settings.replay_body_bytes_max:
+                    self._limit_kept()
+        machine = self.machine
+        if machine is not None:
+            if self.head.chunked:
+                data = encode_chunk(data) if data else b""
+                if ended:
+                    data += LAST_CHUNK
+            if data:
+                machine.write(data)
+            if ended:
+                machine.await_response()
+
+    def _limit_kept(self) -> None:
+        if self.machine is not None:
+            self.kept = None
+            self.body_lost = True
+        else:
+            self.client.pause_body()
+
+    def handle_client_lost(self) -> None:
+        """The client is gone, or its request will never be complete: stop everything."""
+        if self.phase is not _DONE:
+            self.plane.metrics.aborted["client"] += 1
+            self._leave_machine()
+            self._close_books(499)
+
+    def has_answered(self) -> bool:
+        """True once a part of the final answer was passed on."""
+        return self.phase is _RELAYING
+
+    def handle_client_slow(self, slow: bool) -> None:
+        """The client's connection has too much to send, or has room again."""
+        if self.machine is not None:
+            if slow:
+                self.machine.pause_reading()
+            else:
+                self.machine.resume_reading()
+
+    # Choosing and connecting
+
+    def _attempt(self) -> None:
+        plane = self.plane
+        now = plane.now()
+        self.phase = _REACHING
+        if self.replay is not None and self._replay_expired(now):
+            self._fail_to_reach("timeout", RETRIES_EXHAUSTED, "the replay's timeout passed")
+            return
+        if self.attempts >= plane.settings.attempts_max:
+            self._fail_to_reach("retries_exhausted", RETRIES_EXHAUSTED, self.last_failure)
+            return
+        choice = plane.balancer.choose(self.service, now, self.want, self.tried)
+        if isinstance(choice, Refusal):
+            reason = "retries_exhausted" if self.tried else "no_candidate"
+            detail = f"{choice.reason}; {self.last_failure}" if self.last_failure else choice.reason
+            self._fail_to_reach(reason, choice.code, detail)
+            return
+        self.attempts += 1
+        self.target = choice
+        choice.in_flight += 1
+        port = choice.port or self.service.internal_port
+        if port is None:
+            self._retry_elsewhere(CONNECT_FAILED, f"machine {choice.id} has no port")
+            return
+        machine = plane.connector.acquire(choice, port, self, fresh=self.fresh)
+        if machine is not None:
+            self._send(machine)
+
+    def _replay_expired(self, now: float) -> bool:
+        timeout_ms = self.replay.timeout_ms if self.replay is not None else None
+        return timeout_ms is not None and (now - self.replay_started) * 1000 >= timeout_ms
+
+    def reach_timeout_s(self) -> float:
+        """Return how long a connection for this exchange may take."""
+        limit = self.plane.settings.connect_timeout_s
+        if self.replay is not None and self.replay.timeout_ms is not None:
+            left = self.replay.timeout_ms / 1000 - (self.plane.now() - self.replay_started)
+            return max(0.001, min(limit, left))
+        return limit
+
+    def handle_connected(self, machine: Machine) -> None:
+        """The connection asked for is there."""
+        assert self.target is not None or self.phase is _DONE
+        if self.phase is _DONE:
+            machine.release()
+            return
+        if self.target is not None:
+            record_success(self.target)
+        self._send(machine)
+
+    def handle_connect_failed(self, code: str, detail: str) -> None:
+        """The connection asked for could not be made: the next machine, at once."""
+        self.plane.metrics.count_connect_failure(code)
+        if self.phase is not _DONE:
+            self._retry_elsewhere(code, detail)
+
+    def _retry_elsewhere(self, code: str, detail: str) -> None:
+        target = self.target
+        assert target is not None
+        record_failure(target, self.plane.now())
+        self.tried = (*self.tried, target.id)
+        self.last_failure = f"[{code}] {detail}"
+        self.plane.metrics.app(self.service.app).retries += 1
+        self._drop_target()
+        self._attempt()
+
+    def _fail_to_reach(self, reason: str, code: str, detail: str) -> None:
+        """Nobody could be reached: back to who asked for the replay if it wants that, else give up."""
+        replay, source = self.replay, self.source
+        if replay is None or replay.fallback is None or source is None or self.fallback_used:
+            self._fail(code, detail)
+            return
+        elapsed_ms = int((self.plane.now() - self.replay_started) * 1000)
+        named = {
+            "instance": replay.instance or replay.prefer_instance,
+            "app": replay.app,
+            "region": ",".join(replay.regions),
+            "replay_source": source[1].id,
+            "reason": reason,
+            "elapsed_ms": str(elapsed_ms),
+        }
+        value = ";".join(f"{name}={text}" for name, text in named.items() if text)
+        self.extra = b"fly-replay-failed: %b\r\n" % value.encode("ascii")
+        self.fallback_used = True
+        self.replay = None
+        self.service = source[0]
+        issuer = source[1].id
+        self.want = Want(instance=issuer) if replay.fallback == "force_self" else Want(prefer_instance=issuer)
+        self.tried = ()
+        self.attempts = 0
+        self._attempt()
+
+    # Sending
+
+    def _send(self, machine: Machine) -> None:
+        self.machine = machine
+        self.phase = _WAITING
+        self.replay = None  # reached: neither its timeout nor its fallback count any more
+        self.fresh = False
+        machine.begin(self)
+        data = self._render_request()
+        kept = self.kept
+        if self.head.chunked:
+            pieces = [data]
+            if kept:
+                pieces.append(encode_chunk(b"".join(kept)))
+            if self.body_ended:
+                pieces.append(LAST_CHUNK)
+            data = b"".join(pieces)
+        elif kept:
+            data = b"".join((data, *kept))
+        machine.write(data)
+        if self.body_ended:
+            machine.await_response()
+        else:
+            if self.body_bytes > self.plane.settings.replay_body_bytes_max:
+                self._limit_kept()
+            self.client.resume_body()
+
+    def _render_request(self) -> bytes:
+        """Write the head anew; nothing of it is copied but the lines that were found to be sound."""
+        head = self.head
+        extra = self.extra
+        want, target = self.want, self.target
+        if want is not ANYWHERE and target is not None and want.prefer_instance not in {None, target.id}:
+            extra += b"fly-preferred-instance-unavailable: %b\r\n" % (want.prefer_instance or "").encode(
+                "ascii"
+            )
+        if head.upgrade is not None:
+            extra += b"Connection: Upgrade\r\nUpgrade: %b\r\n" % head.upgrade
+        if head.chunked:
+            extra += b"Transfer-Encoding: chunked\r\n"
+        elif head.content_length >= 0:
+            extra += b"Content-Length: %d\r\n" % head.content_length
+        if head.expects and not self.continued:
+            extra += b"Expect: 100-continue\r\n"
+        lines = b"\r\n".join(head.lines) + b"\r\n" if head.lines else b""
+        return b"".join(
+            (
+                head.method,
+                b" ",
+                head.target,
+                b" HTTP/1.1\r\nHost: ",
+                head.host,
+                b"\r\n",
+                lines,
+                self.forwarded,
+                b"Fly-Request-Id: ",
+                self.request_id,
+                b"\r\nX-Request-Start: t=%d\r\n" % self.plane.wall_us(),
+                extra,
+                b"\r\n",
+            )
+        )
+
+    def handle_machine_slow(self, slow: bool) -> None:
+        """The machine's connection has too much to send, or has room again."""
+        if self.phase is not _DONE and not self.body_ended:
+            if slow:
+                self.client.pause_body()
+            else:
+                self.client.resume_body()
+
+    # The answer
+
+    def handle_informational(self, head: ResponseHead) -> bool:
+        """Pass on a 1xx other than 101; False when there were too many."""
+        self.informational += 1
+        if self.informational > self.plane.settings.informational_max:
+            return False
+        if head.status == 100:
+            if not self.head.expects or self.continued:
+                return True
+            self.continued = True
+        if self.head.minor == 1:
+            lines = b"".join(line + b"\r\n" for line in head.lines)
+            self.client.write(head.status_line + lines + b"\r\n")
+        return True
+
+    def handle_response(self, head: ResponseHead, body: bytes, ended: bool) -> None:
+        """Take the final head with the first bytes of its body, as decoded."""
+        if head.replays is not None or head.replay_json:
+            self._take_replay(head, body, ended)
+            return
+        if head.status == SWITCHING_PROTOCOLS:
+            self._switch_protocols(head, body)
+            return
+        self.phase = _RELAYING
+        self.status = head.status
+        data = self._render_response(head)
+        if body:
+            data += encode_chunk(body) if self.chunk_response else body
+        if ended and self.chunk_response:
+            data += LAST_CHUNK
+        self.client.write(data)
+        if ended:
+            self._complete()
+
+    def _render_response(self, head: ResponseHead) -> bytes:
+        request = self.head
+        bodiless = head.is_bodiless(to_head=request.method == b"HEAD")
+        framing = b""
+        if head.content_length >= 0:
+            framing = b"Content-Length: %d\r\n" % head.content_length
+        elif not bodiless:
+            if request.minor == 1:
+                self.chunk_response = True
+                framing = b"Transfer-Encoding: chunked\r\n"
+            else:
+                request.keep_alive = False  # the end of the connection is the end of the body
+        if not self.keeps_client():
+            framing += b"Connection: close\r\n"
+        elif request.minor == 0:
+            framing += b"Connection: keep-alive\r\n"
+        lines = b"\r\n".join(head.lines) + b"\r\n" if head.lines else b""
+        return b"".join(
+            (head.status_line, lines, framing, _VIA, b"Fly-Request-Id: ", self.request_id, b"\r\n\r\n")
+        )
+
+    def keeps_client(self) -> bool:
+        """True when the client's connection may carry another request after this answer."""
+        if not self.head.keep_alive or self.plane.draining:
+            return False
+        if self.body_ended:
+            return True
+        # An early answer. A client that was never told to continue may or may not send its body now.
+        if self.head.expects and not self.continued and not self.body_bytes:
+            return False
+        left = self.head.content_length - self.body_bytes
+        return not self.head.chunked and left <= self.plane.settings.discard_bytes_max
+
+    def handle_response_body(self, data: bytes, ended: bool) -> None:
+        """Take more of the answer's body, as decoded; `data` may be empty when `ended`."""
+        if self.phase is _READING_REPLAY:
+            self._collect_replay(data, ended)
+            return
+        if self.chunk_response:
+            data = encode_chunk(data) if data else b""
+            if ended:
+                data += LAST_CHUNK
+        if data:
+            self.client.write(data)
+        if ended:
+            self._complete()
+
+    def _complete(self) -> None:
+        keep = self.keeps_client()
+        machine = self.machine
+        self.machine = None
+        if machine is not None:
+            if self.body_ended:
+                machine.release()
+            else:
+                # It may still be waiting for the rest of the body: never another request behind that.
+                machine.close()
+        self._close_books(self.status)
+        self.client.finish(keep=keep)
+
+    def _switch_protocols(self, head: ResponseHead, data: bytes) -> None:
+        machine = self.machine
+        assert machine is not None
+        if self.head.upgrade is None or head.upgrade != self.head.upgrade:
+            self._leave_machine()
+            self._fail(BAD_RESPONSE, "the machine switched to a protocol that was not asked for")
+            return
+        lines = b"".join(line + b"\r\n" for line in head.lines)
+        self.client.write(
+            b"%b%bConnection: Upgrade\r\nUpgrade: %b\r\n%bFly-Request-Id: %b\r\n\r\n"
+            % (head.status_line, lines, head.upgrade, _VIA, self.request_id)
+        )
+        self.plane.metrics.tunnels += 1
+        self.phase = _RELAYING
+        self.status = SWITCHING_PROTOCOLS
+        self.client.start_tunnel(machine, data)
+
+    def handle_tunnel_closed(self) -> None:
+        """The tunnel is over; until now the machine counted as busy with it."""
+        self.machine = None
+        if self.phase is not _DONE:
+            self._close_books(self.status)
+
+    def handle_machine_lost(self, code: str, detail: str) -> None:
+        """The machine's connection failed, timed out or broke the protocol; it is closed already."""
+        machine = self.machine
+        self.machine = None
+        if self.phase is _DONE or machine is None:
+            return
+        if self.phase is _RELAYING:
+            self.plane.metrics.aborted["machine"] += 1
+            self._close_books(self.status)
+            self.client.abort()
+            return
+        unanswered = self.phase is _WAITING and code == UPSTREAM_RESET and not self.informational
+        if unanswered and not self.body_lost and self.head.method in IDEMPOTENT:
+            if machine.reused:
+                # Most likely an idle connection that its machine was about to close.
+                self.fresh = True
+                self.plane.metrics.app(self.service.app).retries += 1
+                self._drop_target()
+                self._attempt()
+                return
+            if not self.resends:
+                # Once: a request that kills its machine must not go round.
+                self.resends += 1
+                self._retry_elsewhere(code, detail)
+                return
+        self._fail(code, detail)
+
+    # Replays
+
+    def _take_replay(self, head: ResponseHead, body: bytes, ended: bool) -> None:
+        if self.fallback_used:
+            self._leave_machine()
+            self._fail(BAD_REPLAY, "a request that came back as a fallback cannot be replayed")
+        elif head.replay_json:
+            self.phase = _READING_REPLAY
+            self.instruction = []
+            self._collect_replay(body, ended)
+        elif head.replays is not None and len(head.replays) != 1:
+            self._leave_machine()
+            self._fail(BAD_REPLAY, "more than one fly-replay header")
+        else:
+            self._release_machine(ended=ended)
+            try:
+                replay = parse_replay_header((head.replays or [b""])[0])
+            except ReplayError as error:
+                self._fail(error.code, error.message)
+            else:
+                self._replay(replay)
+
+    def _collect_replay(self, data: bytes, ended: bool) -> None:
+        pieces = self.instruction
+        assert pieces is not None
+        pieces.append(data)
+        if sum(map(len, pieces)) > JSON_BYTES_MAX:
+            self._leave_machine()
+            self._fail(BAD_REPLAY, f"the replay instruction is longer than {JSON_BYTES_MAX} bytes")
+            return
+        if not ended:
+            return
+        self.instruction = None
+        self._release_machine(ended=True)
+        try:
+            replay = parse_replay_json(b"".join(pieces))
+        except ReplayError as error:
+            self._fail(error.code, error.message)
+        else:
+            self._replay(replay)
+
+    def _replay(self, replay: Replay) -> None:
+        plane = self.plane
+        source = self.target
+        assert source is not None
+        source_service = self.service
+        self._drop_target()
+        if self.replays >= plane.settings.replays_max:
+            self._fail(TOO_MANY_REPLAYS, f"more than {plane.settings.replays_max} replays")
+            return
+        if self.body_lost:
+            self._fail(BODY_TOO_LARGE, f"more than {plane.settings.replay_body_bytes_max} bytes")
+            return
+        try:
+            service, want = plan_replay(replay, source, plane.table, self.client.port)
+        except ReplayError as error:
+            self._fail(error.code, error.message)
+            return
+        self.replays += 1
+        plane.metrics.app(source_service.app).replays += 1
+        self.source = (source_service, source)
+        self.service, self.want = service, want
+        self.replay = replay
+        self.replay_started = plane.now()
+        src = format_replay_src(source.id, source.region, plane.wall_us(), replay.state)
+        self.extra = b"fly-replay-src: " + src + b"\r\n"
+        self.tried = ()
+        self.attempts = self.informational = 0
+        self.last_failure = ""
+        self._attempt()
+
+    # Ends
+
+    def _release_machine(self, *, ended: bool) -> None:
+        machine = self.machine
+        self.machine = None
+        if machine is None:
+            return
+        if not self.body_ended:
+            machine.close()
+        elif ended:
+            machine.release()
+        else:
+            machine.discard()
+
+    def _leave_machine(self) -> None:
+        machine = self.machine
+        self.machine = None
+        if machine is not None:
+            machine.close()
+
+    def _drop_target(self) -> None:
+        if self.target is not None:
+            self.target.in_flight -= 1
+            self.target = None
+
+    def _close_books(self, status: int) -> None:
+        self.phase = _DONE
+        self._drop_target()
+        self.kept = None
+        metrics = self.plane.metrics
+        metrics.in_flight -= 1
+        metrics.app(self.service.app).record(status, self.plane.now() - self.started)
+
+    def _fail(self, code: str, detail: str) -> None:
+        """Answer with an error of our own; nothing of an answer has been passed on."""
+        self._leave_machine()
+        keep = self.keeps_client()
+        self.plane.metrics.count_error(code)
+        data = render_error(
+            code,
+            detail,
+            self.request_id,
+            plain=prefers_plain(self.head.lines),
+            close=not keep,
+            with_body=self.head.method != b"HEAD",
+        )
+        self._close_books(int(data[9:12]))
+        self.client.write(data)
+        self.client.finish(keep=keep)

@@ -1,0 +1,111 @@
+"""What an exchange works with: the neighbours that it calls, and what all exchanges share.
+
+Decides nothing. Refuses to know sockets: everything here is plain data or an interface.
+Invariant: the calls named here never raise, and may call back into the exchange before they return
+only where their docstring says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from routing.balancer import Refusal, Want
+    from routing.table import RoutingTable, Service
+    from routing.target import Target
+
+    from ..metrics import ProxyMetrics
+    from ..settings import ProxySettings
+    from .exchange import Exchange
+    from .request_id import RequestIds
+
+
+class Client(Protocol):
+    """The client's connection."""
+
+    port: int  # the public port that it came in on
+
+    def write(self, data: bytes) -> None:
+        """Send bytes of the answer."""
+
+    def pause_body(self) -> None:
+        """Stop reading the request body until `resume_body`."""
+
+    def resume_body(self) -> None:
+        """Go on reading the request body."""
+
+    def finish(self, *, keep: bool) -> None:
+        """End the exchange: the answer is complete. May start the next exchange."""
+
+    def abort(self) -> None:
+        """End the exchange by cutting the connection: the answer cannot be completed."""
+
+    def start_tunnel(self, machine: Machine, data: bytes) -> None:
+        """End the exchange; from now on pass bytes between both sides. `data` came from the machine."""
+
+
+class Machine(Protocol):
+    """A connection to a machine."""
+
+    reused: bool  # whether it has carried an exchange before
+
+    def begin(self, exchange: Exchange) -> None:
+        """Deliver what comes from now on to this exchange, as the answer to one request."""
+
+    def write(self, data: bytes) -> None:
+        """Send bytes of the request."""
+
+    def await_response(self) -> None:
+        """The request is sent: from now on the machine has a limited time to answer."""
+
+    def pause_reading(self) -> None:
+        """Stop reading the answer until `resume_reading`."""
+
+    def resume_reading(self) -> None:
+        """Go on reading the answer."""
+
+    def release(self) -> None:
+        """End the exchange; keep the connection for others if its state allows that."""
+
+    def discard(self) -> None:
+        """End the exchange; read the rest of the answer if it is small, then as `release`."""
+
+    def close(self) -> None:
+        """End the exchange and the connection."""
+
+
+class Connector(Protocol):
+    """Where connections to machines come from."""
+
+    def acquire(self, target: Target, port: int, exchange: Exchange, *, fresh: bool) -> Machine | None:
+        """Return an idle connection, or None and later call `handle_connected` or `handle_connect_failed`.
+
+        `fresh` asks for a new connection. Never calls back before it returns.
+        """
+
+
+class Chooser(Protocol):
+    """The balancer."""
+
+    def choose(
+        self, service: Service, now: float, want: Want = ..., tried: tuple[str, ...] = ...
+    ) -> Target | Refusal:
+        """Return the machine to send a request to, or why there is none."""
+
+
+@dataclass(slots=True)
+class Plane:
+    """What all exchanges of a worker share."""
+
+    settings: ProxySettings
+    table: RoutingTable
+    balancer: Chooser
+    metrics: ProxyMetrics
+    connector: Connector
+    request_ids: RequestIds
+    now: Callable[[], float]  # monotonic seconds
+    wall_us: Callable[[], int]  # microseconds since the epoch
+    draining: bool = False  # set once, when the worker is told to stop

@@ -1,0 +1,434 @@
+"""One connection of a client.
+
+Decides where requests begin and end on the wire, and that they are answered one after the other in
+their order. Refuses to know machines and answers. Invariant: at any time at most one exchange, and
+no byte of the next request is parsed before its answer is complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum
+from typing import TYPE_CHECKING, Final, cast
+
+from routing.balancer import ANYWHERE
+
+from .core.errors import (
+    BAD_BODY,
+    BAD_HEAD,
+    HEAD_TOO_LARGE,
+    NO_ROUTE,
+    REQUEST_TIMEOUT,
+    URL_TOO_LONG,
+    RequestError,
+    prefers_plain,
+    render_error,
+)
+from .core.exchange import Exchange
+from .core.framing import Body, BodyError, ChunkedBody, FixedBody
+from .core.request_head import RequestHead, parse_request_head
+from .core.wishes import plan_want
+from .sweeper import NEVER
+
+if TYPE_CHECKING:
+    from .core.forwarding import Forwarding
+    from .core.plane import Machine, Plane
+    from .upstream import Upstream
+
+
+class State(Enum):
+    """What the next byte on the wire would be."""
+
+    HEAD = 1
+    BODY = 2
+    BUSY = 3  # of a request whose turn has not come
+    DISCARD = 4  # of a body that nobody wants
+    TUNNEL = 5
+    LINGER = 6  # nothing: the last answer is on its way
+
+
+_HEAD: Final = State.HEAD
+_BODY: Final = State.BODY
+_BUSY: Final = State.BUSY
+_DISCARD: Final = State.DISCARD
+_TUNNEL: Final = State.TUNNEL
+_LINGER: Final = State.LINGER
+
+_WHITESPACE_MAX: Final = 32
+
+
+class Downstream(asyncio.Protocol):
+    """An accepted connection; `clients` is where the server finds it."""
+
+    def __init__(self, plane: Plane, forwarding: Forwarding, port: int, clients: set[Downstream]) -> None:
+        self.port = port
+        self.deadline = NEVER
+        self._plane = plane
+        self._forwarding = forwarding
+        self._clients = clients
+        self._transport: asyncio.Transport | None = None  # from connection_made to connection_lost
+        self._state = _HEAD
+        self._exchange: Exchange | None = None  # set from the end of a head to the end of its answer
+        self._machine: Upstream | None = None  # the other side of a tunnel
+        self._buffer = b""  # bytes whose turn has not come, or the part of a head that is here
+        self._body: Body | None = None  # of the request being read
+        self._discard_left = 0
+        self._paused = False  # not reading
+        self._reading = False  # heads are being taken off the buffer further up the stack
+        self._blank_seen = False  # an empty line before the current head was forgiven
+        self._peer = ""
+        self._trusted = False
+        self._forwarded = b""  # lines about this client for machines; for trusted peers made per request
+
+    # What the event loop calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the transport."""
+        self._transport = transport = cast("asyncio.Transport", transport)
+        plane = self._plane
+        transport.set_write_buffer_limits(plane.settings.write_buffer_bytes_max)
+        peer = transport.get_extra_info("peername")
+        self._peer = peer[0].partition("%")[0] if isinstance(peer, tuple) else "127.0.0.1"
+        self._trusted = self._forwarding.trusts(self._peer)
+        self._forwarded = self._forwarding.lines_for_peer(self._peer)
+        self._clients.add(self)
+        plane.metrics.connections += 1
+        plane.metrics.connections_open += 1
+        self.deadline = plane.now() + plane.settings.head_timeout_s
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop whatever was going on."""
+        self._transport = None
+        self.deadline = NEVER
+        self._clients.discard(self)
+        self._plane.metrics.connections_open -= 1
+        exchange, self._exchange = self._exchange, None
+        if self._machine is not None:
+            machine, self._machine = self._machine, None
+            machine.end_tunnel()
+            if exchange is not None:
+                exchange.handle_tunnel_closed()
+        elif exchange is not None:
+            exchange.handle_client_lost()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of requests."""
+        state = self._state
+        if state is _HEAD:
+            self._buffer = self._buffer + data if self._buffer else data
+            self._read_heads()
+        elif state is _BODY:
+            self._read_body(data)
+        elif state is _BUSY:
+            self._buffer += data
+            if len(self._buffer) > self._plane.settings.head_bytes_max:
+                self.pause_reading()
+        elif state is _TUNNEL:
+            if self._machine is not None:
+                self._machine.write(data)
+        elif state is _DISCARD:
+            self._discard_body(data)
+
+    def pause_writing(self) -> None:
+        """The client does not read: stop the machine, and wait only so long."""
+        if self._machine is not None:
+            self._machine.pause_reading()
+        elif self._exchange is not None:
+            self._exchange.handle_client_slow(slow=True)
+        self.deadline = self._plane.now() + self._plane.settings.send_timeout_s
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        settings = self._plane.settings
+        if self._machine is not None:
+            self._machine.resume_reading()
+            self.deadline = NEVER
+        elif self._exchange is not None:
+            self._exchange.handle_client_slow(slow=False)
+            reading = self._state is _BODY and not self._paused
+            self.deadline = self._plane.now() + settings.body_timeout_s if reading else NEVER
+        else:
+            self.deadline = self._plane.now() + settings.keepalive_timeout_s
+
+    def handle_deadline(self) -> None:
+        """A wait took too long."""
+        if self._state is _HEAD and self._buffer:
+            self._refuse(RequestError(REQUEST_TIMEOUT))
+        else:
+            self.abort()
+
+    # What an exchange calls
+
+    def write(self, data: bytes) -> None:
+        """Send bytes of the answer."""
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def pause_body(self) -> None:
+        """Stop reading the request body."""
+        if self._state is _BODY:
+            self.pause_reading()
+            self.deadline = NEVER
+
+    def resume_body(self) -> None:
+        """Go on reading the request body."""
+        if self._state is _BODY and self._paused:
+            self.resume_reading()
+            self.deadline = self._plane.now() + self._plane.settings.body_timeout_s
+
+    def finish(self, *, keep: bool) -> None:
+        """End the exchange; go on with the next request, or close."""
+        self._exchange = None
+        state = self._state
+        if self._transport is None:
+            return
+        if not keep:
+            self._close_gently(unread=state is _BODY)
+        elif state is _BODY:
+            self._state = _DISCARD
+            self._discard_left = self._plane.settings.discard_bytes_max
+            self.resume_reading()
+            self.deadline = self._plane.now() + self._plane.settings.linger_s
+        elif not self._reading:
+            self._await_head()
+            if self._buffer:
+                self._read_heads()
+        else:
+            self._await_head()
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def start_tunnel(self, machine: Machine, data: bytes) -> None:
+        """Pass bytes between the client and the machine from now on."""
+        # The only machines that there are outside of tests of the core.
+        self._machine = upstream = cast("Upstream", machine)
+        self._state = _TUNNEL
+        self.deadline = NEVER
+        upstream.start_tunnel(self)
+        if data:
+            self.write(data)
+        early, self._buffer = self._buffer, b""
+        self.resume_reading()
+        if early:
+            upstream.write(early)
+
+    # What the other side of a tunnel calls
+
+    def write_tunnelled(self, data: bytes) -> None:
+        """Send bytes of the machine."""
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def end_tunnel(self) -> None:
+        """The machine's side has ended: send what is left, then close."""
+        self._machine = None
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.handle_tunnel_closed()
+        self._close_gently(unread=False)
+
+    def pause_reading(self) -> None:
+        """Stop reading from the client."""
+        if not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Go on reading from the client."""
+        if self._paused and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+
+    # What the server calls
+
+    def drain(self) -> None:
+        """Close now if no request is here; else its answer will be the last one."""
+        if self._state is _HEAD and not self._buffer and self._transport is not None:
+            self._transport.close()
+
+    # Requests
+
+    def _await_head(self) -> None:
+        self._state = _HEAD
+        self._blank_seen = False
+        self.deadline = self._plane.now() + self._plane.settings.keepalive_timeout_s
+        if self._paused:
+            self.resume_reading()
+
+    def _read_heads(self) -> None:
+        """Take requests off the buffer until one is not answered at once."""
+        self._reading = True
+        try:
+            while self._state is _HEAD and self._buffer:
+                data = self._buffer
+                if data[0] <= 32:
+                    data = self._forgive_blank(data)
+                end = data.find(b"\r\n\r\n") + 4
+                if end < 4 or end > self._plane.settings.head_bytes_max:
+                    self._await_rest(data)
+                    return
+                if end == len(data):
+                    self._buffer = b""
+                    self._take_head(data)
+                else:
+                    self._buffer = data[end:]
+                    self._take_head(data[:end])
+        except RequestError as error:
+            self._refuse(error)
+        finally:
+            self._reading = False
+
+    def _forgive_blank(self, data: bytes) -> bytes:
+        """RFC 9112 section 2.2: one empty line before a request is ignored; old clients send it."""
+        if data.startswith(b"\r\n") and not self._blank_seen:
+            self._blank_seen = True
+            data = data[2:]
+        if data and data[0] <= 32 and not (data == b"\r" and not self._blank_seen):
+            raise RequestError(BAD_HEAD, "the request begins with white space")
+        return data
+
+    def _await_rest(self, data: bytes) -> None:
+        """Keep an incomplete head, unless it is clear already that it will not do."""
+        settings = self._plane.settings
+        if len(data) > settings.head_bytes_max:
+            raise RequestError(HEAD_TOO_LARGE, f"more than {settings.head_bytes_max} bytes")
+        if len(data) > settings.url_bytes_max + _WHITESPACE_MAX and b"\n" not in data:
+            raise RequestError(URL_TOO_LONG, f"more than {settings.url_bytes_max} bytes")
+        if data.count(b"\n") != data.count(b"\r\n"):
+            raise RequestError(BAD_HEAD, "bare LF in the head")
+        if not self._buffer or self.deadline == NEVER or self._buffer == data:
+            # The head has begun: from here on it has its own limit, however its bytes trickle.
+            self.deadline = min(self.deadline, self._plane.now() + settings.head_timeout_s)
+        self._buffer = data
+
+    def _take_head(self, raw: bytes) -> None:
+        plane = self._plane
+        head = parse_request_head(raw, plane.settings)
+        self.deadline = NEVER
+        if head.chunked:
+            self._body = ChunkedBody(bound_overhead=True)
+        elif head.content_length > 0:
+            self._body = FixedBody(head.content_length)
+        else:
+            self._body = None
+        service = plane.table.find(head.host, head.target, self.port)
+        if service is None:
+            self._answer_unrouted(head)
+            return
+        want = ANYWHERE
+        if head.routing is not None and plane.settings.client_routing:
+            want = plan_want(head.routing)
+        forwarded = self._forwarded
+        if self._trusted and head.forwarded is not None:
+            forwarded = self._forwarding.lines_for_trusted(self._peer, head.forwarded)
+        if head.minor == 0:
+            forwarded = forwarded.replace(b"Via: 1.1 ", b"Via: 1.0 ")
+        exchange = self._exchange = Exchange(plane, self, head, service, want, forwarded)
+        if self._body is None:
+            self._state = _BUSY
+            exchange.start(b"", ended=True)
+        else:
+            self._start_with_body(exchange, self._body)
+
+    def _start_with_body(self, exchange: Exchange, body: Body) -> None:
+        data = b""
+        self._state = _BODY
+        if self._buffer:
+            try:
+                data = body.feed(self._buffer)
+            except BodyError as error:
+                self._exchange = None
+                raise RequestError(BAD_BODY, str(error)) from error
+            self._buffer = body.rest
+        if body.ended:
+            self._state = _BUSY
+        else:
+            self.deadline = self._plane.now() + self._plane.settings.body_timeout_s
+        exchange.start(data, ended=body.ended)
+
+    def _read_body(self, data: bytes) -> None:
+        body, exchange = self._body, self._exchange
+        assert body is not None
+        assert exchange is not None
+        try:
+            data = body.feed(data)
+        except BodyError as error:
+            self._exchange = None
+            answered = exchange.has_answered()
+            exchange.handle_client_lost()
+            if answered:
+                self.abort()
+            else:
+                self._refuse(RequestError(BAD_BODY, str(error)))
+            return
+        if body.ended:
+            self._state = _BUSY
+            self._buffer = body.rest
+            self.deadline = NEVER
+        elif not self._paused:
+            self.deadline = self._plane.now() + self._plane.settings.body_timeout_s
+        exchange.handle_request_body(data, ended=body.ended)
+
+    def _discard_body(self, data: bytes) -> None:
+        body = self._body
+        assert body is not None
+        self._discard_left -= len(data)
+        try:
+            body.feed(data)
+        except BodyError:
+            self._discard_left = -1
+        if self._discard_left < 0:
+            self.abort()
+        elif body.ended:
+            self._buffer = body.rest
+            self._await_head()
+            self._read_heads()
+
+    # Answers without an exchange
+
+    def _answer_unrouted(self, head: RequestHead) -> None:
+        self._respond(NO_ROUTE, "", head, keep=head.keep_alive and self._body is None)
+
+    def _refuse(self, error: RequestError) -> None:
+        """Answer, and close: where the next request would begin cannot be known."""
+        self._respond(error.code, error.detail, None, keep=False)
+
+    def _respond(self, code: str, detail: str, head: RequestHead | None, *, keep: bool) -> None:
+        plane = self._plane
+        keep = keep and not plane.draining
+        plane.metrics.count_error(code)
+        self.write(
+            render_error(
+                code,
+                detail,
+                plane.request_ids.next(plane.wall_us() // 1000),
+                plain=head is not None and prefers_plain(head.lines),
+                close=not keep,
+                with_body=head is None or head.method != b"HEAD",
+            )
+        )
+        if keep:
+            self._await_head()
+        else:
+            self._close_gently(unread=True)
+
+    def _close_gently(self, *, unread: bool) -> None:
+        """Close once everything is sent.
+
+        With bytes of the client still unread, closing at once would reset the connection, and the
+        reset may overtake the answer: then only our side is closed, and the rest is read to nowhere.
+        """
+        transport = self._transport
+        if transport is None:
+            return
+        self._state = _LINGER
+        self._buffer = b""
+        self.deadline = self._plane.now() + self._plane.settings.linger_s
+        if unread:
+            self.resume_reading()
+            transport.write_eof()
+        else:
+            transport.close()

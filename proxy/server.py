@@ -1,0 +1,128 @@
+"""A worker's listener, with everything behind it.
+
+Decides what belongs together and in which order it starts and stops. Refuses to know processes and
+replication. Invariant: after `close` no socket, timer or task of it is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import TYPE_CHECKING
+
+from .core.forwarding import Forwarding
+from .core.plane import Plane
+from .core.request_id import RequestIds
+from .downstream import Downstream
+from .pool import Pool
+from .sweeper import Sweeper
+
+if TYPE_CHECKING:
+    import socket
+
+    from routing.balancer import Balancer
+    from routing.table import RoutingTable
+
+    from .metrics import ProxyMetrics
+    from .settings import ProxySettings
+
+# How often a drain looks whether the last exchange is over.
+_DRAIN_POLL_S = 0.02
+# Connections that the kernel keeps until they are accepted; it cuts this to its own limit.
+_BACKLOG = 4_096
+
+
+class Server:
+    """Serves the apps of a routing table on one address."""
+
+    def __init__(
+        self, settings: ProxySettings, table: RoutingTable, balancer: Balancer, metrics: ProxyMetrics
+    ) -> None:
+        self._settings = settings
+        self._table = table
+        self._balancer = balancer
+        self._metrics = metrics
+        self._clients: set[Downstream] = set()
+        # All set by `start`.
+        self._listener: asyncio.Server | None = None
+        self._plane: Plane | None = None
+        self._pool: Pool | None = None
+        self._sweeper: Sweeper | None = None
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on; after `start`."""
+        assert self._listener is not None
+        port: int = self._listener.sockets[0].getsockname()[1]
+        return port
+
+    async def start(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        reuse_port: bool = False,
+        sock: socket.socket | None = None,
+        public_port: int | None = None,
+    ) -> None:
+        """Listen on an address, or on a socket that is bound already.
+
+        `public_port` is the port that services are looked up by when it is not the one listened on.
+        """
+        loop = asyncio.get_running_loop()
+        pool = self._pool = Pool(self._settings, self._metrics)
+        plane = self._plane = Plane(
+            settings=self._settings,
+            table=self._table,
+            balancer=self._balancer,
+            metrics=self._metrics,
+            connector=pool,
+            request_ids=RequestIds(random.SystemRandom().getrandbits, self._settings.region),
+            now=loop.time,
+            wall_us=lambda: time.time_ns() // 1000,
+        )
+        accepting: dict[str, tuple[Forwarding, int]] = {}
+
+        def make() -> Downstream:
+            forwarding, public = accepting["rules"]
+            return Downstream(plane, forwarding, public, self._clients)
+
+        if sock is not None:
+            self._listener = await loop.create_server(make, sock=sock, backlog=_BACKLOG, start_serving=False)
+        else:
+            self._listener = await loop.create_server(
+                make, host, port, backlog=_BACKLOG, reuse_port=reuse_port or None, start_serving=False
+            )
+        public = public_port or self.port
+        accepting["rules"] = Forwarding(self._settings.trusted_proxies, self._settings.region, public), public
+        await self._listener.start_serving()
+        self._sweeper = Sweeper(self._settings.sweep_interval_s, self._clients, pool.connections)
+        self._sweeper.start()
+
+    async def drain(self, grace_s: float) -> bool:
+        """Stop accepting, let running exchanges end; True when all did within the time. Call `close` after."""
+        assert self._plane is not None
+        self._plane.draining = True
+        if self._listener is not None:
+            self._listener.close()
+        for client in list(self._clients):
+            client.drain()
+        deadline = self._plane.now() + grace_s
+        while self._clients and self._plane.now() < deadline:
+            await asyncio.sleep(_DRAIN_POLL_S)
+        return not self._clients
+
+    async def close(self) -> None:
+        """Cut what is left, and free everything."""
+        if self._listener is not None:
+            self._listener.close()
+        if self._sweeper is not None:
+            self._sweeper.stop()
+        for client in list(self._clients):
+            client.abort()
+        if self._pool is not None:
+            await self._pool.close()
+        # Transports tell their protocols that they are closed in the next turns of the loop.
+        while self._clients or (self._pool is not None and self._pool.connections):
+            await asyncio.sleep(0)

@@ -1,0 +1,75 @@
+"""What can be set about the data plane, and why each default is what it is.
+
+Decides nothing by itself and refuses to know where settings come from.
+Invariant: immutable; a change means a new Server.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ProxySettings:
+    """Limits and times of one worker; times in seconds, sizes in bytes."""
+
+    node: str
+    region: str
+
+    # Peers whose X-Forwarded-* and Via are believed: networks in CIDR form. Nobody by default.
+    trusted_proxies: tuple[str, ...] = ()
+    # Networks that machines may be in; empty for any but link-local, where clouds keep their metadata.
+    machine_networks: tuple[str, ...] = ()
+    # Addresses (host, port) never connected to: this node's own listeners, lest a row makes a loop.
+    forbidden_addresses: tuple[tuple[str, int], ...] = ()
+    # Whether clients may name a machine or region (fly-force-instance-id and the like), as on Fly.
+    client_routing: bool = True
+    # Protocols that a client may upgrade to. Never h2c: a tunnel past all rules of this proxy.
+    upgrades: tuple[bytes, ...] = (b"websocket",)
+
+    # A head with its cookies fits; it is what nginx and Apache allow in total.
+    head_bytes_max: int = 32_768
+    # Browsers send about 20 fields, API clients rarely 50.
+    header_count_max: int = 100
+    url_bytes_max: int = 8_192
+    # What an app may send as a head; larger than a request's because of Set-Cookie and CSP.
+    response_head_bytes_max: int = 65_536
+    # More 1xx than this before a final answer is no protocol but a flood.
+    informational_max: int = 16
+
+    # What a replay or a retry can send again; Fly documents 1 MB.
+    replay_body_bytes_max: int = 1_048_576
+    replays_max: int = 10
+    # Machines tried for one request before giving up: bounds the wait at attempts * connect timeout.
+    attempts_max: int = 6
+    # Of a body that nobody reads any more: cheaper to drain this much than to open a new connection.
+    discard_bytes_max: int = 262_144
+    # Above it the writer is paused. Four times a usual socket read keeps both sides busy.
+    write_buffer_bytes_max: int = 131_072
+
+    # Between nodes round trips reach 0.3 s; a SYN lost once costs 1 s, lost twice 3 s.
+    connect_timeout_s: float = 3.0
+    # From the first byte of a head to its end, however the bytes trickle.
+    head_timeout_s: float = 15.0
+    # Between requests of one connection; above the 60 s that balancers in front usually keep.
+    keepalive_timeout_s: float = 75.0
+    # Without a byte of the request body.
+    body_timeout_s: float = 30.0
+    # A client that takes none of what waits for it.
+    send_timeout_s: float = 30.0
+    # From the end of the request to the head of the answer: what users of 60 s gateways expect.
+    response_timeout_s: float = 60.0
+    # Between two reads of an answer; event streams are told to send a comment more often than this.
+    stream_timeout_s: float = 300.0
+    # Without a byte in either direction of an upgraded connection.
+    tunnel_timeout_s: float = 3_600.0
+    # After a refusal: the time in which the client can read it before the connection is cut.
+    linger_s: float = 2.0
+
+    # Fly keeps upstream connections for about 4 s. Common servers close idle ones after 5 s, and a
+    # connection that both sides give up at the same time costs a retry.
+    pool_idle_timeout_s: float = 4.0
+    pool_idle_max: int = 128  # per machine; bounds file descriptors, not concurrency
+
+    # How often deadlines are looked at: a wait may last this much longer than set.
+    sweep_interval_s: float = 0.25

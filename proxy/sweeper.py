@@ -1,0 +1,53 @@
+"""Time limits of connections.
+
+Decides when a deadline is looked at: all of them, every quarter of a second. Refuses to know what
+happens then. Invariant: setting a deadline is one attribute write, so waits of a microsecond cost no
+more than a microsecond; a timer per wait would cost as much as a small exchange. The price is a pass
+over all connections (0.1 us each), and limits that are late by up to one interval.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+NEVER: Final = float("inf")
+
+
+class Timed(Protocol):
+    """A connection with a time limit."""
+
+    deadline: float
+
+    def handle_deadline(self) -> None:
+        """The deadline has passed."""
+
+
+class Sweeper:
+    """Looks at the deadlines of collections that others fill."""
+
+    def __init__(self, interval_s: float, *collections: Collection[Timed]) -> None:
+        self._interval_s = interval_s
+        self._collections = collections
+        self._timer: asyncio.TimerHandle | None = None  # set from `start` to `stop`
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._timer = asyncio.get_running_loop().call_later(self._interval_s, self._sweep)
+
+    def stop(self) -> None:
+        """Stop looking; nothing is called any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _sweep(self) -> None:
+        # The next pass first: whatever a connection does, the others keep their limits.
+        self.start()
+        now = asyncio.get_running_loop().time()
+        for connections in self._collections:
+            for connection in [c for c in connections if c.deadline <= now]:
+                connection.handle_deadline()

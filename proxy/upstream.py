@@ -1,0 +1,312 @@
+"""One connection to a machine.
+
+Decides where an answer begins and ends on the wire and whether the connection can be used again.
+Refuses to know what a request is and what becomes of the answer. Invariant: a connection on which a
+byte came that no exchange asked for is closed and never used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum
+from typing import TYPE_CHECKING, Final, cast
+
+from .core.errors import BAD_RESPONSE, UPSTREAM_RESET, UPSTREAM_TIMEOUT, ResponseError
+from .core.framing import Body, BodyError, ChunkedBody, FixedBody, UntilClose
+from .core.response_head import SWITCHING_PROTOCOLS, parse_response_head
+from .sweeper import NEVER
+
+if TYPE_CHECKING:
+    from .core.exchange import Exchange
+    from .core.response_head import ResponseHead
+    from .downstream import Downstream
+    from .pool import Pool
+
+
+class State(Enum):
+    """What the next byte on the wire would be."""
+
+    IDLE = 1  # a violation
+    HEAD = 2  # of a head
+    BODY = 3
+    DISCARD = 4  # of a body that nobody wants
+    TUNNEL = 5
+    CLOSED = 6
+
+
+_IDLE: Final = State.IDLE
+_HEAD: Final = State.HEAD
+_BODY: Final = State.BODY
+_DISCARD: Final = State.DISCARD
+_TUNNEL: Final = State.TUNNEL
+_CLOSED: Final = State.CLOSED
+
+
+class Upstream(asyncio.Protocol):
+    """An open connection to `address`; the pool makes it and takes it back."""
+
+    def __init__(self, pool: Pool, address: tuple[str, int]) -> None:
+        self.pool = pool
+        self.address = address
+        self.deadline = NEVER
+        self.reused = False  # set when it goes back to the pool
+        self.transport: asyncio.Transport | None = None  # from connection_made to connection_lost
+        self._state = _IDLE
+        self._exchange: Exchange | None = None  # set by `begin`, cleared when its answer ends
+        self._buffer = b""  # the part of a head that is here
+        self._body: Body | None = None
+        self._reusable = False  # what the head of the current answer said
+        self._discard_left = 0
+        self._peer: Downstream | None = None  # the client's side of a tunnel
+        self._loop = pool.loop
+
+    # What an exchange calls
+
+    def begin(self, exchange: Exchange) -> None:
+        """Deliver what comes from now on to this exchange."""
+        assert self._state is _IDLE
+        self._exchange = exchange
+        self._state = _HEAD
+        self.deadline = NEVER
+
+    def write(self, data: bytes) -> None:
+        """Send bytes of the request."""
+        if self.transport is not None:
+            self.transport.write(data)
+
+    def await_response(self) -> None:
+        """The request is sent: the machine has a limited time to answer."""
+        if self._state is _HEAD:
+            self.deadline = self._loop.time() + self.pool.settings.response_timeout_s
+
+    def pause_reading(self) -> None:
+        """Stop reading the answer."""
+        if self.transport is not None:
+            self.transport.pause_reading()
+            self.deadline = NEVER  # the client's limits hold meanwhile
+
+    def resume_reading(self) -> None:
+        """Go on reading the answer."""
+        if self.transport is not None:
+            self.transport.resume_reading()
+            if self._state is _BODY or self._state is _TUNNEL:
+                self.deadline = self._loop.time() + self.pool.settings.stream_timeout_s
+
+    def release(self) -> None:
+        """End the exchange; keep the connection if its answer ended cleanly."""
+        self._exchange = None
+        if self._state is _IDLE and self._reusable and self.transport is not None:
+            self.reused = True
+            self._reusable = False
+            self.transport.resume_reading()
+            self.pool.put(self)
+        else:
+            self.close()
+
+    def discard(self) -> None:
+        """End the exchange; read the rest of the answer if it is small, then as `release`."""
+        self._exchange = None
+        if self._state is _BODY and self._reusable:
+            self._state = _DISCARD
+            self._discard_left = self.pool.settings.discard_bytes_max
+            self.resume_reading()
+            self.deadline = self._loop.time() + self.pool.settings.linger_s
+        else:
+            self.release()
+
+    def close(self) -> None:
+        """End the exchange and the connection."""
+        self._exchange = None
+        self._peer = None
+        self._state = _CLOSED
+        if self.transport is not None:
+            self.transport.abort()
+
+    def start_tunnel(self, peer: Downstream) -> None:
+        """Pass bytes to and from the client from now on."""
+        self._state = _TUNNEL
+        self._peer = peer
+        self.deadline = self._loop.time() + self.pool.settings.tunnel_timeout_s
+
+    def end_tunnel(self) -> None:
+        """The client's side has ended: send what is left, then close."""
+        self._peer = None
+        self._state = _CLOSED
+        self.deadline = self._loop.time() + self.pool.settings.linger_s
+        if self.transport is not None:
+            self.transport.close()
+
+    # What the event loop calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the transport."""
+        self.transport = cast("asyncio.Transport", transport)
+        self.transport.set_write_buffer_limits(self.pool.settings.write_buffer_bytes_max)
+        self.pool.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of an answer."""
+        state = self._state
+        if state is _HEAD:
+            try:
+                self._read_head(self._buffer + data if self._buffer else data)
+            except (ResponseError, BodyError) as error:
+                self._lose(BAD_RESPONSE, str(error))
+        elif state is _BODY:
+            self._read_body(data)
+        elif state is _TUNNEL:
+            if self._peer is not None:
+                self._peer.write_tunnelled(data)
+        elif state is _DISCARD:
+            self._discard_body(data)
+        else:
+            # Nobody asked: an answer before its request, or what followed a complete one.
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End whatever was going on."""
+        self.transport = None
+        self.deadline = NEVER
+        self.pool.remove(self)
+        if self._peer is not None:
+            peer, self._peer = self._peer, None
+            self._state = _CLOSED
+            peer.end_tunnel()
+            return
+        exchange = self._exchange
+        if exchange is not None and self._state is _BODY and exc is None and type(self._body) is UntilClose:
+            self._exchange = None
+            self._state = _CLOSED
+            exchange.handle_response_body(b"", ended=True)
+        else:
+            self._lose(UPSTREAM_RESET, "")
+
+    def pause_writing(self) -> None:
+        """The machine does not read: stop the client, and wait only so long."""
+        if self._peer is not None:
+            self._peer.pause_reading()
+        elif self._exchange is not None:
+            self._exchange.handle_machine_slow(slow=True)
+        self.deadline = self._loop.time() + self.pool.settings.send_timeout_s
+
+    def resume_writing(self) -> None:
+        """The machine reads again."""
+        if self._peer is not None:
+            self._peer.resume_reading()
+            self.deadline = self._loop.time() + self.pool.settings.tunnel_timeout_s
+        elif self._exchange is not None:
+            self.deadline = NEVER
+            self._exchange.handle_machine_slow(slow=False)
+            if self._exchange is not None and self._exchange.body_ended:
+                self.await_response()
+
+    def handle_deadline(self) -> None:
+        """A wait took too long."""
+        if self._state is _TUNNEL and self._peer is not None:
+            self._peer.handle_deadline()
+        elif self._exchange is not None:
+            self._lose(UPSTREAM_TIMEOUT, "")
+        else:
+            self.close()
+
+    # The answer
+
+    def _lose(self, code: str, detail: str) -> None:
+        exchange = self._exchange
+        self.close()
+        if exchange is not None:
+            exchange.handle_machine_lost(code, detail)
+
+    def _read_head(self, data: bytes) -> None:
+        settings = self.pool.settings
+        exchange = self._exchange
+        assert exchange is not None
+        while True:
+            end = data.find(b"\r\n\r\n") + 4
+            if end < 4 or end > settings.response_head_bytes_max:
+                if len(data) > settings.response_head_bytes_max:
+                    raise ResponseError("the head is too large")
+                self._buffer = data
+                return
+            raw = data if end == len(data) else data[:end]
+            head = parse_response_head(raw)
+            rest = b"" if end == len(data) else data[end:]
+            if head.status >= 200 or head.status == SWITCHING_PROTOCOLS:
+                break
+            if not exchange.handle_informational(head):
+                raise ResponseError("too many informational answers")
+            if self._exchange is not exchange:
+                return
+            data = rest
+        self._buffer = b""
+        if head.status == SWITCHING_PROTOCOLS:
+            self._state = _IDLE
+            exchange.handle_response(head, rest, ended=False)
+        else:
+            self._take_head(exchange, head, rest)
+
+    def _take_head(self, exchange: Exchange, head: ResponseHead, rest: bytes) -> None:
+        self._reusable = head.keep_alive
+        length = head.content_length
+        to_head = exchange.head.method == b"HEAD"
+        if length == len(rest) or head.is_bodiless(to_head=to_head) or length == 0:
+            if length > 0 and not to_head and head.status != 304:
+                self._end(rest=False)
+            else:
+                self._end(rest=bool(rest))
+                rest = b""
+            exchange.handle_response(head, rest, ended=True)
+            return
+        body: Body
+        if head.chunked:
+            body = ChunkedBody(bound_overhead=False)
+        elif length > 0:
+            body = FixedBody(length)
+        else:
+            body = UntilClose()
+            self._reusable = False
+        self._body = body
+        self._state = _BODY
+        data = body.feed(rest) if rest else b""
+        if body.ended:
+            self._end(rest=bool(body.rest))
+        else:
+            self.deadline = self._loop.time() + self.pool.settings.stream_timeout_s
+        exchange.handle_response(head, data, ended=body.ended)
+
+    def _end(self, *, rest: bool) -> None:
+        """The answer is complete; whatever follows it poisons the connection."""
+        self._state = _IDLE
+        self._body = None
+        self.deadline = NEVER
+        if rest:
+            self._reusable = False
+
+    def _read_body(self, data: bytes) -> None:
+        body, exchange = self._body, self._exchange
+        assert body is not None
+        assert exchange is not None
+        try:
+            data = body.feed(data)
+        except BodyError as error:
+            self._lose(BAD_RESPONSE, str(error))
+            return
+        if body.ended:
+            self._end(rest=bool(body.rest))
+        else:
+            self.deadline = self._loop.time() + self.pool.settings.stream_timeout_s
+        exchange.handle_response_body(data, ended=body.ended)
+
+    def _discard_body(self, data: bytes) -> None:
+        body = self._body
+        assert body is not None
+        self._discard_left -= len(data)
+        try:
+            body.feed(data)
+        except BodyError:
+            self._discard_left = -1
+        if self._discard_left < 0:
+            self.close()
+        elif body.ended:
+            self._end(rest=bool(body.rest))
+            self.release()
