@@ -277,6 +277,8 @@ def test_new_regions_and_own_coordinates_change_the_order_at_once() -> None:
     assert ours.choose(service, 0.0) is table.machine("lab")
     drop(table, "machines", id="lab")
     assert ours.choose(service, 0.0) is table.machine("far")
+    put(table, "machines", id="near", region="fra")
+    assert ours.choose(service, 0.0) is table.machine("near")
 
 
 def test_balancers_of_two_regions_share_a_table() -> None:
