@@ -243,7 +243,7 @@ class Agent:
     def replace_keys(self, keys: Sequence[bytes]) -> None:
         """Adopt a new key ring; open streams stay open. Raises ValueError when there were no keys before."""
         if not isinstance(self._seal, KeyRing):
-            # noqa's reason: which seal there is follows from the settings, it is no type of the caller's
+            # Not a TypeError: which seal there is follows from the settings.
             raise ValueError("an agent that started without keys stays without")  # noqa: TRY004
         self._seal.replace(keys)
 
