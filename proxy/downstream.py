@@ -75,6 +75,8 @@ class Downstream(asyncio.Protocol):
         self._discard_left = 0
         self._paused = False  # not reading
         self._reading = False  # heads are being taken off the buffer further up the stack
+        self._blocked = False  # from pause_writing to resume_writing: no next request meanwhile
+        self._begun = False  # the first bytes of the current head are here
         self._blank_seen = False  # an empty line before the current head was forgiven
         self._peer = ""
         self._trusted = False
@@ -96,7 +98,7 @@ class Downstream(asyncio.Protocol):
         plane.metrics.connections_open += 1
         self.deadline = plane.now() + plane.settings.head_timeout_s
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the reason changes nothing
         """Stop whatever was going on."""
         self._transport = None
         self.deadline = NEVER
@@ -116,21 +118,28 @@ class Downstream(asyncio.Protocol):
         state = self._state
         if state is _HEAD:
             self._buffer = self._buffer + data if self._buffer else data
-            self._read_heads()
+            if self._blocked:
+                self._limit_buffer()
+            else:
+                self._read_heads()
         elif state is _BODY:
             self._read_body(data)
         elif state is _BUSY:
             self._buffer += data
-            if len(self._buffer) > self._plane.settings.head_bytes_max:
-                self.pause_reading()
+            self._limit_buffer()
         elif state is _TUNNEL:
             if self._machine is not None:
-                self._machine.write(data)
+                self._machine.write_tunnelled(data)
         elif state is _DISCARD:
             self._discard_body(data)
 
+    def _limit_buffer(self) -> None:
+        if len(self._buffer) > self._plane.settings.head_bytes_max:
+            self.pause_reading()
+
     def pause_writing(self) -> None:
         """The client does not read: stop the machine, and wait only so long."""
+        self._blocked = True
         if self._machine is not None:
             self._machine.pause_reading()
         elif self._exchange is not None:
@@ -139,6 +148,7 @@ class Downstream(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         """The client reads again."""
+        self._blocked = False
         settings = self._plane.settings
         if self._machine is not None:
             self._machine.resume_reading()
@@ -147,13 +157,20 @@ class Downstream(asyncio.Protocol):
             self._exchange.handle_client_slow(slow=False)
             reading = self._state is _BODY and not self._paused
             self.deadline = self._plane.now() + settings.body_timeout_s if reading else NEVER
-        else:
-            self.deadline = self._plane.now() + settings.keepalive_timeout_s
+        elif self._state is _HEAD:
+            self._await_head()
+            self._read_heads()
 
     def handle_deadline(self) -> None:
         """A wait took too long."""
-        if self._state is _HEAD and self._buffer:
+        if self._blocked or self._transport is None:
+            self.abort()
+        elif self._state is _HEAD and self._buffer:
             self._refuse(RequestError(REQUEST_TIMEOUT))
+        elif self._state is _BODY:
+            self._fail_body(RequestError(REQUEST_TIMEOUT))
+        elif self._state is _HEAD:
+            self._transport.close()
         else:
             self.abort()
 
@@ -189,12 +206,10 @@ class Downstream(asyncio.Protocol):
             self._discard_left = self._plane.settings.discard_bytes_max
             self.resume_reading()
             self.deadline = self._plane.now() + self._plane.settings.linger_s
-        elif not self._reading:
-            self._await_head()
-            if self._buffer:
-                self._read_heads()
         else:
             self._await_head()
+            if self._buffer and not self._reading:
+                self._read_heads()
 
     def abort(self) -> None:
         """Cut the connection."""
@@ -253,8 +268,9 @@ class Downstream(asyncio.Protocol):
 
     def _await_head(self) -> None:
         self._state = _HEAD
-        self._blank_seen = False
-        self.deadline = self._plane.now() + self._plane.settings.keepalive_timeout_s
+        self._begun = self._blank_seen = False
+        if not self._blocked:
+            self.deadline = self._plane.now() + self._plane.settings.keepalive_timeout_s
         if self._paused:
             self.resume_reading()
 
@@ -262,7 +278,7 @@ class Downstream(asyncio.Protocol):
         """Take requests off the buffer until one is not answered at once."""
         self._reading = True
         try:
-            while self._state is _HEAD and self._buffer:
+            while self._state is _HEAD and self._buffer and not self._blocked:
                 data = self._buffer
                 if data[0] <= 32:
                     data = self._forgive_blank(data)
@@ -299,9 +315,10 @@ class Downstream(asyncio.Protocol):
             raise RequestError(URL_TOO_LONG, f"more than {settings.url_bytes_max} bytes")
         if data.count(b"\n") != data.count(b"\r\n"):
             raise RequestError(BAD_HEAD, "bare LF in the head")
-        if not self._buffer or self.deadline == NEVER or self._buffer == data:
-            # The head has begun: from here on it has its own limit, however its bytes trickle.
-            self.deadline = min(self.deadline, self._plane.now() + settings.head_timeout_s)
+        if not self._begun:
+            # From here on the head has its own limit, however its bytes trickle.
+            self._begun = True
+            self.deadline = self._plane.now() + settings.head_timeout_s
         self._buffer = data
 
     def _take_head(self, raw: bytes) -> None:
@@ -356,13 +373,7 @@ class Downstream(asyncio.Protocol):
         try:
             data = body.feed(data)
         except BodyError as error:
-            self._exchange = None
-            answered = exchange.has_answered()
-            exchange.handle_client_lost()
-            if answered:
-                self.abort()
-            else:
-                self._refuse(RequestError(BAD_BODY, str(error)))
+            self._fail_body(RequestError(BAD_BODY, str(error)))
             return
         if body.ended:
             self._state = _BUSY
@@ -371,6 +382,17 @@ class Downstream(asyncio.Protocol):
         elif not self._paused:
             self.deadline = self._plane.now() + self._plane.settings.body_timeout_s
         exchange.handle_request_body(data, ended=body.ended)
+
+    def _fail_body(self, error: RequestError) -> None:
+        """The body will never be complete: answer if nothing was answered yet, and close."""
+        exchange, self._exchange = self._exchange, None
+        answered = exchange is not None and exchange.has_answered()
+        if exchange is not None:
+            exchange.handle_client_lost()
+        if answered:
+            self.abort()
+        else:
+            self._refuse(error)
 
     def _discard_body(self, data: bytes) -> None:
         body = self._body

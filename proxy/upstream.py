@@ -55,7 +55,9 @@ class Upstream(asyncio.Protocol):
         self._exchange: Exchange | None = None  # set by `begin`, cleared when its answer ends
         self._buffer = b""  # the part of a head that is here
         self._body: Body | None = None
-        self._reusable = False  # what the head of the current answer said
+        self._reusable = True  # false from `begin` until a head says otherwise
+        self._paused = False  # not reading
+        self._blocked = False  # from pause_writing to resume_writing
         self._discard_left = 0
         self._peer: Downstream | None = None  # the client's side of a tunnel
         self._loop = pool.loop
@@ -67,6 +69,7 @@ class Upstream(asyncio.Protocol):
         assert self._state is _IDLE
         self._exchange = exchange
         self._state = _HEAD
+        self._reusable = False
         self.deadline = NEVER
 
     def write(self, data: bytes) -> None:
@@ -81,24 +84,35 @@ class Upstream(asyncio.Protocol):
 
     def pause_reading(self) -> None:
         """Stop reading the answer."""
-        if self.transport is not None:
+        if not self._paused and self.transport is not None:
+            self._paused = True
             self.transport.pause_reading()
             self.deadline = NEVER  # the client's limits hold meanwhile
 
     def resume_reading(self) -> None:
         """Go on reading the answer."""
-        if self.transport is not None:
+        if self._paused and self.transport is not None:
+            self._paused = False
             self.transport.resume_reading()
-            if self._state is _BODY or self._state is _TUNNEL:
+            if self._state is _BODY:
                 self.deadline = self._loop.time() + self.pool.settings.stream_timeout_s
+            elif self._state is _TUNNEL:
+                self._await_tunnel()
 
     def release(self) -> None:
         """End the exchange; keep the connection if its answer ended cleanly."""
         self._exchange = None
-        if self._state is _IDLE and self._reusable and self.transport is not None:
+        transport = self.transport
+        # What is not even sent cannot have been read by the machine: its answer came too early.
+        if (
+            self._state is _IDLE
+            and self._reusable
+            and transport is not None
+            and not transport.get_write_buffer_size()
+        ):
             self.reused = True
-            self._reusable = False
-            self.transport.resume_reading()
+            if self._paused:
+                self.resume_reading()
             self.pool.put(self)
         else:
             self.close()
@@ -125,8 +139,18 @@ class Upstream(asyncio.Protocol):
     def start_tunnel(self, peer: Downstream) -> None:
         """Pass bytes to and from the client from now on."""
         self._state = _TUNNEL
+        self._exchange = None
         self._peer = peer
-        self.deadline = self._loop.time() + self.pool.settings.tunnel_timeout_s
+        self._await_tunnel()
+
+    def write_tunnelled(self, data: bytes) -> None:
+        """Send bytes of the client."""
+        self.write(data)
+        self._await_tunnel()
+
+    def _await_tunnel(self) -> None:
+        if not self._blocked:
+            self.deadline = self._loop.time() + self.pool.settings.tunnel_timeout_s
 
     def end_tunnel(self) -> None:
         """The client's side has ended: send what is left, then close."""
@@ -156,6 +180,7 @@ class Upstream(asyncio.Protocol):
             self._read_body(data)
         elif state is _TUNNEL:
             if self._peer is not None:
+                self._await_tunnel()
                 self._peer.write_tunnelled(data)
         elif state is _DISCARD:
             self._discard_body(data)
@@ -183,6 +208,7 @@ class Upstream(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The machine does not read: stop the client, and wait only so long."""
+        self._blocked = True
         if self._peer is not None:
             self._peer.pause_reading()
         elif self._exchange is not None:
@@ -191,9 +217,10 @@ class Upstream(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         """The machine reads again."""
+        self._blocked = False
         if self._peer is not None:
             self._peer.resume_reading()
-            self.deadline = self._loop.time() + self.pool.settings.tunnel_timeout_s
+            self._await_tunnel()
         elif self._exchange is not None:
             self.deadline = NEVER
             self._exchange.handle_machine_slow(slow=False)
@@ -249,12 +276,12 @@ class Upstream(asyncio.Protocol):
         self._reusable = head.keep_alive
         length = head.content_length
         to_head = exchange.head.method == b"HEAD"
-        if length == len(rest) or head.is_bodiless(to_head=to_head) or length == 0:
-            if length > 0 and not to_head and head.status != 304:
-                self._end(rest=False)
-            else:
-                self._end(rest=bool(rest))
-                rest = b""
+        if length == 0 or head.is_bodiless(to_head=to_head):
+            self._end(rest=bool(rest))
+            exchange.handle_response(head, b"", ended=True)
+            return
+        if length == len(rest):
+            self._end(rest=False)
             exchange.handle_response(head, rest, ended=True)
             return
         body: Body

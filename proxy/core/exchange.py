@@ -38,7 +38,7 @@ from .errors import (
     render_error,
 )
 from .framing import LAST_CHUNK, encode_chunk
-from .request_head import IDEMPOTENT
+from .request_head import IDEMPOTENT, WITH_BODY
 from .response_head import SWITCHING_PROTOCOLS
 
 if TYPE_CHECKING:
@@ -257,13 +257,15 @@ class Exchange:
     def handle_connect_failed(self, code: str, detail: str) -> None:
         """The connection asked for could not be made: the next machine, at once."""
         self.plane.metrics.count_connect_failure(code)
+        if self.target is not None:
+            # Only failed connections count: a reset may be what this one request does to any machine.
+            record_failure(self.target, self.plane.now())
         if self.phase is not _DONE:
             self._retry_elsewhere(code, detail)
 
     def _retry_elsewhere(self, code: str, detail: str) -> None:
         target = self.target
         assert target is not None
-        record_failure(target, self.plane.now())
         self.tried = (*self.tried, target.id)
         self.last_failure = f"[{code}] {detail}"
         self.plane.metrics.app(self.service.app).retries += 1
@@ -315,13 +317,14 @@ class Exchange:
             data = b"".join(pieces)
         elif kept:
             data = b"".join((data, *kept))
+        if not self.body_ended:
+            if self.body_bytes > self.plane.settings.replay_body_bytes_max:
+                self._limit_kept()
+            # Before the write, which may find that the machine is slow and pause the client again.
+            self.client.resume_body()
         machine.write(data)
         if self.body_ended:
             machine.await_response()
-        else:
-            if self.body_bytes > self.plane.settings.replay_body_bytes_max:
-                self._limit_kept()
-            self.client.resume_body()
 
     def _render_request(self) -> bytes:
         """Write the head anew; nothing of it is copied but the lines that were found to be sound."""
@@ -454,10 +457,11 @@ class Exchange:
         machine = self.machine
         self.machine = None
         if machine is not None:
-            if self.body_ended:
+            # A machine that waits for the rest of a body, or ignores bodies where they are unusual, would
+            # take the body for the next request: never another request behind that.
+            if self.body_ended and (not self.body_bytes or self.head.method in WITH_BODY):
                 machine.release()
             else:
-                # It may still be waiting for the rest of the body: never another request behind that.
                 machine.close()
         self._close_books(self.status)
         self.client.finish(keep=keep)

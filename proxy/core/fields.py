@@ -89,12 +89,8 @@ def request_kind(name: bytes) -> int:
     kind = _REQUEST.get(lower)
     if kind is None:
         dashed = lower.replace(b"_", b"-")
-        if dashed != lower and (_REQUEST.get(dashed, PASS) != PASS or dashed.startswith(_OWN_PREFIXES)):
-            kind = DROP
-        elif lower.startswith(_OWN_PREFIXES):
-            kind = DROP
-        else:
-            kind = PASS
+        disguised = dashed != lower and _REQUEST.get(dashed, PASS) != PASS
+        kind = DROP if disguised or dashed.startswith(_OWN_PREFIXES) else PASS
     return _remember(REQUEST_KINDS, name, kind)
 
 

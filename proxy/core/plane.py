@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from proxy.metrics import ProxyMetrics
+    from proxy.settings import ProxySettings
     from routing.balancer import Refusal, Want
     from routing.table import RoutingTable, Service
     from routing.target import Target
 
-    from ..metrics import ProxyMetrics
-    from ..settings import ProxySettings
     from .exchange import Exchange
     from .request_id import RequestIds
 

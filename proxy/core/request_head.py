@@ -34,7 +34,7 @@ from .errors import (
 from .fields import REQUEST_KINDS, request_kind
 
 if TYPE_CHECKING:
-    from ..settings import ProxySettings
+    from proxy.settings import ProxySettings
 
 # RFC 9110 section 7.2 without user-info; underscores occur in real names.
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
@@ -47,7 +47,7 @@ IDEMPOTENT: Final = frozenset(
     (b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"PROPFIND", b"REPORT", b"QUERY")
 )
 # Methods with a body in their meaning: without one they go out with Content-Length: 0 (RFC 9110 8.6).
-_WITH_BODY: Final = frozenset((b"POST", b"PUT", b"PATCH"))
+WITH_BODY: Final = frozenset((b"POST", b"PUT", b"PATCH"))
 _REFUSED_METHODS: Final = frozenset((b"CONNECT", b"TRACE"))
 # Fields that decide where a message ends or leads: nobody may have them dropped on the way.
 _NOT_FOR_CONNECTION: Final = frozenset((b"content-length", b"transfer-encoding", b"host"))
@@ -156,7 +156,7 @@ def parse_request_head(raw: bytes, settings: ProxySettings) -> RequestHead:
         _apply_connection(head, head.connection)
     if head.framing is not None:
         _apply_framing(head, head.framing, raw)
-    elif method in _WITH_BODY:
+    elif method in WITH_BODY:
         head.content_length = 0
     if head.upgrade is not None:
         _apply_upgrade(head, settings)

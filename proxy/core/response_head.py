@@ -25,6 +25,7 @@ SWITCHING_PROTOCOLS: Final = 101
 NO_CONTENT: Final = 204
 NOT_MODIFIED: Final = 304
 
+_BODILESS: Final = frozenset((NO_CONTENT, NOT_MODIFIED))
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] [1-5][0-9][0-9](?: [\t -~\x80-\xff]*)?")
 _LENGTH: Final = re.compile(rb"[0-9]{1,18}")
 # Status lines as they came -> as they are sent. Few in practice; emptied when full.
@@ -94,7 +95,7 @@ class ResponseHead:
 
     def is_bodiless(self, *, to_head: bool) -> bool:
         """True when no body follows, whatever the fields say (RFC 9112 section 6.3)."""
-        return to_head or self.status == NO_CONTENT or self.status == NOT_MODIFIED or self.status < 200
+        return to_head or self.status in _BODILESS or self.status < 200
 
 
 def parse_response_head(raw: bytes) -> ResponseHead:
