@@ -45,17 +45,11 @@ class Server:
         self._metrics = metrics
         self._clients: set[Downstream] = set()
         # All set by `start`.
+        self.port = 0  # listened on
         self._listener: asyncio.Server | None = None
         self._plane: Plane | None = None
         self._pool: Pool | None = None
         self._sweeper: Sweeper | None = None
-
-    @property
-    def port(self) -> int:
-        """The port that it listens on; after `start`."""
-        assert self._listener is not None
-        port: int = self._listener.sockets[0].getsockname()[1]
-        return port
 
     async def start(
         self,
@@ -94,6 +88,7 @@ class Server:
             self._listener = await loop.create_server(
                 make, host, port, backlog=_BACKLOG, reuse_port=reuse_port or None, start_serving=False
             )
+        self.port = self._listener.sockets[0].getsockname()[1]
         public = public_port or self.port
         accepting["rules"] = Forwarding(self._settings.trusted_proxies, self._settings.region, public), public
         await self._listener.start_serving()
