@@ -1,0 +1,404 @@
+"""One node's membership: messages and time in, outputs out."""
+
+import itertools
+from random import Random
+
+import pytest
+
+from replication.core.clock import SiteId
+from replication.core.member import INCARNATION_JUMP_MAX, INCARNATION_MAX, MemberInfo, MemberState, Update
+from replication.core.probe import LocalHealth, ProbeOrder, jitter, pick
+from replication.core.rumors import Rumors as RumorQueue
+from replication.core.suspicion import Suspicion, compute_confirmations_wanted, compute_suspicion_bounds_ms
+from replication.core.swim import MemberChanged, ProbeStream, SendDatagram, Swim, SwimSettings
+from replication.core.wire import Ack, Join, Nack, Ping, PingRequest, Rumors
+
+ALIVE, SUSPECT, DEAD, LEFT = MemberState
+
+
+def info(number: int, incarnation: int = 1, *, host: int | None = None) -> MemberInfo:
+    site = SiteId(bytes([number]) * 16)
+    return MemberInfo(site, f"n{number}", f"10.0.0.{host or number}", 7946, incarnation)
+
+
+class Node:
+    """A core with what it sent, sorted by kind."""
+
+    def __init__(self, *others: MemberInfo, **settings: float) -> None:
+        self.swim = Swim(info(1), SwimSettings(**settings), Random(1))
+        self.now = 0.0
+        self.out = self.swim.start(self.now)
+        for other in others:
+            self.take(Rumors(other))
+        self.out.clear()
+
+    def take(self, message: object) -> None:
+        self.out += self.swim.handle_message(message, self.now)
+
+    def run(self, duration_ms: float) -> None:
+        end = self.now + duration_ms
+        while (at := self.swim.next_at()) is not None and at <= end:
+            self.now = max(self.now, at)
+            self.out += self.swim.tick(self.now)
+        self.now = end
+
+    def sent(self, kind: type, to: MemberInfo | None = None) -> list:
+        return [
+            output.message
+            for output in self.out
+            if isinstance(output, SendDatagram)
+            and isinstance(output.message, kind)
+            and (to is None or output.address == to.address)
+        ]
+
+    def told(self) -> set[Update]:
+        """Run a gossip round and return what was told."""
+        self.out.clear()
+        self.run(300)
+        return {update for message in self.sent(Rumors) for update in message.updates}
+
+    def state(self, other: MemberInfo) -> MemberState | None:
+        member = self.swim.members.get(other.site)
+        return member.state if member is not None else None
+
+    def until_ping(self, other: MemberInfo) -> Ping:
+        """Answer all probes until the other is probed; return that one, unanswered."""
+        for _ in range(100):
+            self.out.clear()
+            self.run(100)
+            for ping in self.sent(Ping):
+                if ping.target == other.site:
+                    return ping
+                self.take(Ack(ping.number, self.swim.members[ping.target].info))
+        raise AssertionError("never probed")
+
+
+def test_answers_a_ping_with_an_ack_of_its_number():
+    node = Node()
+    node.take(Ping(77, info(1).site, info(2)))
+    (ack,) = node.sent(Ack, info(2))
+    assert ack.number == 77
+
+
+def test_is_silent_to_a_ping_meant_for_another_site():
+    node = Node()
+    node.take(Ping(77, info(9).site, info(2)))
+    assert not node.sent(Ack)
+
+
+def test_whoever_sends_something_becomes_a_member_and_is_told_of():
+    node = Node(info(3))
+    node.take(Ping(1, info(1).site, info(2)))
+    assert MemberChanged(info(2), ALIVE, None) in node.out
+    assert Update(info(2), ALIVE) in node.told()
+
+
+@pytest.mark.parametrize("state", [SUSPECT, DEAD, LEFT])
+def test_only_the_living_are_introduced(state):
+    node = Node(info(2))
+    node.take(Rumors(info(2), (Update(info(3), state),)))
+    assert node.state(info(3)) is None
+
+
+@pytest.mark.parametrize("state", [SUSPECT, DEAD, LEFT])
+def test_refutes_what_is_said_of_it_with_a_higher_incarnation(state):
+    node = Node(info(2))
+    node.take(Rumors(info(2), (Update(info(1, 5), state),)))
+    assert node.swim.me.incarnation == 6
+    assert Update(info(1, 6), ALIVE) in node.told()
+
+
+def test_an_old_claim_about_it_needs_no_refutation():
+    node = Node(info(2))
+    node.take(Rumors(info(2), (Update(info(1, 0), DEAD),)))
+    assert node.swim.me.incarnation == 1
+
+
+def test_another_node_with_our_site_is_counted_as_a_conflict():
+    node = Node(info(2))
+    node.take(Rumors(info(2), (Update(info(1, 4, host=99), ALIVE),)))
+    assert node.swim.counters["identity_conflicts"] == 1
+    assert node.swim.me.incarnation == 5
+
+
+@pytest.mark.parametrize("incarnation", [INCARNATION_MAX - 1, INCARNATION_JUMP_MAX + 2])
+def test_a_wild_jump_of_an_incarnation_is_not_believed(incarnation):
+    node = Node(info(2), info(3))
+    node.take(Rumors(info(2), (Update(info(3, incarnation), DEAD), Update(info(1, incarnation), DEAD))))
+    assert node.state(info(3)) is ALIVE
+    assert node.swim.me.incarnation == 1
+    assert node.swim.counters["claims_refused"] == 2
+
+
+def test_a_fallen_member_is_not_raised_by_hearsay_of_the_same_incarnation():
+    node = Node(info(2), info(3))
+    node.take(Rumors(info(2), (Update(info(3), DEAD),)))
+    node.take(Rumors(info(2), (Update(info(3), ALIVE),)))
+    assert node.state(info(3)) is DEAD
+
+
+def test_a_fallen_member_of_whom_somebody_hears_is_told_what_is_held_against_it():
+    node = Node(info(2), info(3))
+    node.take(Rumors(info(2), (Update(info(3), DEAD),)))
+    node.out.clear()
+    node.take(Rumors(info(2), (Update(info(3), ALIVE),)))
+    (join,) = node.sent(Join, info(3))
+    assert join.updates == (Update(info(3), DEAD),)
+    node.out.clear()
+    node.take(Rumors(info(2), (Update(info(3), ALIVE),)))
+    assert not node.sent(Join), "it was told a moment ago"
+
+
+def test_a_member_that_refutes_is_alive_again():
+    node = Node(info(2), info(3))
+    node.take(Rumors(info(2), (Update(info(3), DEAD),)))
+    node.take(Rumors(info(3, 2)))
+    assert node.state(info(3)) is ALIVE
+    assert MemberChanged(info(3, 2), ALIVE, DEAD) in node.out
+
+
+def test_an_unanswered_probe_goes_by_others_and_by_stream_then_becomes_suspicion():
+    node = Node(info(2), info(3))
+    ping = node.until_ping(info(2))
+    node.run(450)
+    (request,) = node.sent(PingRequest, info(3))
+    assert request.target == info(2)
+    assert request.number == ping.number
+    assert ProbeStream(info(2).site, ping.number) in node.out
+    node.run(700)
+    assert node.state(info(2)) is SUSPECT
+
+
+@pytest.mark.parametrize("answer", ["direct", "relayed", "stream"])
+def test_any_answer_within_the_interval_saves_the_target(answer):
+    node = Node(info(2), info(3))
+    ping = node.until_ping(info(2))
+    node.run(450)
+    if answer == "direct":
+        node.take(Ack(ping.number, info(2)))
+    elif answer == "relayed":
+        node.take(Ack(ping.number, info(3)))
+    else:
+        node.out += node.swim.handle_stream_ack(info(2).site, ping.number, node.now)
+    node.run(600)
+    assert node.state(info(2)) is ALIVE
+
+
+def test_an_answer_by_somebody_who_was_not_asked_saves_nobody():
+    node = Node(info(2))
+    ping = node.until_ping(info(2))
+    node.take(Ack(ping.number, info(3)))
+    node.run(1_100)
+    assert node.swim.counters["acks_unexpected"] == 1
+    assert node.state(info(2)) is SUSPECT
+
+
+def test_notes_the_round_trip_of_a_direct_answer():
+    node = Node(info(2))
+    ping = node.until_ping(info(2))
+    sent_at = next(iter(node.swim._probes.values())).sent_ms
+    node.now = sent_at + 30
+    node.take(Ack(ping.number, info(2)))
+    assert node.swim.members[info(2).site].rtt_ms == 30
+
+
+def test_relays_a_probe_and_its_answer():
+    node = Node(info(2), info(3))
+    node.take(PingRequest(5, info(3), info(2)))
+    (ping,) = node.sent(Ping, info(3))
+    node.take(Ack(ping.number, info(3)))
+    (ack,) = node.sent(Ack, info(2))
+    assert ack.number == 5
+    node.run(1_000)
+    assert not node.sent(Nack)
+
+
+def test_says_that_it_tried_when_the_target_does_not_answer_and_still_passes_on_a_late_answer():
+    node = Node(info(2), info(3))
+    node.take(PingRequest(5, info(3), info(2)))
+    (ping,) = node.sent(Ping, info(3))
+    node.run(250)
+    (nack,) = node.sent(Nack, info(2))
+    assert nack.number == 5
+    node.take(Ack(ping.number, info(3)))
+    assert [ack.number for ack in node.sent(Ack, info(2))] == [5]
+
+
+def test_a_suspect_hears_of_it_first_of_all():
+    node = Node(info(2), info(3), info(4))
+    node.take(Rumors(info(3), (Update(info(2), SUSPECT),)))
+    ping = node.until_ping(info(2))
+    assert ping.updates[0] == Update(info(2), SUSPECT)
+
+
+def test_a_suspect_that_stays_silent_is_dead():
+    node = Node(info(2), info(3))
+    node.take(Rumors(info(3), (Update(info(2), SUSPECT),)))
+    node.run(2_900)
+    assert node.state(info(2)) is SUSPECT
+    node.run(200)
+    assert node.state(info(2)) is DEAD
+    assert MemberChanged(info(2), DEAD, SUSPECT) in node.out
+
+
+def test_confirmations_by_others_shorten_the_suspicion():
+    others = [info(number) for number in range(2, 8)]
+    alone, agreed = Node(*others), Node(*others)
+    for node in (alone, agreed):
+        node.take(Rumors(info(3), (Update(info(2), SUSPECT),)))
+    for accuser in (info(4), info(5), info(6)):
+        agreed.take(Rumors(accuser, (Update(info(2), SUSPECT),)))
+    for node in (alone, agreed):
+        node.run(3_100)
+    assert agreed.state(info(2)) is DEAD
+    assert alone.state(info(2)) is SUSPECT
+
+
+def test_one_accuser_cannot_confirm_itself():
+    node = Node(*(info(number) for number in range(2, 8)))
+    for _ in range(10):
+        node.take(Rumors(info(3), (Update(info(2), SUSPECT),)))
+    node.run(3_100)
+    assert node.state(info(2)) is SUSPECT
+
+
+def test_the_dead_are_approached_now_and_then():
+    node = Node(info(2), info(3))
+    node.take(Rumors(info(3), (Update(info(2), DEAD),)))
+    node.out.clear()
+    node.run(10_000)
+    joins = node.sent(Join, info(2))
+    assert 4 <= len(joins) <= 14
+    assert joins[0].updates == (Update(info(2), DEAD),)
+
+
+def test_the_dead_are_not_probed():
+    node = Node(info(2), info(3))
+    node.take(Rumors(info(3), (Update(info(2), DEAD),)))
+    node.out.clear()
+    node.run(10_000)
+    assert not node.sent(Ping, info(2))
+
+
+def test_joins_that_nobody_answers_are_repeated_with_growing_pauses():
+    node = Node()
+    node.swim.set_join_addresses([("10.9.9.9", 1)])
+    times = []
+    for _ in range(600):
+        node.out.clear()
+        node.run(100)
+        times += [node.now] * len(node.sent(Join))
+    pauses = [after - before for before, after in itertools.pairwise(times)]
+    assert len(times) >= 12
+    assert max(pauses) <= 6_500
+    assert sum(pauses[:2]) < sum(pauses[-2:])
+
+
+def test_a_newcomer_is_given_the_members_in_a_few_datagrams():
+    others = [info(number) for number in range(2, 60)]
+    node = Node(*others)
+    node.take(Join(info(99)))
+    feeds = node.sent(Rumors, info(99))
+    assert 2 <= len(feeds) <= 4
+    told = [update.info for feed in feeds for update in feed.updates]
+    assert len(told) == len(set(told)) >= 20
+
+
+def test_a_leaver_says_so_and_does_not_refute_it():
+    node = Node(info(2), info(3))
+    node.out += node.swim.leave()
+    assert {update for message in node.sent(Rumors) for update in message.updates} == {Update(info(1), LEFT)}
+    node.take(Rumors(info(2), (Update(info(1), LEFT),)))
+    assert node.swim.me.incarnation == 1
+
+
+def test_a_fallen_member_whose_address_was_taken_is_forgotten():
+    node = Node(info(2), info(3))
+    node.take(Rumors(info(3), (Update(info(2), DEAD),)))
+    node.take(Rumors(info(4, host=2)))
+    assert node.state(info(2)) is None
+
+
+def test_members_are_bounded_and_the_longest_fallen_make_room():
+    node = Node(*(info(number) for number in range(2, 12)), members_max=10)
+    node.take(Rumors(info(50)))
+    assert node.swim.counters["members_refused"] == 1
+    node.take(Rumors(info(3), (Update(info(2), DEAD),)))
+    node.take(Rumors(info(50)))
+    assert node.state(info(50)) is ALIVE
+    assert node.state(info(2)) is None
+
+
+def test_the_fallen_are_forgotten_after_a_day():
+    node = Node(info(2), info(3), forget_ms=5_000)
+    node.take(Rumors(info(3), (Update(info(2), LEFT),)))
+    node.run(7_000)
+    assert node.state(info(2)) is None
+
+
+def test_its_own_messages_coming_back_change_nothing():
+    node = Node()
+    node.take(Rumors(info(1, 9)))
+    assert not node.swim.members
+    assert node.swim.me.incarnation == 1
+
+
+def test_a_lost_link_makes_a_member_the_next_to_be_probed():
+    node = Node(*(info(number) for number in range(2, 30)))
+    node.swim.handle_link_lost(info(17).site)
+    node.out.clear()
+    node.run(1_300)
+    assert node.sent(Ping)[0].target == info(17).site
+
+
+def test_every_member_is_probed_once_before_any_is_probed_twice():
+    order, rng = ProbeOrder(), Random(2)
+    sites = [info(number).site for number in range(2, 12)]
+    rounds = [order.next(rng, sites, lambda site: True) for _ in range(20)]
+    assert sorted(rounds[:10]) == sorted(rounds[10:]) == sites
+    assert rounds[:10] != rounds[10:]
+
+
+def test_local_health_stretches_time_within_bounds():
+    health = LocalHealth()
+    assert health.scale(100) == 100
+    health.worsen(99)
+    assert health.scale(100) == 400
+    for _ in range(9):
+        health.improve()
+    assert health.scale(100) == 100
+
+
+def test_suspicion_grows_with_the_log_of_the_cluster():
+    bounds = [compute_suspicion_bounds_ms(n, 1_000, factor=3, patience=2) for n in (1, 10, 100)]
+    assert bounds == [(3_000, 6_000), (3_000, 6_000), (6_000, 12_000)]
+    assert [compute_confirmations_wanted(n, 3) for n in (2, 4, 5)] == [0, 0, 3]
+
+
+def test_the_deadline_of_a_suspicion_only_moves_earlier():
+    suspicion = Suspicion(0, 3_000, 6_000, 3, {info(2).site})
+    deadlines = [suspicion.compute_deadline_ms()]
+    for number in range(3, 9):
+        suspicion.confirm(info(number).site)
+        deadlines.append(suspicion.compute_deadline_ms())
+    assert deadlines[0] == 6_000
+    assert deadlines[-1] == 3_000
+    assert deadlines == sorted(deadlines, reverse=True)
+
+
+def test_a_rumor_is_told_a_bounded_number_of_times_and_the_newest_first():
+    rumors = RumorQueue(factor=4)
+    rumors.add(Update(info(2), ALIVE))
+    for _ in range(3):
+        rumors.take(1_000, 9)
+    rumors.add(Update(info(3), ALIVE))
+    assert rumors.take(70, 9) == [Update(info(3), ALIVE)]
+    for _ in range(10):
+        rumors.take(1_000, 9)
+    assert len(rumors) == 0
+
+
+def test_picks_different_items_at_random():
+    assert sorted(pick(Random(1), range(10), 99)) == list(range(10))
+    assert len(set(pick(Random(1), range(10), 4))) == 4
+    assert all(75 <= jitter(Random(seed), 100) <= 125 for seed in range(50))
