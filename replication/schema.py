@@ -120,6 +120,7 @@ class Schema:
 
 def _split(sql: str) -> Iterator[tuple[int, str, str]]:
     """Yield the line, the comments before, and the text of each statement."""
+    sql += "\n;"  # the last statement may lack its own; an empty one is no matter
     start = 0
     for match in re.finditer(";", sql):
         chunk = sql[start : match.end()]

@@ -242,3 +242,12 @@ def _create_indexes(connection: sqlite3.Connection, schema: Schema) -> None:
         if found is not None:
             connection.execute(f"DROP INDEX {quote(index)}")
         connection.execute(sql)
+
+
+def read_seq(connection: sqlite3.Connection) -> int:
+    """Return the sequence number up to which a replica's rows are, as any reader of the file sees it.
+
+    Read in the same transaction as the rows, it says which commits of the change feed they include.
+    """
+    seq: int = connection.execute("SELECT seq FROM _repl_state").fetchone()[0]
+    return seq

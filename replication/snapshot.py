@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from .tables import Sites, Table
 
 SNAPSHOT_FORMAT: Final = 1
-# Bytes of a row beside its text and blobs: a guess from above, for the size of chunks.
+# Bytes of a row, and of a value, beside text and blobs: guesses from above, for the size of chunks.
 _ROW_OVERHEAD_BYTES: Final = 96
 _VALUE_OVERHEAD_BYTES: Final = 9
 
 
 class RowState(NamedTuple):
-# Bytes of a row and of a value beside text and blobs: guesses from above, for the size of chunks.
+    """One row as a replica knows it; values are in stored order, without the key, None where none matter."""
 
     pk: Key
     record: Record

@@ -172,9 +172,9 @@ class Table:
         names = ", ".join(map(quote, schema.stored))
         # A clock record without a row and without a deletion: the row was taken away behind our back.
         self._read_states = (
-            f"WITH t ({names}) AS ({captured}) SELECT {clock_keys}, {records}, "
+            f"WITH _repl_captured ({names}) AS ({captured}) SELECT {clock_keys}, {records}, "
             f"t.{quote(schema.pk[0])} IS NOT NULL{news} "
-            f"FROM {self._clock} AS c LEFT JOIN t ON {clock_is_row} ORDER BY {clock_keys}"
+            f"FROM {self._clock} AS c LEFT JOIN _repl_captured AS t ON {clock_is_row} ORDER BY {clock_keys}"
         )
 
     def read_pending(self) -> list[Any]:
