@@ -47,8 +47,9 @@ from replication.core.wire import (
 from replication.database import Database, Params, QueryResult, Statement, is_transient
 from replication.errors import ReplicationError, StoreError
 from replication.links import Links
-from replication.metrics import Sample, sample_events
+from replication.metrics import Sample, collect_samples
 from replication.repair import Repair
+from replication.report import MemberView, Parts, describe_parts, view_members
 from replication.schema import Schema
 from replication.seal import KeyRing, make_seal
 from replication.settings import AgentSettings, parse_address
@@ -78,20 +79,6 @@ class ExecuteResult:
     rows_affected: list[int]
     version: int | None
     site: SiteId
-
-
-@dataclass(frozen=True, slots=True)
-class MemberView:
-    """A node as this one sees it, for people and metrics."""
-
-    name: str
-    site: str
-    address: Address
-    state: str
-    incarnation: int
-    rtt_ms: float | None
-    heard_ms_ago: float | None
-    is_self: bool
 
 
 class Agent:
@@ -368,17 +355,15 @@ class Agent:
                     self._transport.send_datagram(address, encode(message))
                 case swim.ProbeStream(site, number):
                     self._links.send(site, encode(StreamPing(number)))
-                case swim.MemberChanged(info, state, previous):
-                    self._on_member_changed(info, state, previous)
+                case swim.MemberChanged(info, state, _):
+                    self._on_member_changed(info, state)
         self._arm()
 
-    def _on_member_changed(self, info: MemberInfo, state: MemberState, previous: MemberState | None) -> None:
+    def _on_member_changed(self, info: MemberInfo, state: MemberState) -> None:
         log.info("member %s at %s:%d is %s", info.name, info.host, info.port, state.name.lower())
         if state in (MemberState.DEAD, MemberState.LEFT):
             self._links.close(info.site)
             self._schedule.forget(info.site)
-        elif state is MemberState.ALIVE and previous is not MemberState.SUSPECT:
-            self._want_sync(info.site)
         if self._relink_timer is None and self._running:
             self._relink_timer = asyncio.get_running_loop().call_later(RELINK_S, self._relink)
 
@@ -443,6 +428,8 @@ class Agent:
 
     def _arm(self) -> None:
         """Wake up when the first core is due."""
+        if not self._running:
+            return
         due = min(at for at in (self._swim.next_at(), self._tree.next_at(), float("inf")) if at is not None)
         if due >= self._wake_at or due == float("inf"):
             return
@@ -466,8 +453,8 @@ class Agent:
             try:
                 await loop()
             except Exception as error:
+                self.counters[f"{name}_failed"] += 1
                 if not is_transient(error):
-                    self.counters[f"{name}_failed"] += 1
                     log.exception("%s failed", name)
             await asyncio.sleep(RESTART_S)
 
@@ -590,27 +577,7 @@ class Agent:
 
     def members(self) -> list[MemberView]:
         """Return all nodes that this one knows of, itself first."""
-        now_ms = self._now_ms()
-        me = self._swim.me
-        views = [
-            MemberView(me.name, me.site.hex(), me.address, "alive", me.incarnation, 0.0, 0.0, is_self=True)
-        ]
-        for member in sorted(self._swim.members.values(), key=lambda member: member.info.name):
-            info = member.info
-            heard = now_ms - member.heard_ms if member.heard_ms is not None else None
-            views.append(
-                MemberView(
-                    info.name,
-                    info.site.hex(),
-                    info.address,
-                    member.state.name.lower(),
-                    info.incarnation,
-                    member.rtt_ms,
-                    heard,
-                    is_self=False,
-                )
-            )
-        return views
+        return view_members(self._swim, self._now_ms())
 
     def status(self) -> dict[str, Any]:
         """Return what an operator wants to see, fit for JSON."""
@@ -627,43 +594,15 @@ class Agent:
             "sites": sites,
             "parked": self._parked,
             "apply_queue": len(self._inbox),
-            "own_versions_lost": self._repair.own_versions_lost,
-            "local_health": self._swim.health.score,
-            "peers": {
-                "eager": [site.hex() for site in self._tree.eager],
-                "lazy": [site.hex() for site in self._tree.lazy],
-            },
-            "counters": {
-                "agent": dict(self.counters),
-                "swim": dict(self._swim.counters),
-                "broadcast": dict(self._tree.counters),
-                "sync": dict(self._repair.counters),
-                "links": dict(self._links.counters),
-                "transport": dict(self._transport.counters),
-                "dropped": {f"{kind}:{why}": n for (kind, why), n in self._transport.dropped.items()},
-            },
+            **describe_parts(self._parts()),
         }
 
     def samples(self) -> Iterable[Sample]:
         """Yield the metrics that METRICS names."""
-        states = Counter(member.state.name.lower() for member in self._swim.members.values())
-        for state in MemberState:
-            name = state.name.lower()
-            yield ("isthmus_members", (("state", name),), states[name])
-        now_ms = self._now_ms()
-        for member in self._swim.members.values():
-            if member.heard_ms is not None and member.state is not MemberState.LEFT:
-                age_s = (now_ms - member.heard_ms) / 1000
-                yield ("isthmus_member_staleness_seconds", (("member", member.info.name),), age_s)
-        yield from sample_events("isthmus_swim_events_total", self._swim.counters)
-        yield from sample_events("isthmus_broadcast_events_total", self._tree.counters)
-        yield from sample_events("isthmus_sync_events_total", self._repair.counters)
-        yield from sample_events("isthmus_link_events_total", self._links.counters)
-        yield from sample_events("isthmus_transport_events_total", self._transport.counters)
-        yield from sample_events("isthmus_agent_events_total", self.counters)
-        for (kind, reason), count in self._transport.dropped.items():
-            yield ("isthmus_gossip_dropped_total", (("kind", kind), ("reason", reason)), count)
+        yield from collect_samples(self._parts(), self._now_ms())
         yield ("isthmus_apply_queue_changesets", (), len(self._inbox))
         yield ("isthmus_parked_changesets", (), self._parked)
-        yield ("isthmus_own_versions_lost", (), self._repair.own_versions_lost)
         yield ("isthmus_commit_seq", (), self._seq)
+
+    def _parts(self) -> Parts:
+        return Parts(self._swim, self._tree, self._links, self._repair, self._transport, self.counters)

@@ -1,9 +1,13 @@
-"""The names under which an agent's counters are published, and what each means.
+"""What an agent tells metrics about itself.
 
-Decides names only. Invariant: what `samples` yields is in METRICS.
+Decides names. Changes nothing. Invariant: what `collect_samples` yields is in METRICS.
 """
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable
+
+from replication.core.member import MemberState
+from replication.report import Parts
 
 Sample = tuple[str, tuple[tuple[str, str], ...], float]
 
@@ -13,27 +17,45 @@ METRICS: dict[str, tuple[str, str]] = {
     "isthmus_swim_events_total": ("counter", "Membership: probes, failures, refutations, refused claims."),
     "isthmus_broadcast_events_total": (
         "counter",
-        "Spreading of changesets: pushes, duplicates, grafts, prunes.",
+        "Spreading: pushes, duplicates, grafts, prunes.",
     ),
     "isthmus_sync_events_total": ("counter", "Repair: sessions, changesets and snapshots moved, refusals."),
     "isthmus_link_events_total": ("counter", "Links to peers: dials, failures, frames dropped."),
-    "isthmus_transport_events_total": ("counter", "Datagrams and bytes on closed links, by what happened."),
-    "isthmus_gossip_dropped_total": (
-        "counter",
-        "Input that was dropped unread or unread further, by reason.",
-    ),
-    "isthmus_agent_events_total": ("counter", "Commits, captures, failed applies and restarted tasks."),
+    "isthmus_transport_events_total": ("counter", "Datagrams, and bytes on streams, by what happened."),
+    "isthmus_gossip_dropped_total": ("counter", "Input that was dropped, by kind and reason."),
+    "isthmus_agent_events_total": ("counter", "Commits, captures, failed applies and restarted loops."),
     "isthmus_apply_queue_changesets": ("gauge", "Changesets that arrived and are not yet applied."),
     "isthmus_parked_changesets": ("gauge", "Changesets that are held but could not be applied."),
     "isthmus_own_versions_lost": (
         "gauge",
-        "Own versions that only peers still had: the file went back in time.",
+        "Own versions that only peers still had: the file was set back.",
     ),
     "isthmus_commit_seq": ("gauge", "Commits to the local file that changed rows."),
 }
 
+_EVENTS = {
+    "agent": "isthmus_agent_events_total",
+    "swim": "isthmus_swim_events_total",
+    "broadcast": "isthmus_broadcast_events_total",
+    "sync": "isthmus_sync_events_total",
+    "links": "isthmus_link_events_total",
+    "transport": "isthmus_transport_events_total",
+}
 
-def sample_events(metric: str, counters: Mapping[str, int]) -> Iterable[Sample]:
-    """Return one sample per event of a counter."""
-    for event, count in counters.items():
-        yield (metric, (("event", event),), count)
+
+def collect_samples(parts: Parts, now_ms: float) -> Iterable[Sample]:
+    """Yield the samples of all parts."""
+    members = parts.swim.members.values()
+    states = Counter(member.state for member in members)
+    for state in MemberState:
+        yield ("isthmus_members", (("state", state.name.lower()),), states[state])
+    for member in members:
+        if member.heard_ms is not None and member.state is not MemberState.LEFT:
+            labels = (("member", member.info.name), ("site", member.info.site.hex()))
+            yield ("isthmus_member_staleness_seconds", labels, (now_ms - member.heard_ms) / 1000)
+    for part, counters in parts.counters().items():
+        for event, count in counters.items():
+            yield (_EVENTS[part], (("event", event),), count)
+    for (kind, reason), count in parts.transport.dropped.items():
+        yield ("isthmus_gossip_dropped_total", (("kind", kind), ("reason", reason)), count)
+    yield ("isthmus_own_versions_lost", (), parts.repair.own_versions_lost)

@@ -182,10 +182,13 @@ class Transport(asyncio.DatagramProtocol):
         for sock in self._sockets:
             sock.close()
 
-    @property
-    def links(self) -> frozenset[Link]:
-        """The links that are up."""
-        return frozenset(self._links)
+    def compute_counters(self) -> Counter[str]:
+        """Return the counters, with what went over links that are still up."""
+        counters = Counter(self.counters)
+        for link in self._links:
+            counters["bytes_sent"] += link.bytes_sent
+            counters["bytes_received"] += link.bytes_received
+        return counters
 
     # --- datagrams ------------------------------------------------------------------------------------
 

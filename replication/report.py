@@ -1,0 +1,92 @@
+"""What an agent tells people about itself.
+
+Decides names and shapes. Changes nothing. Invariant: all of it can be written as JSON.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from replication.core.member import Address
+from replication.core.plumtree import Plumtree
+from replication.core.swim import Swim
+from replication.links import Links
+from replication.repair import Repair
+from replication.transport import Transport
+
+
+@dataclass(frozen=True, slots=True)
+class MemberView:
+    """A node as this one sees it; times are None until it answered or spoke itself."""
+
+    name: str
+    site: str
+    address: Address
+    state: str
+    incarnation: int
+    rtt_ms: float | None
+    heard_ms_ago: float | None
+    is_self: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an agent is made of, as far as it is reported on."""
+
+    swim: Swim
+    tree: Plumtree
+    links: Links
+    repair: Repair
+    transport: Transport
+    agent: Counter[str]
+
+    def counters(self) -> dict[str, Mapping[str, int]]:
+        """Return all counters, by part."""
+        return {
+            "agent": self.agent,
+            "swim": self.swim.counters,
+            "broadcast": self.tree.counters,
+            "sync": self.repair.counters,
+            "links": self.links.counters,
+            "transport": self.transport.compute_counters(),
+        }
+
+
+def view_members(swim: Swim, now_ms: float) -> list[MemberView]:
+    """Return all nodes that this one knows of, itself first."""
+    me = swim.me
+    views = [MemberView(me.name, me.site.hex(), me.address, "alive", me.incarnation, 0.0, 0.0, is_self=True)]
+    for member in sorted(swim.members.values(), key=lambda member: (member.info.name, member.info.site)):
+        info = member.info
+        heard = now_ms - member.heard_ms if member.heard_ms is not None else None
+        state = member.state.name.lower()
+        views.append(
+            MemberView(
+                info.name,
+                info.site.hex(),
+                info.address,
+                state,
+                info.incarnation,
+                member.rtt_ms,
+                heard,
+                is_self=False,
+            )
+        )
+    return views
+
+
+def describe_parts(parts: Parts) -> dict[str, Any]:
+    """Return what an operator wants to know of the parts, fit for JSON."""
+    return {
+        "local_health": parts.swim.health.score,
+        "own_versions_lost": parts.repair.own_versions_lost,
+        "peers": {
+            "eager": [site.hex() for site in parts.tree.eager],
+            "lazy": [site.hex() for site in parts.tree.lazy],
+        },
+        "counters": {
+            **{part: dict(counters) for part, counters in parts.counters().items()},
+            "dropped": {f"{kind}:{why}": count for (kind, why), count in parts.transport.dropped.items()},
+        },
+    }
