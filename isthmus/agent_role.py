@@ -104,4 +104,4 @@ class AgentRole:
         yield from self._agent.samples()
         yield from self._checker.samples()
         if self._feed is not None:
-            yield "isthmus_feed_followers", (), float(self._feed.followers)
+            yield "isthmus_feed_followers", (), float(len(self._feed.followers))

@@ -16,17 +16,25 @@ import re
 import socket
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
 from isthmus.toml_lines import find_line
 from routing import geo
-from routing.catalog import APP_NAME, IDENTIFIER
+from routing.catalog import (
+    APP_NAME,
+    IDENTIFIER,
+    REGION_CODE,
+    canonical_hostname,
+    canonical_prefix,
+    parse_address,
+)
 
+T = TypeVar("T")
 Positive = Annotated[int, Meta(ge=1)]
 
 
@@ -35,9 +43,40 @@ LOCAL_REGION = "local"
 
 ENVIRONMENT_PREFIX = "ISTHMUS_"
 
+# Read by the command line itself, before there is a configuration.
+_NOT_SETTINGS = frozenset({"ISTHMUS_ADMIN", "ISTHMUS_CONFIG", "ISTHMUS_TOKEN"})
+
+# The flags that are not simply called as their setting.
+_FLAGS: Mapping[str, str] = {
+    "proxy.listen": "--listen",
+    "gossip.advertise": "--advertise",
+    "gossip.join": "--join",
+    "apps": "--app",
+    "apps.hosts": "--host",
+    "apps.machines": "--machine",
+    "apps.checks": "--check",
+}
+
 
 class ConfigError(Exception):
     """A setting is wrong. The message says which, where it was said, and what would be right."""
+
+
+class _ValueOfKeyError(ValueError):
+    """The value of one key of a section is wrong; `key` is a path below that section."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(problem)
+        self.key = key
+
+
+def _check(key: str, parse: Callable[[str], object], *values: str) -> None:
+    """Raise an error that names the key unless `parse` takes each of its values."""
+    for value in values:
+        try:
+            parse(value)
+        except ValueError as error:
+            raise _ValueOfKeyError(key, str(error)) from None
 
 
 def parse_listen(text: str) -> tuple[str, int]:
@@ -51,6 +90,18 @@ def parse_listen(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def _parse_peer(text: str) -> None:
+    """Raise ValueError unless others can connect to the address: it needs a port of its own."""
+    if parse_listen(text)[1] == 0:
+        raise ValueError(f"`{text}` has port 0, to which nobody can connect")
+
+
+def _parse_machine(text: str) -> None:
+    """Raise ValueError unless routing takes the address, and it names a port."""
+    parse_listen(text)
+    parse_address(text)
+
+
 def format_address(host: str, port: int) -> str:
     """Join a host and a port; an IPv6 address gets its brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -62,6 +113,13 @@ def is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
     except ValueError:
         return False
 
@@ -106,9 +164,9 @@ class ProxyConfig(_Section, frozen=True):
     drain_ms: Positive = 10_000
 
     def __post_init__(self) -> None:
-        parse_listen(self.listen)
-        for network in (*self.trusted_proxies, *self.machine_networks):
-            ipaddress.ip_network(network)
+        _check("listen", parse_listen, self.listen)
+        _check("trusted_proxies", ipaddress.ip_network, *self.trusted_proxies)
+        _check("machine_networks", ipaddress.ip_network, *self.machine_networks)
 
 
 class AdminConfig(_Section, frozen=True):
@@ -118,10 +176,10 @@ class AdminConfig(_Section, frozen=True):
     token: str = ""
 
     def __post_init__(self) -> None:
-        host, _ = parse_listen(self.listen)
-        if not self.token and not is_loopback(host):
-            raise ValueError(
-                f"admin.listen {self.listen} is open to others: set admin.token, or listen on 127.0.0.1"
+        _check("listen", parse_listen, self.listen)
+        if not self.token and not is_loopback(parse_listen(self.listen)[0]):
+            raise _ValueOfKeyError(
+                "listen", f"{self.listen} is open to others: set admin.token, or listen on 127.0.0.1"
             )
 
 
@@ -135,16 +193,22 @@ class GossipConfig(_Section, frozen=True):
     keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        host, _ = parse_listen(self.listen)
+        _check("listen", parse_listen, self.listen)
         if self.advertise:
-            parse_listen(self.advertise)
-        for address in self.join:
-            parse_listen(address)
-        self.decoded_keys()
+            _check("advertise", _parse_peer, self.advertise)
+        _check("join", _parse_peer, *self.join)
+        _check("keys", _decode_key, *self.keys)
+        host, _ = parse_listen(self.listen)
         if not self.keys and not is_loopback(host):
-            raise ValueError(
-                f"gossip.listen {self.listen} is open to others: set gossip.keys "
-                "(`isthmus key` makes one), or listen on 127.0.0.1"
+            raise _ValueOfKeyError(
+                "listen",
+                f"{self.listen} is open to others: set gossip.keys (`isthmus key` makes one), "
+                "or listen on 127.0.0.1",
+            )
+        if not self.advertise and _is_wildcard(host):
+            raise _ValueOfKeyError(
+                "listen",
+                f"{self.listen} is no address that others could be told: set gossip.advertise to one",
             )
 
     def decoded_keys(self) -> tuple[bytes, ...]:
@@ -183,7 +247,7 @@ class CheckConfig(_Section, frozen=True):
 
     def __post_init__(self) -> None:
         if re.fullmatch(r"/[\x21-\x7e]*", self.path) is None:
-            raise ValueError(f"check path `{self.path}` must start with / and hold no spaces")
+            raise _ValueOfKeyError("path", f"`{self.path}` must start with / and hold no spaces")
 
 
 class MachineConfig(_Section, frozen=True):
@@ -194,9 +258,9 @@ class MachineConfig(_Section, frozen=True):
     region: str = ""
 
     def __post_init__(self) -> None:
-        parse_listen(self.address)
+        _check("address", _parse_machine, self.address)
         if self.id:
-            check_identifier(self.id, "a machine")
+            _check("id", lambda name: check_identifier(name, "a machine"), self.id)
 
 
 class AppConfig(_Section, frozen=True):
@@ -211,22 +275,27 @@ class AppConfig(_Section, frozen=True):
     checks: tuple[CheckConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        check_app_name(self.name)
-        for host in self.hosts:
-            check_hostname(host)
-        if not self.path_prefix.startswith("/"):
-            raise ValueError(f"path_prefix `{self.path_prefix}` must start with /")
+        _check("name", check_app_name, self.name)
+        _check("hosts", check_hostname, *self.hosts)
+        _check("path_prefix", canonical_prefix, self.path_prefix)
         if self.hard_limit is not None and self.hard_limit < self.soft_limit:
-            raise ValueError(f"hard_limit {self.hard_limit} is below soft_limit {self.soft_limit}")
+            raise _ValueOfKeyError("hard_limit", f"{self.hard_limit} is below soft_limit {self.soft_limit}")
+        names = [check.name for check in self.checks if check.name]
+        for i, name in _repeated(names):
+            raise _ValueOfKeyError(f"checks[{i}].name", f"check `{name}` is declared twice")
+
+
+def _repeated(items: Sequence[T]) -> Iterator[tuple[int, T]]:
+    """Yield position and value of what an earlier item says already."""
+    return ((i, item) for i, item in enumerate(items) if item in items[:i])
 
 
 def check_hostname(host: str) -> None:
-    """Raise ValueError unless it is a host name, `*.suffix` or `*`."""
-    label = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
-    if host != "*" and (
-        len(host) > 253 or re.fullmatch(rf"(\*\.)?{label}(\.{label})*", host.lower()) is None
-    ):
-        raise ValueError(f"`{host}` is not a host name, `*.suffix` or `*`")
+    """Raise ValueError unless routing takes the name: a host name, `*.suffix` or `*`."""
+    try:
+        canonical_hostname(host)
+    except ValueError:
+        raise ValueError(f"`{host}` is not a host name, `*.suffix` or `*`") from None
 
 
 class LogConfig(_Section, frozen=True):
@@ -251,11 +320,40 @@ class Config(_Section, frozen=True):
     apps: tuple[AppConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        check_identifier(self.node, "a node")
-        names = [app.name for app in self.apps]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"app `{name}` is declared twice")
+        _check("node", lambda name: check_identifier(name, "a node"), self.node)
+        if not self.data:
+            raise _ValueOfKeyError("data", "the data directory needs a name")
+        for code in self.regions:
+            if REGION_CODE.fullmatch(code) is None or code in geo.AREAS:
+                raise _ValueOfKeyError(f"regions.{code}", f"`{code}` is no code for a region: a-z, 0-9 and -")
+        self._check_listeners()
+        self._check_apps()
+
+    def _check_listeners(self) -> None:
+        taken: dict[tuple[str, int], str] = {}
+        for section in ("proxy", "admin", "gossip"):
+            address = parse_listen(getattr(self, section).listen)
+            other = taken.setdefault(address, section)
+            if other != section and address[1]:
+                problem = f"{format_address(*address)} is {other}.listen as well; choose another port"
+                raise _ValueOfKeyError(f"{section}.listen", problem)
+
+    def _check_apps(self) -> None:
+        for i, name in _repeated([app.name for app in self.apps]):
+            raise _ValueOfKeyError(f"apps[{i}].name", f"app `{name}` is declared twice")
+        routes: dict[tuple[str, str], str] = {}
+        machines: set[str] = set()
+        for i, app in enumerate(self.apps):
+            for host in app.hosts:
+                route = (canonical_hostname(host), canonical_prefix(app.path_prefix))
+                if routes.setdefault(route, app.name) != app.name:
+                    problem = f"host `{host}` at {app.path_prefix} already leads to app `{routes[route]}`"
+                    raise _ValueOfKeyError(f"apps[{i}].hosts", problem)
+            for j, machine in enumerate(app.machines):
+                if machine.id in machines:
+                    problem = f"machine `{machine.id}` is declared twice"
+                    raise _ValueOfKeyError(f"apps[{i}].machines[{j}].id", problem)
+                machines.update({machine.id} - {""})
 
     @property
     def database(self) -> Path:
@@ -288,21 +386,22 @@ def load_config(
     if file is not None:
         text, merged = _read_toml(file)
     origins: dict[str, str] = {}
-    for name, value in _platform_defaults(environ).items():
+    for name, (value, origin) in _platform_defaults(environ).items():
         if _get(merged, name) is None:
             _set(merged, name, value)
+            origins[name] = origin
     for name, variable, value in _read_environment(environ):
         _set(merged, name, value)
         origins[name] = f"environment variable {variable}"
     for name, value in flags.items():
         if value is not None:
             _set(merged, name, value)
-            origins[name] = f"flag --{name.replace('.', '-').replace('_', '-')}"
+            origins[name] = f"flag {flag_name(name)}"
     try:
         config = msgspec.convert(merged, Config)
         _check_regions(config)
     except msgspec.ValidationError as error:
-        raise ConfigError(_describe(str(error), file, text, origins)) from None
+        raise ConfigError(_describe(error, merged, file, text, origins)) from None
     return config
 
 
@@ -317,32 +416,28 @@ def _read_toml(file: Path) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{file}: {error}") from None
 
 
-def _platform_defaults(environ: Mapping[str, str]) -> dict[str, Any]:
-    """What a Fly Machine says of itself, else what this host does."""
-    defaults: dict[str, Any] = {
-        "node": environ.get("FLY_MACHINE_ID") or _hostname(),
-        "data": str(default_data_dir(environ)),
+def _platform_defaults(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """What a Fly Machine says of itself, else what this host does; each with where that was found."""
+    defaults = {
+        "node": (_hostname(), "the name of this host"),
+        "data": (str(default_data_dir(environ)), "the default"),
     }
-    if environ.get("FLY_REGION"):
-        defaults["region"] = environ["FLY_REGION"]
+    for name, variable in (("node", "FLY_MACHINE_ID"), ("region", "FLY_REGION")):
+        if environ.get(variable):
+            defaults[name] = (environ[variable], f"environment variable {variable}")
     return defaults
 
 
 def _hostname() -> str:
-    name = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname().split(".")[0]).strip("-")
-    return name[:63] or "node"
+    name = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname().split(".")[0])
+    return name[:63].strip("-") or "node"
 
 
 def _read_environment(environ: Mapping[str, str]) -> list[tuple[str, str, Any]]:
     """Return (dotted name, variable, value) of each ISTHMUS_ variable; `__` separates section and key."""
     found = []
     for variable, raw in environ.items():
-        # Three are read by the command line itself, before there is a configuration.
-        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in (
-            "ISTHMUS_ADMIN",
-            "ISTHMUS_CONFIG",
-            "ISTHMUS_TOKEN",
-        ):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in _NOT_SETTINGS:
             continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
         kind = setting_types().get(name)
@@ -350,13 +445,27 @@ def _read_environment(environ: Mapping[str, str]) -> list[tuple[str, str, Any]]:
             close = difflib.get_close_matches(name, setting_types(), 1)
             hint = f"; did you mean {variable_name(close[0])}?" if close else ""
             raise ConfigError(f"environment variable {variable} is no setting{hint}")
-        value: Any = raw
-        if typing.get_origin(kind) is tuple:
-            value = [part.strip() for part in raw.split(",") if part.strip()]
-        elif raw.lstrip("-").isdigit() and kind is not str:
-            value = int(raw)
-        found.append((name, variable, value))
+        found.append((name, variable, _parse_variable(kind, raw)))
     return found
+
+
+def _parse_variable(kind: Any, raw: str) -> Any:
+    """Return the value that a variable's text stands for; text that stands for none is refused later."""
+    if typing.get_origin(kind) is tuple:
+        return [part.strip() for part in raw.split(",") if part.strip()]
+    if kind is bool:
+        return {"true": True, "false": False}.get(raw.lower(), raw)
+    if kind is int and re.fullmatch(r"-?[0-9]{1,18}", raw):
+        return int(raw)
+    return raw
+
+
+def flag_name(setting: str) -> str:
+    """Return the flag of `isthmus run` that gives a dotted setting, or the part of an app."""
+    flag = _FLAGS.get(setting)
+    if flag is None and setting.startswith("apps."):
+        return flag_name(setting.rpartition(".")[0])
+    return flag or f"--{setting.replace('.', '-').replace('_', '-')}"
 
 
 def variable_name(setting: str) -> str:
@@ -415,27 +524,48 @@ def unknown_region(code: str, own: typing.Collection[str]) -> str | None:
     return f"unknown region `{code}`; {hint}"
 
 
-def _describe(message: str, file: Path | None, text: str, origins: Mapping[str, str]) -> str:
+def _describe(
+    error: msgspec.ValidationError,
+    merged: Mapping[str, Any],
+    file: Path | None,
+    text: str,
+    origins: Mapping[str, str],
+) -> str:
     """Turn a validation error with a JSON path into a sentence that names its source."""
-    problem, _, where = message.partition(" - at `")
-    path = where.rstrip("`").removeprefix("$").strip(".")
+    problem, _, where = str(error).partition(" - at `")
+    path = _name_region(where.rstrip("`").removeprefix("$").strip("."), merged)
     unknown = re.search(r"unknown field `([^`]+)`", problem)
     if unknown is not None:
         path = f"{path}.{unknown[1]}".strip(".")
         hint = _suggest_key(path)
         problem = f"unknown key `{path}`" + (f", did you mean `{hint}`?" if hint else "")
-        path_known = True
     else:
-        path_known = bool(path)
-        if path_known and path not in problem:
-            problem = f"{path}: {problem[:1].lower()}{problem[1:]}"
+        if isinstance(error.__cause__, _ValueOfKeyError):
+            path = f"{path}.{error.__cause__.key}".strip(".")
+        problem = f"{path}: {problem[:1].lower()}{problem[1:]}"
     for name, origin in origins.items():
-        if path_known and (path == name or path.startswith((f"{name}[", f"{name}."))):
-            return f"{origin}: {problem}"
+        if path == name or path.startswith((f"{name}[", f"{name}.")):
+            source = f"flag {flag_name(_without_indices(path))}" if origin.startswith("flag ") else origin
+            return f"{source}: {problem}"
     if file is None:
         return problem
     line = find_line(text, path)
     return f"{file}:{line}: {problem}" if line else f"{file}: {problem}"
+
+
+def _name_region(path: str, merged: Mapping[str, Any]) -> str:
+    """Put the code of the wrong region where the path, as msgspec tells it, has dots."""
+    if path.startswith("regions[...]"):
+        for code, value in merged["regions"].items():
+            try:
+                msgspec.convert(value, RegionConfig)
+            except msgspec.ValidationError:
+                return path.replace("[...]", f".{code}", 1)
+    return path
+
+
+def _without_indices(path: str) -> str:
+    return re.sub(r"\[\d+\]", "", path)
 
 
 def _suggest_key(path: str) -> str | None:
@@ -444,8 +574,9 @@ def _suggest_key(path: str) -> str | None:
         ("apps", AppConfig),
         ("apps.machines", MachineConfig),
         ("apps.checks", CheckConfig),
+        ("regions.*", RegionConfig),
     ):
         known += [f"{prefix}.{key}" for key in struct.__struct_fields__]
-    plain = re.sub(r"\[\d+\]|\[\.\.\.\]", "", path)
+    plain = re.sub(r"^regions\.[^.]+", "regions.*", _without_indices(path))
     close: Sequence[str] = difflib.get_close_matches(plain, known, 1, 0.75)
     return close[0] if close else None

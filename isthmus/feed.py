@@ -5,7 +5,7 @@ sees every commit after the one that it named, in order and without a hole, or i
 again.
 
 Messages, agent to worker: `["commit", seq, [[table, pk, row or nil], …]]` and `["reload"]`; worker to
-agent: `["follow", seq]` first, then `["samples", worker, [[name, labels, value], …]]` now and then.
+agent: `["follow", worker, seq]` first, then `["samples", worker, [[name, labels, value], …]]` now and then.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class FeedServer:
         self._on_samples = on_samples
         self.last_seq = last_seq
         self._recent: deque[tuple[int, bytes]] = deque(maxlen=COMMITS_KEPT)
-        self._followers: set[asyncio.StreamWriter] = set()
+        self._followers: dict[asyncio.StreamWriter, str] = {}
         self._server: asyncio.Server | None = None
 
     @property
-    def followers(self) -> int:
-        """How many workers follow right now."""
-        return len(self._followers)
+    def followers(self) -> list[str]:
+        """The workers that follow right now, as `worker-<index>/<process id>`."""
+        return sorted(self._followers.values())
 
     async def start(self) -> None:
         """Listen. A socket that an earlier agent left behind is replaced."""
@@ -99,7 +99,7 @@ class FeedServer:
         for writer in list(self._followers):
             if writer.transport.get_write_buffer_size() > BACKLOG_BYTES_MAX:
                 log.warning("a worker does not read its feed and is cut off")
-                self._followers.discard(writer)
+                del self._followers[writer]
                 writer.transport.abort()
             else:
                 writer.write(packed)
@@ -114,13 +114,13 @@ class FeedServer:
         except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
             log.warning("a worker's feed connection failed", extra={"error": repr(error)})
         finally:
-            self._followers.discard(writer)
+            self._followers.pop(writer, None)
             writer.close()
 
     def _handle(self, message: Any, writer: asyncio.StreamWriter) -> None:
         match message:
-            case ("follow", int(seq)):
-                self._followers.add(writer)
+            case ("follow", str(worker), int(seq)):
+                self._followers[writer] = worker
                 writer.writelines(self._catch_up(seq))
             case ("samples", str(worker), tuple(samples)):
                 self._on_samples(worker, samples)
@@ -175,7 +175,7 @@ class FeedFollower:
             self.connected = True
             reporter = asyncio.create_task(self._report(writer))
             try:
-                writer.write(_pack(["follow", self.seq]))
+                writer.write(_pack(["follow", self._worker, self.seq]))
                 await self._follow(reader)
             except (OSError, ValueError, msgpack.UnpackException) as error:
                 log.warning("the feed failed", extra={"error": repr(error)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import socket
 
-from isthmus.config import Config, ConfigError, format_address, parse_listen
+from isthmus.config import Config, ConfigError, flag_name, format_address, parse_listen
 
 
 def claim(config: Config) -> socket.socket:
@@ -60,7 +60,7 @@ def _bind(setting: str, address: str, kind: socket.SocketKind, *, share: bool = 
 
 def _explain(setting: str, address: str, error: OSError) -> str:
     _, port = parse_listen(address)
-    flag = {"proxy.listen": "--listen"}.get(setting, f"--{setting.replace('.', '-')}")
+    flag = flag_name(setting)
     if error.errno == errno.EADDRINUSE:
         return (
             f"{setting}: {address} is taken by another program. See which with "

@@ -14,6 +14,7 @@ import msgspec
 
 from isthmus import __version__
 from isthmus.config import AppConfig, CheckConfig, Config, MachineConfig, unknown_region
+from routing.catalog import canonical_hostname, canonical_prefix
 
 Value = None | int | float | str | bytes
 Statement = tuple[str, Sequence[Value]]
@@ -164,7 +165,8 @@ class Registry:
 
     async def _refuse_taken_route(self, app: AppConfig, host: str) -> None:
         sql = "SELECT app FROM hostnames WHERE hostname = ? AND path_prefix = ? AND app != ?"
-        rows: Rows = (await self._database.query(sql, (host.lower(), app.path_prefix, app.name))).rows
+        route = (canonical_hostname(host), canonical_prefix(app.path_prefix))
+        rows: Rows = (await self._database.query(sql, (*route, app.name))).rows
         if rows:
             raise RegistryError(f"host `{host}` at {app.path_prefix} already leads to app `{rows[0][0]}`")
 
@@ -189,7 +191,8 @@ class Registry:
             "INSERT INTO hostnames (hostname, path_prefix, app, managed_by) VALUES (?, ?, ?, ?)"
             " ON CONFLICT DO UPDATE SET app = excluded.app"
         )
-        statements += [(route, (host.lower(), app.path_prefix, app.name, owner)) for host in app.hosts]
+        prefix = canonical_prefix(app.path_prefix)
+        statements += [(route, (canonical_hostname(h), prefix, app.name, owner)) for h in app.hosts]
         return statements + [self._machine_statement(app.name, m, owner) for m in self._named(app)]
 
     def _named(self, app: AppConfig) -> list[MachineConfig]:
@@ -233,4 +236,4 @@ def _keep_hosts(app: AppConfig, owner: str) -> Statement:
         "DELETE FROM hostnames WHERE managed_by = ? AND app = ?"  # noqa: S608 — only marks are put in
         f" AND (path_prefix != ? OR hostname NOT IN ({marks}))"
     )
-    return (sql, (owner, app.name, app.path_prefix, *(host.lower() for host in app.hosts)))
+    return (sql, (owner, app.name, canonical_prefix(app.path_prefix), *map(canonical_hostname, app.hosts)))

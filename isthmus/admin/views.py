@@ -6,10 +6,12 @@ of this node would consider now, because the balancer is asked.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from isthmus import __version__
+from isthmus.config import format_address
 from routing.balancer import ANYWHERE
 from routing.explain import Verdict, describe, judge
 
@@ -56,6 +58,7 @@ class Views:
             "region": config.region,
             "software": f"isthmus {__version__}",
             "workers": config.workers,
+            "agent_pid": os.getpid(),
             "workers_following": self._feed.followers,
             "sealed": bool(config.gossip.keys),
             "replication": self._agent.status(),
@@ -73,7 +76,7 @@ class Views:
             node["state"] = member.state if member else "unknown"
             node["heard_ms_ago"] = 0 if member and member.is_self else member.heard_ms_ago if member else None
             node["rtt_ms"] = member.rtt_ms if member else None
-            node["gossip"] = member.address if member else None
+            node["gossip"] = format_address(*member.address) if member else None
             node["self"] = bool(member and member.is_self)
         return nodes
 
