@@ -54,7 +54,8 @@ _DISCARD: Final = State.DISCARD
 _TUNNEL: Final = State.TUNNEL
 _LINGER: Final = State.LINGER
 
-_WHITESPACE_MAX: Final = 32
+# Room for the method and the space behind it; no registered method is half as long.
+_METHOD_BYTES_MAX: Final = 32
 
 
 class Downstream(asyncio.Protocol):
@@ -309,10 +310,10 @@ class Downstream(asyncio.Protocol):
     def _await_rest(self, data: bytes) -> None:
         """Keep an incomplete head, unless it is clear already that it will not do."""
         settings = self._plane.settings
+        if len(data) > settings.url_bytes_max + _METHOD_BYTES_MAX and b"\n" not in data:
+            raise RequestError(URL_TOO_LONG, f"more than {settings.url_bytes_max} bytes")
         if len(data) > settings.head_bytes_max:
             raise RequestError(HEAD_TOO_LARGE, f"more than {settings.head_bytes_max} bytes")
-        if len(data) > settings.url_bytes_max + _WHITESPACE_MAX and b"\n" not in data:
-            raise RequestError(URL_TOO_LONG, f"more than {settings.url_bytes_max} bytes")
         if data.count(b"\n") != data.count(b"\r\n"):
             raise RequestError(BAD_HEAD, "bare LF in the head")
         if not self._begun:

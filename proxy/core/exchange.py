@@ -317,9 +317,9 @@ class Exchange:
             data = b"".join(pieces)
         elif kept:
             data = b"".join((data, *kept))
+        if self.body_bytes > self.plane.settings.replay_body_bytes_max:
+            self._limit_kept()
         if not self.body_ended:
-            if self.body_bytes > self.plane.settings.replay_body_bytes_max:
-                self._limit_kept()
             # Before the write, which may find that the machine is slow and pause the client again.
             self.client.resume_body()
         machine.write(data)

@@ -41,7 +41,7 @@ _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5
 _ABSOLUTE: Final = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)([^ ]*)")
 # Eighteen digits stay below 2**63 in every machine's arithmetic.
 _LENGTH: Final = re.compile(rb"[0-9]{1,18}")
-_VERSION: Final = re.compile(rb"(?:[A-Za-z]+/[0-9.]+)")
+_OTHER_VERSION: Final = re.compile(rb"[A-Z-]+ [^ ]+ (?!HTTP/1\.[01]\r)[A-Za-z]+/[0-9.]+\r\n")
 # RFC 9110 section 9.2.2: sent twice, they do what they do once.
 IDEMPOTENT: Final = frozenset(
     (b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"PROPFIND", b"REPORT", b"QUERY")
@@ -175,8 +175,7 @@ def _finish_request_line(head: RequestHead, method: bytes, raw: bytes, settings:
     start = method + b" " + target + b" HTTP/1."
     version = raw[len(start) : len(start) + 3]
     if not raw.startswith(start) or version not in {b"1\r\n", b"0\r\n"}:
-        line = raw[: raw.find(b"\r\n")]
-        if line.startswith(method + b" " + target + b" ") and _VERSION.fullmatch(line.rpartition(b" ")[2]):
+        if _has_other_version(raw):
             raise RequestError(BAD_VERSION)
         raise RequestError(BAD_HEAD, "malformed request line")
     head.minor = 1 if version == b"1\r\n" else 0
@@ -196,6 +195,10 @@ def _finish_request_line(head: RequestHead, method: bytes, raw: bytes, settings:
         if len(_good_hosts) >= _HOSTS_MAX:
             _good_hosts.clear()
         _good_hosts.add(host)
+
+
+def _has_other_version(raw: bytes) -> bool:
+    return _OTHER_VERSION.match(raw) is not None
 
 
 def _apply_absolute_form(head: RequestHead, target: bytes) -> None:
@@ -269,6 +272,6 @@ def _explain(error: httptools.HttpParserError, head: RequestHead, raw: bytes) ->
     reason = str(error.args[0]) if error.args else "malformed"
     if "Content-Length" in reason or "Transfer-Encoding" in reason:
         return RequestError(BAD_FRAMING, reason)
-    if "version" in reason.lower() or "HTTP/2" in reason or "Expected HTTP/" in reason:
-        return RequestError(BAD_VERSION, reason)
+    if _has_other_version(raw):
+        return RequestError(BAD_VERSION)
     return RequestError(BAD_HEAD, reason)

@@ -36,12 +36,12 @@ class RequestIds:
 
     def next(self, now_ms: int) -> bytes:
         """Return a new id: 48 bits of time, 60 of randomness, 20 of a counter, then the region."""
-        if now_ms != self._millisecond:
-            self._millisecond = now_ms
-            self._prefix = _encode(now_ms & (1 << 48) - 1, 5) + self._random
         counter = self._counter = self._counter + 1
         if counter >= _COUNTER_MAX:
             counter = self._counter = 0
             self._random = _encode(self._getrandbits(60), 6)
             self._millisecond = -1
+        if now_ms != self._millisecond:
+            self._millisecond = now_ms
+            self._prefix = _encode(now_ms & (1 << 48) - 1, 5) + self._random
         return self._prefix + _PAIRS[counter >> 10] + _PAIRS[counter & 1023] + self._suffix

@@ -12,11 +12,17 @@ from tests.proxy.edge import Edge, wait_for
 
 
 async def test_a_get_reaches_the_machine_of_its_host_and_the_answer_comes_back(edge: Edge) -> None:
-    machine = await edge.machine(answer=lambda r: b"HTTP/1.1 201 Made\r\nX-App: 1\r\nContent-Length: 3\r\n\r\nabc")
+    machine = await edge.machine(
+        answer=lambda r: b"HTTP/1.1 201 Made\r\nX-App: 1\r\nContent-Length: 3\r\n\r\nabc"
+    )
     await edge.start()
     response = await edge.get(b"/a/b?c=d", b"X-Own: 5")
     assert response.head.startswith(b"HTTP/1.1 201 Made\r\n")
-    assert (response.body, response.values(b"x-app"), response.values(b"via")) == (b"abc", [b"1"], [b"1.1 isthmus"])
+    assert (response.body, response.values(b"x-app"), response.values(b"via")) == (
+        b"abc",
+        [b"1"],
+        [b"1.1 isthmus"],
+    )
     request = machine.requests[0]
     assert request.line == b"GET /a/b?c=d HTTP/1.1"
     assert request.values(b"host") == [b"app.test"]
@@ -68,7 +74,10 @@ async def test_a_trusted_proxy_is_believed_down_the_chain(edge: Edge) -> None:
     machine = await edge.machine()
     await edge.start(trusted_proxies=("127.0.0.0/8", "10.0.0.0/8"))
     await edge.get(
-        b"/", b"X-Forwarded-For: 6.6.6.6, 203.0.113.9, 10.1.1.1", b"X-Forwarded-Proto: https", b"X-Forwarded-Host: pub"
+        b"/",
+        b"X-Forwarded-For: 6.6.6.6, 203.0.113.9, 10.1.1.1",
+        b"X-Forwarded-Proto: https",
+        b"X-Forwarded-Host: pub",
     )
     request = machine.requests[0]
     assert request.values(b"fly-client-ip") == [b"203.0.113.9"]
@@ -80,7 +89,9 @@ async def test_a_trusted_proxy_is_believed_down_the_chain(edge: Edge) -> None:
 
 async def test_fields_named_by_connection_end_here(edge: Edge) -> None:
     machine = await edge.machine(
-        answer=lambda r: b"HTTP/1.1 200 OK\r\nConnection: x-hop\r\nX-Hop: 1\r\nKeep-Alive: t\r\nContent-Length: 0\r\n\r\n"
+        answer=lambda r: (
+            b"HTTP/1.1 200 OK\r\nConnection: x-hop\r\nX-Hop: 1\r\nKeep-Alive: t\r\nContent-Length: 0\r\n\r\n"
+        )
     )
     await edge.start()
     response = await edge.get(b"/", b"X-Hop: 6.6.6.6", b"Connection: x-hop, fly-client-ip", b"X-Stays: 1")
@@ -125,7 +136,10 @@ async def test_pipelined_requests_are_answered_in_order(edge: Edge) -> None:
 async def test_bodies_go_both_ways_whatever_their_framing(edge: Edge, framing: bytes) -> None:
     body = bytes(range(250)) * 1200
     machine = await edge.machine(
-        answer=lambda r: b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(r.body), r.body)
+        answer=lambda r: (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
+            % (len(r.body), r.body)
+        )
     )
     await edge.start()
     client = await edge.client()
@@ -159,7 +173,9 @@ async def test_an_answer_that_ends_with_its_connection_is_chunked_for_the_client
 
 async def test_an_http_1_0_client_gets_no_chunks_and_the_end_by_close(edge: Edge) -> None:
     machine = await edge.machine(
-        answer=lambda r: b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
+        answer=lambda r: (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
+        )
     )
     await edge.start()
     client = await edge.client()
@@ -204,7 +220,9 @@ async def test_answers_without_a_body_leave_the_connection_in_step(edge: Edge) -
 
 async def test_early_hints_are_relayed_before_the_answer(edge: Edge) -> None:
     await edge.machine(
-        answer=lambda r: b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+        answer=lambda r: (
+            b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+        )
     )
     await edge.start()
     client = await edge.client()
@@ -337,7 +355,9 @@ async def test_a_client_that_leaves_takes_its_request_with_it(edge: Edge) -> Non
 
 async def test_an_answer_cut_short_is_cut_for_the_client_too(edge: Edge) -> None:
     await edge.machine(
-        behave=lambda c: _answer_once(c, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+        behave=lambda c: _answer_once(
+            c, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
+        )
     )
     await edge.start()
     client = await edge.client()
