@@ -71,14 +71,14 @@ class TableCapture:
         if known is None or known.dead:
             self._records.append(pk + self._created_record)
             self._add(schema.stored, row, None)
-        elif schema.mode is MergeMode.ROW or old is None:
+        elif schema.mode is MergeMode.ROW:
             self._records.append((*pk, *self._sites.encode(Record(known.life, False, self._clock)), None))
             self._add(schema.stored, row, known.life)
         else:
             changed = [
                 index
-                for index, (before, after) in enumerate(zip(old, new, strict=True))
-                if not is_same((before,), (after,))
+                for index, value in enumerate(new)
+                if old is None or not is_same((old[index],), (value,))
             ]
             columns = tuple(schema.values[index] for index in changed)
             cells = {**known.cells, **dict.fromkeys(columns, self._clock)}

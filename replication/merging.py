@@ -79,10 +79,8 @@ class TableMerge:
             state.values = values
         elif take is not Take.CLOCKS:
             state.values = self._mix(pk, state, theirs, values, columns)
-        elif joined.dead is not mine.dead:
-            state.values = self._load(pk, state)  # before the row goes, or before its limbo does
         if joined.dead:
-            state.values = self._keep_limbo(joined, state.values)
+            state.values = self._keep_limbo(pk, state, joined)
         state.record = joined
 
     def _mix(
@@ -98,15 +96,16 @@ class TableMerge:
                 merged[names.index(name)] = value
         return merged
 
-    def _keep_limbo(self, record: Record, values: Row | list[Any] | None) -> Row | list[Any] | None:
+    def _keep_limbo(self, pk: Key, state: _State, record: Record) -> Row | list[Any]:
         """Return what remains of a dead row's values: those later than its deletion."""
-        if record.base is not None or values is None:
-            return values
-        names = self._table.schema.values
+        if record.base is not None:
+            return self._load(pk, state)
         kept = self._defaults()
-        for index, name in enumerate(names):
-            if name in record.cells:
-                kept[index] = values[index]
+        if record.cells:
+            values = self._load(pk, state)
+            for index, name in enumerate(self._table.schema.values):
+                if name in record.cells:
+                    kept[index] = values[index]
         return kept
 
     def _defaults(self) -> list[Any]:

@@ -42,6 +42,11 @@ def test_values_not_after_the_deletion_are_forgotten():
     assert join(Record(at(1), False, at(4)), Record(at(5), True, None)) == Record(at(5), True, None)
 
 
+def test_columns_not_after_the_deletion_are_forgotten():
+    mine = Record(at(1), False, at(1), {"x": at(4), "y": at(6)})
+    assert join(mine, Record(at(5), True, None)) == Record(at(5), True, None, {"y": at(6)})
+
+
 def test_each_column_is_taken_from_who_wrote_it_last():
     mine = Record(at(1), False, at(1), {"x": at(5)})
     theirs = Record(at(1), False, at(1), {"x": at(4), "y": at(4)})

@@ -19,7 +19,9 @@ NOW = 1_700_000_000_000
 SQL = """
 CREATE TABLE t (k INTEGER PRIMARY KEY, v, w TEXT COLLATE NOCASE DEFAULT 'w', CHECK (v IS NOT 'poison'));
 -- merge: column
-CREATE TABLE "or der" ("se lect" TEXT NOT NULL PRIMARY KEY, "a""b", "c'd" TEXT NOT NULL DEFAULT 'd') WITHOUT ROWID;
+CREATE TABLE "or der" (
+    "se lect" TEXT NOT NULL PRIMARY KEY, "a""b", "c'd" TEXT NOT NULL DEFAULT 'd'
+) WITHOUT ROWID;
 """
 SCHEMA = Schema.parse(SQL)
 LAX = Schema.parse(SQL.replace(", CHECK (v IS NOT 'poison')", ""))
@@ -125,9 +127,19 @@ def test_a_failing_statement_undoes_all_and_names_itself(make):
 
 @pytest.mark.parametrize(
     "sql",
-    ["SELECT 1", "COMMIT", "PRAGMA user_version = 1", "DROP TABLE t", "/* x */ ROLLBACK", "-- x\nBEGIN", ""]
-    + ["INSERT INTO t (k) VALUES (1) RETURNING k", "WITH x AS (SELECT 1) SELECT * FROM x"]
-    + ["INSERT INTO t (k) VALUES (1); COMMIT", "INSERT INTO t (k, v) VALUES ('a', 1)"],
+    [
+        *(
+            "SELECT 1",
+            "COMMIT",
+            "PRAGMA user_version = 1",
+            "DROP TABLE t",
+            "/* x */ ROLLBACK",
+            "-- x\nBEGIN",
+            "",
+        ),
+        *("INSERT INTO t (k) VALUES (1) RETURNING k", "WITH x AS (SELECT 1) SELECT * FROM x"),
+        *("INSERT INTO t (k) VALUES (1); COMMIT", "INSERT INTO t (k, v) VALUES ('a', 1)"),
+    ],
 )
 def test_executes_single_writes_only(make, sql):
     a = make()
@@ -149,11 +161,11 @@ def test_captures_what_another_client_wrote_while_the_store_is_open(make, tmp_pa
     a, b = make("a", tmp_path / "a.db"), make("b")
     a.foreign_writes()
     assert not a.foreign_writes()
-    subprocess.run(
-        [sys.executable, "-c", "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); "
-         "c.execute('INSERT INTO t (k, v) VALUES (1, 2)'); c.commit()", tmp_path / "a.db"],
-        check=True,
-    )  # fmt: skip
+    script = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); "
+        "c.execute('INSERT INTO t (k, v) VALUES (1, 2)'); c.commit()"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path / "a.db"], check=True)
     assert a.foreign_writes()
     commit = a.capture(NOW)
     assert commit.changes == (RowChange("t", (1,), (1, 2, "w")),)
@@ -207,6 +219,29 @@ def test_columns_merge_one_by_one_and_may_come_before_their_row(make):
     b.apply(one.changesets, NOW + 9)
     assert rows(c, QUOTED) == [("k", 2, "y")]
     assert_equal(a, b, c)
+
+
+def test_columns_of_a_deleted_row_do_not_shine_through_its_successor(make):
+    a, at_once, one_by_one = make("a"), make("b"), make("c")
+    created = write(a, f"INSERT INTO {QUOTED} VALUES ('k', 1, 'old')").changesets
+    deleted = write(a, f"DELETE FROM {QUOTED}").changesets
+    again = write(a, f"INSERT INTO {QUOTED} VALUES ('k', 2, 'new')").changesets
+    updated = write(a, f"""UPDATE {QUOTED} SET "a""b" = 3""").changesets
+    for replica in (at_once, one_by_one):
+        replica.apply(created, NOW)
+    at_once.apply(deleted + updated, NOW)
+    one_by_one.apply(deleted, NOW)
+    one_by_one.apply(updated, NOW)
+    assert rows(at_once, QUOTED) == rows(one_by_one, QUOTED) == [("k", 3, "d")]
+    for replica in (at_once, one_by_one):
+        replica.apply(again, NOW)
+    assert_equal(a, at_once, one_by_one)
+
+
+def test_a_row_overwritten_by_its_equal_has_not_changed(make):
+    a = make()
+    write(a, "INSERT INTO t (k, v) VALUES (1, 'x'), (2, 'x')")
+    assert write(a, "UPDATE OR REPLACE t SET k = 2 WHERE k = 1").changes == (RowChange("t", (1,), None),)
 
 
 def test_a_whole_row_wins_where_rows_merge(make):
