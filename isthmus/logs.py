@@ -6,6 +6,7 @@ terminal, because control characters are escaped in every value.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from datetime import UTC, datetime
@@ -47,7 +48,11 @@ class TextFormatter(logging.Formatter):
         time = datetime.fromtimestamp(record.created, UTC).strftime("%H:%M:%S.%f")[:-3]
         extra = "".join(f"  {key}={escape(str(value))}" for key, value in _fields(record).items())
         line = f"{time} {record.levelname.lower():<7} {self._process}  {escape(record.getMessage())}{extra}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        if record.exc_info:
+            # An exception's message may hold anything; indented, none of its lines can pass for a record.
+            below = self.formatException(record.exc_info).splitlines()
+            line = "\n".join([line, *(f"  {escape(text)}" for text in below)])
+        return line
 
 
 class JsonFormatter(logging.Formatter):
@@ -69,4 +74,15 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(entry, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+        return _dump(entry)
+
+
+def _dump(entry: dict[str, Any]) -> str:
+    try:
+        line = orjson.dumps(entry, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    except TypeError:
+        line = ""  # lone surrogates, or integers above 64 bits
+    if line.isprintable() and line:
+        return line
+    # JSON leaves C1 control characters and line separators as they are; ASCII has only DEL of that kind.
+    return json.dumps(entry, default=str, skipkeys=True).replace("\x7f", "\\u007f")
