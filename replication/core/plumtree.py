@@ -24,8 +24,9 @@ from replication.core.wire import ITEMS_MAX, ChangesetId, Frame, Graft, IHave, P
 class PlumtreeSettings:
     """The knobs, with what each costs."""
 
-    announce_interval_ms: float = 50  # batches IHave; adds to the time that a graft takes
-    graft_timeout_ms: float = 300  # longer than the longest path along the tree, or grafts beat the tree
+    announce_interval_ms: float = 20  # batches IHave; adds to the time that a graft takes
+    # At most; with all round trips known it is shorter. Longer than a path along the tree, or grafts win.
+    graft_timeout_ms: float = 300
     announced_max: int = 4_096  # per peer; what does not fit is found by the next sync
     missing_max: int = 16_384
     recent_max: int = 65_536  # about a minute of a busy cluster
@@ -34,6 +35,8 @@ class PlumtreeSettings:
 
 # How many announcers of one changeset are remembered; each is worth one more attempt before a sync.
 _ANNOUNCERS_MAX = 4
+# Within one region the tree takes a few milliseconds; the rest is for a busy event loop.
+_GRAFT_TIMEOUT_MIN_MS = 50.0
 
 
 # --- outputs ------------------------------------------------------------------------------------------
@@ -188,7 +191,7 @@ class Plumtree:
         self._missing.pop(id_, None)
         if self._knows(id_):
             self.counters["pushes_duplicate"] += 1
-            if id_ in self._recent and self._recent[id_] != peer:
+            if self._is_spare(peer, id_):
                 self.counters["prunes_sent"] += 1
                 self._out.append(SendFrame(peer, Prune()))
                 if peer in self._peers:
@@ -201,6 +204,24 @@ class Plumtree:
         self._out.append(Deliver(changeset))
         self._spread(changeset, peer, now_ms)
 
+    def _is_spare(self, peer: SiteId, id_: ChangesetId) -> bool:
+        """Return whether we can do without the link that brought a duplicate.
+
+        Only if the first copy came by another link that is still in the tree: when many sources speak at
+        once each link brings some duplicate, and pruning them all would leave no tree.
+        """
+        if id_ not in self._recent or self._recent[id_] == peer:
+            return False
+        first = self._recent[id_]
+        if first is None:
+            return any(site != peer for site in self.eager)
+        return first in self._peers and self._peers[first].eager
+
+    def _compute_graft_timeout_ms(self) -> float:
+        """Return how long the tree gets: some hops of the longest round trip that we know, if we know all."""
+        farthest = max((self._distance(site) for site in self._peers), default=float("inf"))
+        return min(self._settings.graft_timeout_ms, _GRAFT_TIMEOUT_MIN_MS + 4 * farthest)
+
     def _handle_ihave(self, peer: SiteId, ids: tuple[ChangesetId, ...], now_ms: float) -> None:
         for id_ in ids:
             if self._knows(id_):
@@ -211,7 +232,7 @@ class Plumtree:
                     missing.announcers.append(peer)
             elif len(self._missing) < self._settings.missing_max:
                 self._missing[id_] = _Missing([peer])
-                self._timers.set(now_ms + self._settings.graft_timeout_ms, _GraftDue(id_))
+                self._timers.set(now_ms + self._compute_graft_timeout_ms(), _GraftDue(id_))
             else:
                 self.counters["announcements_dropped"] += 1
 
@@ -237,7 +258,7 @@ class Plumtree:
             missing.asked = peer
             self._peers[peer].eager = True
             grafts.setdefault(peer, []).append(id_)
-            self._timers.set(now_ms + self._settings.graft_timeout_ms, _GraftDue(id_))
+            self._timers.set(now_ms + self._compute_graft_timeout_ms(), _GraftDue(id_))
             return
         del self._missing[id_]
         if missing.asked is not None and not self._knows(id_):

@@ -111,7 +111,7 @@ class Relay(asyncio.DatagramProtocol):
                 onward.transport.abort()
 
     async def _pipe(self, source: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):  # the latter is uvloop's word for a closed transport
             while data := await reader.read(65_536):
                 await self.network.passable(source, self.node_host)
                 writer.write(data)

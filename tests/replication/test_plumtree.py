@@ -15,9 +15,9 @@ def changeset(version: int = 1, payload: bytes = b"x") -> EncodedChangeset:
 class Node:
     """A core with neighbours A, B, C and a set of what the store has."""
 
-    def __init__(self, **settings: float) -> None:
+    def __init__(self, known: dict[SiteId, float] | None = None, **settings: float) -> None:
         self.stored: set[tuple[SiteId, int]] = set()
-        distances = {A: 30.0, B: 10.0, C: 20.0}
+        distances = {A: float("inf"), B: 10.0, C: 20.0, **(known or {})}
         self.tree = Plumtree(
             PlumtreeSettings(**settings),
             has=lambda site, version: (site, version) in self.stored,
@@ -51,6 +51,22 @@ def test_prunes_the_link_that_brings_what_another_link_brought():
     assert node.tree.lazy == [A]
 
 
+def test_keeps_the_last_link_of_the_tree_when_many_sources_speak_at_once():
+    node = Node()
+    node.tree.handle_peer_down(C)
+    node.take(A, Push(changeset(1)))
+    node.take(B, Push(changeset(2)))
+    assert node.take(B, Push(changeset(1))) == [SendFrame(B, Prune())]
+    assert node.take(A, Push(changeset(2))) == []
+    assert node.tree.eager == [A]
+
+
+def test_a_graft_waits_less_when_all_peers_are_near():
+    node = Node(known={A: 5.0})
+    node.take(A, IHave(((FAR, 1),)))
+    assert node.tree.next_at() == 130
+
+
 def test_does_not_prune_because_sync_was_faster():
     node = Node()
     node.stored.add((FAR, 1))
@@ -69,8 +85,8 @@ def test_announces_to_those_who_pruned_it():
     node.take(A, Prune())
     sent = node.tree.broadcast(changeset(1), 0) + node.tree.broadcast(changeset(2), 1)
     assert A not in {output.peer for output in sent}
-    assert node.tree.next_at() == 50
-    assert node.tree.tick(50) == [SendFrame(A, IHave(((FAR, 1), (FAR, 2))))]
+    assert node.tree.next_at() == 20
+    assert node.tree.tick(20) == [SendFrame(A, IHave(((FAR, 1), (FAR, 2))))]
     assert node.tree.tick(500) == []
 
 
