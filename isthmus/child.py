@@ -17,15 +17,13 @@ import signal
 import socket
 import struct
 import sys
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import uvloop
 
+from isthmus.config import Config
 from isthmus.logs import setup_logging
-
-if TYPE_CHECKING:
-    from isthmus.config import Config
 
 BEAT_S = 1.0
 

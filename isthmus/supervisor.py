@@ -39,6 +39,8 @@ DUMP_S = 0.5
 # Beyond the workers' own drain time, what stopping may take before SIGKILL.
 STOP_GRACE_S = 5.0
 START_S = 60.0
+# A child that never served and died this often is not going to.
+START_TRIES = 3
 # An agent that lost its supervisor lets go of the data directory within this time.
 LOCK_WAIT_S = 3.0
 
@@ -63,7 +65,7 @@ class _Child:
         self.name = role if role == "agent" else f"worker-{index}"
         self.process: asyncio.subprocess.Process | None = None
         self.ready = asyncio.Event()
-        self.addresses: dict[str, str] = {}
+        self.addresses: dict[str, str] | None = None  # set when it served for the first time
         self.refused = ""
         self.beat_at = 0.0
         self.restarts = 0
@@ -129,7 +131,7 @@ class Supervisor:
             self._failure = f"{child.name} did not start within {START_S:.0f} s; its log above says why"
             self._stopping.set()
 
-    def _fix_agent_addresses(self, addresses: dict[str, str]) -> None:
+    def _fix_agent_addresses(self, addresses: dict[str, str] | None) -> None:
         """Keep the ports that the system chose, so that a restarted agent is found where it was."""
         if addresses:
             admin = msgspec.structs.replace(self._config.admin, listen=addresses["admin"])
@@ -157,6 +159,10 @@ class Supervisor:
             if time.monotonic() - started > STABLE_S:
                 backoff = RESTART_MIN_S
             child.restarts += 1
+            if child.addresses is None and child.restarts == START_TRIES:
+                self._failure = f"{child.name} dies when it starts; its log above says why"
+                self._stopping.set()
+                return
             log.error(
                 "a process died and is restarted",
                 extra={"child": child.name, "exit": code, "restarts": child.restarts, "in_s": backoff},

@@ -70,7 +70,7 @@ async def _wait_until_serving(world: World) -> None:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
         deadline = asyncio.get_running_loop().time() + START_S
         for place in world.places:
-            while await _routable(session, place.admin) < wanted:
+            while not world.serves(place) or await _routable(session, place.admin) < wanted:
                 name = world.ended()
                 if name is not None:
                     raise ConfigError(
@@ -92,10 +92,11 @@ async def _routable(session: aiohttp.ClientSession, admin: str) -> int:
 def describe(world: World, directory: str) -> str:
     """Return what listens where, and what to try."""
     ams, iad, syd = world.places
-    lines = ["", "region  proxy                  admin and dashboard    machines"]
+    lines = ["", f"region  {'proxy':<23}{'admin and dashboard':<23}machines"]
     for place in world.places:
         machines = ", ".join(name for name, _ in place.machines)
-        lines.append(f"{place.region:<6}  http://{place.proxy:<15}  http://{place.admin:<15}  {machines}")
+        proxy, admin = f"http://{place.proxy}", f"http://{place.admin}"
+        lines.append(f"{place.region:<8}{proxy:<23}{admin:<23}{machines}")
     tries = [
         ("answered by the nearest machine", f"curl http://{ams.proxy}/"),
         ("the app in syd sends it to iad: fly-replay: region=iad", f"curl http://{syd.proxy}/in/iad"),

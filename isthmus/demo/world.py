@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from isthmus.config import ConfigError
 from isthmus.demo.app import PRIMARY_REGION
+from isthmus.supervisor import read_node_info
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -141,6 +142,10 @@ class World:
     def ended(self) -> str | None:
         """Return the name of a process that ended by itself, or None."""
         return next((name for name, process in self._processes if process.returncode is not None), None)
+
+    def serves(self, place: Place) -> bool:
+        """Return whether a node has said that all its processes serve."""
+        return read_node_info(self._directory / place.region) is not None
 
     def log_file(self, name: str) -> Path:
         """Return where a process writes what it says."""
