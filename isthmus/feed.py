@@ -168,22 +168,29 @@ class FeedFollower:
             try:
                 reader, writer = await asyncio.open_unix_connection(str(self._path))
             except OSError:
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                pause = min(pause * 2, RECONNECT_MAX_S)
+                pause = await self._rest(pause)
                 continue
-            pause = RECONNECT_MIN_S
             self.connected = True
+            connected_at = time.monotonic()
             reporter = asyncio.create_task(self._report(writer))
             try:
                 writer.write(_pack(["follow", self._worker, self.seq]))
                 await self._follow(reader)
-            except (OSError, ValueError, msgpack.UnpackException) as error:
+            except Exception as error:  # noqa: BLE001 — whatever the agent says, the worker must follow it again
                 log.warning("the feed failed", extra={"error": repr(error)})
             finally:
                 self.connected = False
                 reporter.cancel()
                 writer.close()
             log.info("the agent is away; routing goes on with the last table")
+            if time.monotonic() - connected_at > RECONNECT_MAX_S:
+                pause = RECONNECT_MIN_S
+            pause = await self._rest(pause)
+
+    async def _rest(self, pause: float) -> float:
+        """Wait before the next try, and return how long to wait before the one after it."""
+        await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+        return min(pause * 2, RECONNECT_MAX_S)
 
     async def _follow(self, reader: asyncio.StreamReader) -> None:
         unpacker = _unpacker()

@@ -1,0 +1,432 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import stat
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import pytest
+
+from isthmus import feed
+from isthmus.feed import FeedFollower, FeedServer
+from replication.core.change import Commit, RowChange
+from tests.isthmus.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+    from pathlib import Path
+
+
+def commit(seq: int, rows: int = 1, filler: str = "") -> Commit:
+    changes = (RowChange("apps", (f"a{seq}-{i}",), (f"a{seq}-{i}", filler, None)) for i in range(rows))
+    return Commit(seq, tuple(changes), ())
+
+
+class Worker:
+    """A follower that records everything; `file_seq` is what the file holds when it is loaded."""
+
+    def __init__(self, path: Path, name: str = "worker-0/1") -> None:
+        self.applied: list[RowChange] = []
+        self.loads: list[int] = []
+        self.file_seq = 0
+        self.load_errors: list[Exception] = []
+        self.apply_errors: list[Exception] = []
+        self.follower = FeedFollower(path, name, load=self.load, apply=self.apply, samples=self.samples)
+        self._task: asyncio.Task[None] | None = None
+
+    def load(self) -> int:
+        if self.load_errors:
+            raise self.load_errors.pop(0)
+        self.loads.append(self.file_seq)
+        return self.file_seq
+
+    def apply(self, change: RowChange) -> None:
+        if self.apply_errors:
+            raise self.apply_errors.pop(0)
+        self.applied.append(change)
+
+    def samples(self) -> Iterable[feed.Sample]:
+        return [("isthmus_requests_total", (("app", "a"),), float(len(self.applied)))]
+
+    @property
+    def seq(self) -> int:
+        return self.follower.seq
+
+    async def reach(self, seq: int) -> None:
+        await eventually(f"worker reaches {seq}", lambda: self.seq == seq)
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self.follower.run())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+
+class Agent:
+    """The agent's end, with what it was told of metrics."""
+
+    def __init__(self, path: Path, last_seq: int = 0) -> None:
+        self.samples: list[tuple[str, Any]] = []
+        self.server = FeedServer(
+            path, last_seq, lambda worker, samples: self.samples.append((worker, samples))
+        )
+
+    def publish(self, *commits: Commit) -> None:
+        for one in commits:
+            self.server.publish(one)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "feed.sock"
+
+
+@pytest.fixture
+async def agent(path: Path) -> AsyncIterator[Agent]:
+    agent = Agent(path)
+    await agent.server.start()
+    yield agent
+    await agent.server.stop()
+
+
+@pytest.fixture
+async def worker(path: Path) -> AsyncIterator[Worker]:
+    worker = Worker(path)
+    yield worker
+    await worker.stop()
+
+
+def mode(path: Path) -> int | None:
+    """The permissions of a socket, or None when there is none."""
+    return stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+
+
+@asynccontextmanager
+async def connected(path: Path) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A bare connection to the feed, for what a worker would not send."""
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def test_follower_sees_every_commit_in_order(agent: Agent, worker: Worker) -> None:
+    worker.start()
+    await eventually("worker follows", lambda: agent.server.followers == ["worker-0/1"])
+    agent.publish(commit(1), commit(2, rows=3), commit(3))
+    await worker.reach(3)
+    assert [change.pk for change in worker.applied] == [
+        ("a1-0",), ("a2-0",), ("a2-1",), ("a2-2",), ("a3-0",),
+    ]  # fmt: skip
+    assert worker.applied[0] == commit(1).changes[0]
+    assert worker.loads == []
+
+
+async def test_all_kinds_of_sql_values_and_deletions_arrive_as_they_were(
+    agent: Agent, worker: Worker
+) -> None:
+    row = (None, -(2**63), 2**63 - 1, 0.1, "ü\x00", b"\xff")
+    changes = (RowChange("t", (1, b"k"), row), RowChange("t", (2, b"k"), None))
+    worker.start()
+    agent.publish(Commit(1, changes, ()))
+    await worker.reach(1)
+    assert worker.applied == list(changes)
+
+
+async def test_worker_that_comes_late_resumes_from_what_the_agent_keeps(agent: Agent, worker: Worker) -> None:
+    agent.publish(*(commit(seq) for seq in range(1, 6)))
+    worker.follower.seq = 3
+    worker.start()
+    await worker.reach(5)
+    assert [change.pk for change in worker.applied] == [("a4-0",), ("a5-0",)]
+    assert worker.loads == []
+
+
+async def test_worker_that_is_up_to_date_is_told_nothing(agent: Agent, worker: Worker) -> None:
+    agent.publish(commit(1))
+    worker.follower.seq = 1
+    worker.start()
+    await eventually("worker follows", lambda: agent.server.followers)
+    agent.publish(commit(2))
+    await worker.reach(2)
+    assert [change.pk for change in worker.applied] == [("a2-0",)]
+    assert worker.loads == []
+
+
+@pytest.mark.parametrize("seq", [0, 2])
+async def test_worker_loads_the_file_when_the_agent_no_longer_keeps_what_it_missed(
+    path: Path, worker: Worker, seq: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "COMMITS_KEPT", 2)
+    agent = Agent(path)
+    await agent.server.start()
+    try:
+        agent.publish(*(commit(n) for n in range(1, 6)))
+        worker.follower.seq = seq
+        worker.file_seq = 5
+        worker.start()
+        await worker.reach(5)
+        assert worker.loads == [5]
+        assert worker.applied == []
+    finally:
+        await agent.server.stop()
+
+
+async def test_oldest_commit_kept_is_enough_to_resume_without_a_load(
+    path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "COMMITS_KEPT", 2)
+    agent = Agent(path)
+    await agent.server.start()
+    try:
+        agent.publish(*(commit(n) for n in range(1, 6)))
+        worker.follower.seq = 3
+        worker.start()
+        await worker.reach(5)
+        assert worker.loads == []
+        assert len(worker.applied) == 2
+    finally:
+        await agent.server.stop()
+
+
+async def test_huge_commit_makes_workers_load_the_file(
+    agent: Agent, worker: Worker, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "COMMIT_ROWS_MAX", 10)
+    agent.publish(commit(1))
+    worker.start()
+    await worker.reach(1)
+    worker.file_seq = 2
+    agent.publish(commit(2, rows=11))
+    await worker.reach(2)
+    agent.publish(commit(3, rows=10))
+    await worker.reach(3)
+    assert worker.loads == [2]
+    assert len(worker.applied) == 11
+
+    late = Worker(path, "worker-1/2")
+    late.follower.seq = 1
+    late.file_seq = 3
+    late.start()
+    try:
+        await late.reach(3)
+        assert late.loads == [3]
+    finally:
+        await late.stop()
+
+
+async def test_commit_that_the_file_included_already_is_not_applied_again(
+    agent: Agent, worker: Worker
+) -> None:
+    worker.follower.seq = 2
+    worker.file_seq = 2
+    worker.start()
+    await eventually("worker is told to load, being ahead", lambda: worker.loads)
+    agent.publish(commit(1), commit(2), commit(3))
+    await worker.reach(3)
+    assert [change.pk for change in worker.applied] == [("a3-0",)]
+
+
+async def test_worker_that_does_not_read_is_cut_off_and_others_go_on(
+    agent: Agent, worker: Worker, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "BACKLOG_BYTES_MAX", 1 << 16)
+    worker.start()
+    async with connected(path) as (reader, writer):
+        reader._transport.pause_reading()
+        writer.write(msgpack.packb(["follow", "stuck/1", 0]))
+        await eventually("both follow", lambda: len(agent.server.followers) == 2)
+        seq = 0
+        while "stuck/1" in agent.server.followers:
+            seq += 1
+            assert seq < 1000, "never cut off"
+            agent.publish(commit(seq, filler="x" * 20_000))
+            await worker.reach(seq)
+        reader._transport.resume_reading()
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(5):
+                while await reader.read(1 << 20):
+                    pass
+    assert agent.server.followers == ["worker-0/1"]
+    agent.publish(commit(seq + 1))
+    await worker.reach(seq + 1)
+
+
+async def test_worker_outlives_the_agent_and_follows_the_next_one(path: Path, worker: Worker) -> None:
+    first = Agent(path)
+    await first.server.start()
+    worker.start()
+    await eventually("worker follows", lambda: first.server.followers)
+    first.publish(commit(1))
+    await worker.reach(1)
+    await first.server.stop()
+    await eventually("worker notices", lambda: not worker.follower.connected)
+    assert worker.seq == 1
+
+    second = Agent(path, last_seq=4)
+    await second.server.start()
+    try:
+        worker.file_seq = 4
+        await worker.reach(4)
+        assert worker.loads == [4]
+        second.publish(commit(5))
+        await worker.reach(5)
+        assert worker.follower.connected
+    finally:
+        await second.server.stop()
+
+
+async def test_worker_may_start_before_the_agent(path: Path, worker: Worker) -> None:
+    worker.start()
+    agent = Agent(path)
+    await agent.server.start()
+    try:
+        agent.publish(commit(1))
+        await worker.reach(1)
+    finally:
+        await agent.server.stop()
+
+
+@pytest.fixture
+def left_behind(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.usefixtures("left_behind")
+async def test_socket_left_behind_by_a_killed_agent_is_replaced(path: Path, worker: Worker) -> None:
+    agent = Agent(path)
+    await agent.server.start()
+    try:
+        assert mode(path) == 0o600
+        agent.publish(commit(1))
+        worker.start()
+        await worker.reach(1)
+    finally:
+        await agent.server.stop()
+    assert mode(path) is None
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\xc1",
+        msgpack.packb(5),
+        msgpack.packb(["follow"]),
+        msgpack.packb(["follow", "w", "x"]),
+        msgpack.packb(["samples", "w", 5]),
+        msgpack.packb(["samples", "w", [5]]),
+        msgpack.packb({(1, 2): 3}),
+    ],
+)
+async def test_garbage_from_a_worker_costs_it_its_connection_and_nobody_else(
+    path: Path, worker: Worker, garbage: bytes
+) -> None:
+    unpacked: list[Any] = []
+    server = FeedServer(path, 0, lambda worker, samples: unpacked.extend((w, v) for w, _, v in samples))
+    await server.start()
+    try:
+        worker.start()
+        async with connected(path) as (reader, writer):
+            writer.write(garbage)
+            async with asyncio.timeout(5):
+                assert await reader.read() == b""
+        server.publish(commit(1))
+        await worker.reach(1)
+    finally:
+        await server.stop()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\xc1",
+        msgpack.packb(5),
+        msgpack.packb(["commit", 1]),
+        msgpack.packb(["commit", 1, [5]]),
+        msgpack.packb(["commit", 1, [["t"]]]),
+    ],
+)
+async def test_garbage_from_an_agent_makes_the_worker_follow_again(
+    path: Path, worker: Worker, garbage: bytes
+) -> None:
+    served = 0
+
+    async def confuse(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal served
+        served += 1
+        writer.write(garbage)
+        writer.close()
+
+    async with await asyncio.start_unix_server(confuse, str(path)):
+        worker.start()
+        await eventually("worker tries again", lambda: served > 1)
+    await worker_follows_a_good_agent(path, worker)
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("database is locked"), RuntimeError("anything")])
+async def test_worker_that_fails_to_load_or_apply_tries_again(
+    path: Path, worker: Worker, error: Exception
+) -> None:
+    worker.follower.seq = 99  # ahead of the agent: it is told to load
+    worker.load_errors = [error]
+    worker.apply_errors = [error]
+    await worker_follows_a_good_agent(path, worker, start=True)
+    assert not worker.load_errors
+    assert not worker.apply_errors
+    assert [change.pk for change in worker.applied] == [("a1-0",)]
+
+
+async def worker_follows_a_good_agent(path: Path, worker: Worker, *, start: bool = False) -> None:
+    agent = Agent(path)
+    await agent.server.start()
+    try:
+        if start:
+            worker.start()
+            await eventually("worker loaded", lambda: worker.loads)
+        agent.publish(commit(1))
+        await worker.reach(1)
+    finally:
+        await agent.server.stop()
+
+
+async def test_worker_that_fails_each_time_does_not_spin(path: Path, worker: Worker) -> None:
+    served = 0
+
+    async def refuse(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal served
+        served += 1
+        writer.close()
+
+    loop = asyncio.get_running_loop()
+    async with await asyncio.start_unix_server(refuse, str(path)):
+        started = loop.time()
+        worker.start()
+        await eventually("four connections", lambda: served == 4)
+        least = feed.RECONNECT_MIN_S * 0.5 * (1 + 2 + 4)
+        assert loop.time() - started >= least
+        await worker.stop()
+
+
+async def test_metrics_of_a_worker_reach_the_agent(agent: Agent, worker: Worker) -> None:
+    worker.start()
+    await eventually("samples", lambda: agent.samples)
+    assert agent.samples[0] == ("worker-0/1", (("isthmus_requests_total", (("app", "a"),), 0.0),))
+
+
+async def test_stopped_agent_lets_its_workers_go(agent: Agent, worker: Worker, path: Path) -> None:
+    worker.start()
+    await eventually("worker follows", lambda: agent.server.followers)
+    await agent.server.stop()
+    assert mode(path) is None
+    await eventually("worker notices", lambda: not worker.follower.connected)
+    await eventually("agent has nobody", lambda: agent.server.followers == [])
