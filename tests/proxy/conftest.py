@@ -1,12 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
 import uvloop
 
 from tests.proxy.edge import Edge
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
 
 
 # Workers run on uvloop, whose transports differ from asyncio's in when they write and pause.

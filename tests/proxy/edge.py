@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from proxy.metrics import ProxyMetrics
 from proxy.server import Server
@@ -14,6 +14,9 @@ from routing.balancer import Balancer
 from routing.table import RoutingTable
 from tests.fakes.client import RawClient, Response
 from tests.fakes.machine import FakeMachine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # Loopback answers at once; only a test of a limit shortens it further.
 SETTINGS = ProxySettings("node1", "ams", sweep_interval_s=0.02, connect_timeout_s=1.0)
@@ -88,5 +91,5 @@ class Edge:
 async def wait_for(condition: Callable[[], bool], deadline_s: float = 5.0) -> None:
     """Wait until it holds; the loop runs meanwhile."""
     async with asyncio.timeout(deadline_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - conditions are about the outside of what is tested
             await asyncio.sleep(0.005)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ def feed_in_pieces(body: ChunkedBody | FixedBody, stream: bytes, cuts: list[int]
     """Feed a stream cut at these places; what the body leaves over must be empty until it has ended."""
     decoded = b""
     bounds = sorted({0, len(stream), *(cut % (len(stream) + 1) for cut in cuts)})
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         assert not body.ended
         decoded += body.feed(stream[start:end])
     return decoded
@@ -52,7 +54,7 @@ def test_any_bytes_are_a_body_or_an_error_independent_of_cuts(stream: bytes, cut
         try:
             bounds = sorted({0, len(stream), *(cut % (len(stream) + 1) for cut in places)})
             decoded = b""
-            for start, end in zip(bounds, bounds[1:], strict=False):
+            for start, end in itertools.pairwise(bounds):
                 decoded += body.feed(stream[start:end])
                 if body.ended:
                     break
@@ -85,9 +87,10 @@ def test_tiny_chunks_are_bounded_for_requests_and_free_for_answers() -> None:
 def test_trailers_are_bounded_also_when_they_trickle() -> None:
     body = ChunkedBody(bound_overhead=True)
     body.feed(b"0\r\n")
+    for _ in range(TRAILER_BYTES_MAX // 6):
+        body.feed(b"a: b\r\n")
     with pytest.raises(BodyError, match="trailers"):
-        for _ in range(TRAILER_BYTES_MAX):
-            body.feed(b"a: b\r\n")
+        body.feed(b"a: b\r\n")
 
 
 @pytest.mark.parametrize("held", [b"1" * 300, b"5;" + b"a" * 300, b"0\r\n" + b"a" * 9000])

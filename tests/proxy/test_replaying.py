@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.fakes.machine import OK, Connection, Request
-from tests.proxy.edge import Edge
+from tests.proxy.edge import wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.proxy.edge import Edge
 
 
 def replay(instruction: bytes, body: bytes = b"") -> Callable[[Request], bytes]:
@@ -69,9 +73,7 @@ async def test_a_chunked_body_still_on_its_way_follows_the_replay(edge: Edge) ->
     await edge.start()
     client = await edge.client()
     client.send(b"POST / HTTP/1.1\r\nHost: app.test\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
-    async with asyncio.timeout(5):
-        while not target.connections:
-            await asyncio.sleep(0.005)
+    await wait_for(lambda: bool(target.connections))
     client.send(b"6\r\n world\r\n0\r\n\r\n")
     assert (await client.read_response()).body == b"hello world"
     assert source.requests == []

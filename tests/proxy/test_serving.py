@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.fakes.machine import Connection, Request
 from tests.proxy.edge import Edge, wait_for
+
+if TYPE_CHECKING:
+    from tests.fakes.machine import Connection, Request
 
 
 async def test_a_get_reaches_the_machine_of_its_host_and_the_answer_comes_back(edge: Edge) -> None:
@@ -56,7 +59,8 @@ async def test_tells_the_machine_who_the_client_is(edge: Edge) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "Fly-Client-IP", "fly-region", "FLY-REQUEST-ID", "fly-replay-src", "fly-replay-failed", "Fly_Client_IP",
+        "Fly-Client-IP", "fly-region", "FLY-REQUEST-ID", "fly-replay-src", "fly-replay-failed",
+        "Fly_Client_IP",
         "fly-preferred-instance-unavailable", "Fly-Forwarded-Proto", "X-Forwarded-For", "X_Forwarded_For",
         "X-Forwarded-Proto", "X-Forwarded-Host", "Forwarded", "X-Real-IP", "X-Request-Start", "fly-anything",
         "isthmus-node", "Keep-Alive", "Proxy-Connection", "Proxy-Authorization", "TE", "Trailer",

@@ -35,7 +35,8 @@ REFUSED = [
     (400, post(CL + b"5\r\n" + CL + b"6\r\n", b"hello" + NEXT)),
     (400, post(CL + b"5\r\n" + CL + b"5\r\n", b"hello" + NEXT)),
     *((400, post(CL + v + b"\r\n", b"hello" + NEXT)) for v in (
-        b"5, 5", b"5, 6", b"+5", b"0x5", b" 5 ", b"5 ", b" 5", b"\t5", b"-1", b"5.0", b"5" * 20, b"", b"5 5", b"5;",
+        b"5, 5", b"5, 6", b"+5", b"0x5", b" 5 ", b"5 ", b" 5", b"\t5", b"-1", b"5.0", b"5" * 20, b"",
+        b"5 5", b"5;",
     )),
     # Transfer-Encoding that is not exactly `chunked`
     *((501, post(TE + v + b"\r\n", b"0\r\n\r\n" + NEXT)) for v in (
@@ -65,7 +66,8 @@ REFUSED = [
     (400, b" " + get()),
     # Request lines
     *((400, get(line=line)) for line in (
-        b"GET  / HTTP/1.1", b"GET /\tHTTP/1.1", b"GET / HTTP/1.1 ", b"GET /a b HTTP/1.1", b"GET /\x01 HTTP/1.1",
+        b"GET  / HTTP/1.1", b"GET /\tHTTP/1.1", b"GET / HTTP/1.1 ", b"GET /a b HTTP/1.1",
+        b"GET /\x01 HTTP/1.1",
         b"GET /\xe9 HTTP/1.1", b"GET /a#b HTTP/1.1", b"GET b HTTP/1.1", b"GET * HTTP/1.1", b"GET ?x HTTP/1.1",
         b"GET http://u@app.test/ HTTP/1.1", b"GET http:///x HTTP/1.1", b"GET ftp://app.test/ HTTP/1.1",
     )),
@@ -81,7 +83,8 @@ REFUSED = [
     (400, b"GET / HTTP/1.1\r\n\r\n"),
     (400, get(b"Host: app.test\r\n")),
     *((400, b"GET / HTTP/1.1\r\nHost: " + h + b"\r\n\r\n") for h in (
-        b"u@app.test", b"app.test/x", b"app.test,other.test", b"app.test:x", b"app.test:123456", b"", b"app test",
+        b"u@app.test", b"app.test/x", b"app.test,other.test", b"app.test:x", b"app.test:123456", b"",
+        b"app test",
         b"[::1", b"app.test?x",
     )),
     (417, post(CL + b"5\r\nExpect: something\r\n", b"hello")),
@@ -104,11 +107,16 @@ async def test_refuses_closes_and_forwards_nothing(edge: Edge, status: int, raw:
 
 
 BAD_BODIES = [
-    b"0x5\r\nhello\r\n0\r\n\r\n", b"+5\r\nhello\r\n0\r\n\r\n", b"-0\r\n\r\n", b"1" * 17 + b"\r\n", b"\r\nhello",
-    b" 5\r\nhello\r\n0\r\n\r\n", b"5 \r\nhello\r\n0\r\n\r\n", b"5 ;a\r\nhello\r\n0\r\n\r\n", b"5;a\rb\r\nhello\r\n0\r\n\r\n",
-    b"5;a\nb\r\nhello\r\n0\r\n\r\n", b"5;a\0b\r\nhello\r\n0\r\n\r\n", b"5;" + b"a" * 100_000, b"5\nhello\r\n0\r\n\r\n",
-    b"5\rhello\r\n0\r\n\r\n", b"5\r\nhelloXX0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n", b"5\r\nhello\r\n0\r\nX\r\n\r\n",
-    b"5\r\nhello\r\n0\r\n\n", b"5\r\nhello\r\n0\r\nA : b\r\n\r\n", b"0\r\nA: b\r\n c\r\n\r\n", b"0\r\n" + b"A: b\r\n" * 2000,
+    b"0x5\r\nhello\r\n0\r\n\r\n", b"+5\r\nhello\r\n0\r\n\r\n", b"-0\r\n\r\n", b"1" * 17 + b"\r\n",
+    b"\r\nhello",
+    b" 5\r\nhello\r\n0\r\n\r\n", b"5 \r\nhello\r\n0\r\n\r\n", b"5 ;a\r\nhello\r\n0\r\n\r\n",
+    b"5;a\rb\r\nhello\r\n0\r\n\r\n",
+    b"5;a\nb\r\nhello\r\n0\r\n\r\n", b"5;a\0b\r\nhello\r\n0\r\n\r\n", b"5;" + b"a" * 100_000,
+    b"5\nhello\r\n0\r\n\r\n",
+    b"5\rhello\r\n0\r\n\r\n", b"5\r\nhelloXX0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n",
+    b"5\r\nhello\r\n0\r\nX\r\n\r\n",
+    b"5\r\nhello\r\n0\r\n\n", b"5\r\nhello\r\n0\r\nA : b\r\n\r\n", b"0\r\nA: b\r\n c\r\n\r\n",
+    b"0\r\n" + b"A: b\r\n" * 2000,
     b"1\r\nx\r\n" * 10_000,
 ]  # fmt: skip
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
-from tests.fakes.client import RawClient
-from tests.fakes.machine import Connection
 from tests.proxy.edge import Edge, wait_for
+
+if TYPE_CHECKING:
+    from tests.fakes.client import RawClient
+    from tests.fakes.machine import Connection
 
 UPGRADE = (
     b"GET /ws HTTP/1.1\r\nHost: app.test\r\nConnection: Upgrade\r\nUpgrade: WebSocket\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
-SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: x\r\n\r\n"
+SWITCHED = (
+    b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Accept: x\r\n\r\n"
+)
 
 
 async def echo(connection: Connection) -> None:
