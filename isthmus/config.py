@@ -117,7 +117,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _is_wildcard(host: str) -> bool:
+def is_wildcard(host: str) -> bool:
+    """True when a listener on the host takes connections to all addresses of this machine."""
     try:
         return ipaddress.ip_address(host).is_unspecified
     except ValueError:
@@ -205,7 +206,7 @@ class GossipConfig(_Section, frozen=True):
                 f"{self.listen} is open to others: set gossip.keys (`isthmus key` makes one), "
                 "or listen on 127.0.0.1",
             )
-        if not self.advertise and _is_wildcard(host):
+        if not self.advertise and is_wildcard(host):
             raise _ValueOfKeyError(
                 "listen",
                 f"{self.listen} is no address that others could be told: set gossip.advertise to one",

@@ -13,7 +13,16 @@ from typing import Any, Protocol
 import msgspec
 
 from isthmus import __version__
-from isthmus.config import AppConfig, CheckConfig, Config, MachineConfig, unknown_region
+from isthmus.config import (
+    AppConfig,
+    CheckConfig,
+    Config,
+    MachineConfig,
+    is_loopback,
+    is_wildcard,
+    parse_listen,
+    unknown_region,
+)
 from routing.catalog import canonical_hostname, canonical_prefix
 
 Value = None | int | float | str | bytes
@@ -108,8 +117,11 @@ class Registry:
         """Create the app or change it to what is given; returns the ids of its machines given here."""
         for host in app.hosts:
             await self._refuse_taken_route(app, host)
+        machines = self._named(app)
+        for machine in machines:
+            await self._refuse_misfit(app.name, machine)
         await self._database.execute(self._app_statements(app, ""))
-        return [machine.id for machine in self._named(app)]
+        return [machine.id for machine in machines]
 
     async def remove_app(self, name: str) -> None:
         """Remove an app with all that belongs to it."""
@@ -132,13 +144,8 @@ class Registry:
             machine = MachineConfig(address=new.address, id=new.id, region=new.region)
         except ValueError as error:
             raise RegistryError(str(error)) from None
-        if new.region:
-            own = {row[0] for row in (await self._database.query("SELECT code FROM regions")).rows}
-            problem = unknown_region(new.region, own | {self._region})
-            if problem:
-                raise RegistryError(problem)
         (machine,) = self._named(AppConfig(name=new.app, machines=(machine,)))
-        await self._refuse_foreign_id(machine.id, new.app)
+        await self._refuse_misfit(new.app, machine)
         await self._database.execute([self._machine_statement(new.app, machine, "")])
         return machine.id
 
@@ -170,10 +177,17 @@ class Registry:
         if rows:
             raise RegistryError(f"host `{host}` at {app.path_prefix} already leads to app `{rows[0][0]}`")
 
-    async def _refuse_foreign_id(self, machine: str, app: str) -> None:
-        rows: Rows = (await self._database.query("SELECT app FROM machines WHERE id = ?", (machine,))).rows
+    async def _refuse_misfit(self, app: str, machine: MachineConfig) -> None:
+        """Refuse a machine in a region that nobody knows, and one that another app has."""
+        if machine.region:
+            own = {row[0] for row in (await self._database.query("SELECT code FROM regions")).rows}
+            problem = unknown_region(machine.region, own | {self._region})
+            if problem:
+                raise RegistryError(problem)
+        sql = "SELECT app FROM machines WHERE id = ?"
+        rows: Rows = (await self._database.query(sql, (machine.id,))).rows
         if rows and rows[0][0] != app:
-            raise RegistryError(f"machine `{machine}` already belongs to app `{rows[0][0]}`")
+            raise RegistryError(f"machine `{machine.id}` already belongs to app `{rows[0][0]}`")
 
     def _app_statements(self, app: AppConfig, owner: str) -> list[Statement]:
         statements: list[Statement] = [
@@ -199,7 +213,7 @@ class Registry:
         """Return the app's machines, each with an id; one that is not named gets one from what it is."""
         named = []
         for machine in app.machines:
-            if machine.address in self._own_listeners:
+            if any(_reaches(machine.address, listener) for listener in self._own_listeners):
                 raise RegistryError(f"{machine.address} is a listener of this node itself, not a machine")
             if not machine.id:
                 identity = f"{self._node} {app.name} {machine.address}".encode()
@@ -216,6 +230,16 @@ class Registry:
             ),
             (machine.id, app, self._node, machine.region or self._region, machine.address, owner),
         )
+
+
+def _reaches(address: str, listener: str) -> bool:
+    """True when a connection to the address, made on this machine, ends at the listener."""
+    host, port = parse_listen(address)
+    own_host, own_port = parse_listen(listener)
+    if port != own_port:
+        return False
+    local = is_loopback(host) or is_wildcard(host)
+    return host == own_host or (local and (is_loopback(own_host) or is_wildcard(own_host)))
 
 
 def encode_checks(checks: Iterable[CheckConfig]) -> str:

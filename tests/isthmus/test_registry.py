@@ -1,0 +1,375 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from isthmus.config import AppConfig, CheckConfig, Config, MachineConfig, RegionConfig
+from isthmus.registry import NewMachine, Registry, RegistryError
+from routing.table import RoutingTable
+from tests.fakes.database import FakeDatabase
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+OWN = ("127.0.0.1:8080", "0.0.0.0:8471", "[::1]:8472")
+
+
+@pytest.fixture
+def database() -> Iterator[FakeDatabase]:
+    database = FakeDatabase()
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def registry(database: FakeDatabase) -> Registry:
+    return Registry(database, "n1", "ams", OWN)
+
+
+def app(
+    name: str = "web", *addresses: str, hosts: tuple[str, ...] = ("web.test",), path_prefix: str = "/"
+) -> AppConfig:
+    machines = tuple(MachineConfig(address=address) for address in addresses)
+    return AppConfig(name=name, hosts=hosts, path_prefix=path_prefix, machines=machines)
+
+
+def config(*apps: AppConfig, **regions: RegionConfig) -> Config:
+    return Config(node="n1", data="/nowhere", region="ams", apps=apps, regions=regions)
+
+
+def names(database: FakeDatabase, table: str, column: str) -> set[str]:
+    return {row[0] for row in database.rows(f"SELECT {column} FROM {table}")}
+
+
+def assert_routing_takes_all(database: FakeDatabase) -> None:
+    table = RoutingTable("n1")
+    for name, keys in (
+        ("nodes", 1),
+        ("regions", 1),
+        ("apps", 1),
+        ("hostnames", 2),
+        ("services", 2),
+        ("machines", 1),
+    ):
+        for row in database.rows(f"SELECT * FROM {name}"):
+            table.apply(name, row[:keys], row)
+    assert table.rejected == {}
+
+
+class TestAddApp:
+    async def test_app_with_all_that_belongs_to_it_is_one_transaction(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        web = AppConfig(
+            name="web",
+            hosts=("Web.Test", "*.web.test"),
+            path_prefix="/api/",
+            soft_limit=5,
+            hard_limit=9,
+            machines=(
+                MachineConfig(address="10.0.0.1:80", id="m1", region="gru"),
+                MachineConfig(address="10.0.0.2:80"),
+            ),
+            checks=(CheckConfig(path="/up"),),
+        )
+        ids = await registry.add_app(web)
+        assert ids[0] == "m1"
+        assert len(database.transactions) == 1
+        assert database.rows("SELECT hostname, path_prefix, app FROM hostnames ORDER BY 1") == [
+            ("*.web.test", "/api", "web"),
+            ("web.test", "/api", "web"),
+        ]
+        assert database.rows("SELECT app, port, soft_limit, hard_limit FROM services") == [("web", 0, 5, 9)]
+        (checks,) = database.rows("SELECT checks FROM services")[0]
+        assert json.loads(checks)[0]["path"] == "/up"
+        assert database.rows("SELECT id, node, region, address FROM machines ORDER BY address") == [
+            ("m1", "n1", "gru", "10.0.0.1:80"),
+            (ids[1], "n1", "ams", "10.0.0.2:80"),
+        ]
+        assert_routing_takes_all(database)
+
+    async def test_same_twice_changes_nothing(self, database: FakeDatabase, registry: Registry) -> None:
+        first = await registry.add_app(app("web", "10.0.0.1:80"))
+        before = list(database.connection.iterdump())
+        assert await registry.add_app(app("web", "10.0.0.1:80")) == first
+        assert list(database.connection.iterdump()) == before
+
+    async def test_limits_and_checks_become_what_is_given(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        await registry.add_app(app())
+        await registry.add_app(
+            AppConfig(name="web", hosts=("web.test",), soft_limit=3, checks=(CheckConfig(type="tcp"),))
+        )
+        ((soft, checks),) = database.rows("SELECT soft_limit, checks FROM services")
+        assert soft == 3
+        assert json.loads(checks)[0]["type"] == "tcp"
+
+    async def test_route_of_another_app_is_refused(self, database: FakeDatabase, registry: Registry) -> None:
+        await registry.add_app(app("web"))
+        with pytest.raises(RegistryError, match=r"host `WEB.test` at / already leads to app `web`") as caught:
+            await registry.add_app(app("other", hosts=("free.test", "WEB.test")))
+        assert caught.value.found
+        assert names(database, "apps", "name") == {"web"}
+
+    async def test_same_host_below_another_path_is_free(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        await registry.add_app(app("web"))
+        await registry.add_app(app("api", path_prefix="/api"))
+        assert names(database, "apps", "name") == {"web", "api"}
+
+    @pytest.mark.parametrize(
+        ("machine", "problem"),
+        [
+            (MachineConfig(address="10.0.0.1:80", region="amz"), "unknown region `amz`; did you mean `ams`"),
+            (MachineConfig(address="10.0.0.1:80", id="m1"), "machine `m1` already belongs to app `web`"),
+            (MachineConfig(address="127.0.0.1:8080"), "127.0.0.1:8080 is a listener of this node itself"),
+        ],
+    )
+    async def test_app_with_a_machine_that_cannot_be_is_refused_as_a_whole(
+        self, database: FakeDatabase, registry: Registry, machine: MachineConfig, problem: str
+    ) -> None:
+        await registry.add_app(
+            AppConfig(name="web", machines=(MachineConfig(address="10.0.0.9:80", id="m1"),))
+        )
+        with pytest.raises(RegistryError, match=problem):
+            await registry.add_app(AppConfig(name="other", hosts=("o.test",), machines=(machine,)))
+        assert names(database, "apps", "name") == {"web"}
+
+
+class TestRemoveApp:
+    async def test_all_that_belongs_to_the_app_goes_and_nothing_else(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        ids = await registry.add_app(app("web", "10.0.0.1:80"))
+        other = await registry.add_app(app("other", "10.0.0.2:80", hosts=("o.test",)))
+        for machine in (*ids, *other):
+            database.put("checks", machine=machine, name="c", node="n1", status="passing")
+            database.put("loads", machine=machine, node="n1")
+        await registry.remove_app("web")
+        for table, column in (
+            ("apps", "name"), ("services", "app"), ("hostnames", "app"), ("machines", "app"),
+        ):  # fmt: skip
+            assert names(database, table, column) == {"other"}
+        assert names(database, "checks", "machine") == names(database, "loads", "machine") == set(other)
+
+    async def test_absent_app_is_not_found(self, registry: Registry) -> None:
+        with pytest.raises(RegistryError, match="there is no app `web`") as caught:
+            await registry.remove_app("web")
+        assert not caught.value.found
+
+
+class TestMachines:
+    async def test_machine_is_owned_by_this_node_and_in_its_region(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        await registry.add_app(app())
+        machine = await registry.add_machine(NewMachine(app="web", address="[fdaa::3]:80"))
+        assert database.rows("SELECT id, app, node, region, state FROM machines") == [
+            (machine, "web", "n1", "ams", "started")
+        ]
+        assert await registry.add_machine(NewMachine(app="web", address="[fdaa::3]:80")) == machine
+        assert len(database.rows("SELECT * FROM machines")) == 1
+        assert_routing_takes_all(database)
+
+    async def test_ids_made_up_differ_by_node_app_and_address(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        await registry.add_app(app())
+        await registry.add_app(app("two", hosts=("two.test",)))
+        other_node = Registry(database, "n2", "ams", ())
+        made = {
+            await adder.add_machine(NewMachine(app=name, address=address))
+            for adder in (registry, other_node)
+            for name in ("web", "two")
+            for address in ("10.0.0.1:80", "10.0.0.2:80")
+        }
+        assert len(made) == 8
+
+    async def test_region_of_the_operators_own_is_taken(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        await registry.add_app(app())
+        with pytest.raises(RegistryError, match="unknown region `lab`"):
+            await registry.add_machine(NewMachine(app="web", address="10.0.0.1:80", region="lab"))
+        database.put("regions", code="lab", latitude=0, longitude=0)
+        await registry.add_machine(NewMachine(app="web", address="10.0.0.1:80", region="lab"))
+        assert names(database, "machines", "region") == {"lab"}
+
+    @pytest.mark.parametrize(
+        ("new", "problem", "found"),
+        [
+            (NewMachine(app="none", address="10.0.0.1:80"), "there is no app `none`", False),
+            (NewMachine(app="web", address="nowhere"), "`nowhere` is not an address", True),
+            (NewMachine(app="web", address="10.0.0.1:0"), "1 to 65535", True),
+            (NewMachine(app="web", address="10.0.0.1:80", id="a b"), "`a b` is no name for a machine", True),
+            (
+                NewMachine(app="web", address="10.0.0.1:80", id="taken"),
+                "`taken` already belongs to app `two`",
+                True,
+            ),
+            (NewMachine(app="web", address="10.0.0.1:80", region="grv"), "did you mean `gru`", True),
+        ],
+    )
+    async def test_machine_that_cannot_be_is_refused(
+        self, database: FakeDatabase, registry: Registry, new: NewMachine, problem: str, *, found: bool
+    ) -> None:
+        await registry.add_app(app())
+        await registry.add_app(app("two", hosts=("two.test",)))
+        await registry.add_machine(NewMachine(app="two", address="10.0.0.2:80", id="taken"))
+        with pytest.raises(RegistryError, match=problem) as caught:
+            await registry.add_machine(new)
+        assert caught.value.found is found
+        assert names(database, "machines", "id") == {"taken"}
+
+    @pytest.mark.parametrize(
+        "address",
+        [
+            "127.0.0.1:8080", "localhost:8080", "127.1.2.3:8080", "0.0.0.0:8080",  # the proxy
+            "127.0.0.1:8471", "[::1]:8471", "localhost:8471",  # the admin listener, on all addresses
+            "[::1]:8472", "localhost:8472",  # gossip
+        ],
+    )  # fmt: skip
+    async def test_listener_of_the_node_itself_is_no_machine(self, registry: Registry, address: str) -> None:
+        await registry.add_app(app())
+        with pytest.raises(RegistryError, match="is a listener of this node itself, not a machine"):
+            await registry.add_machine(NewMachine(app="web", address=address))
+
+    @pytest.mark.parametrize("address", ["127.0.0.1:8081", "10.0.0.1:8080", "web.internal:8471"])
+    async def test_neighbours_of_the_listeners_may_be_machines(
+        self, registry: Registry, address: str
+    ) -> None:
+        await registry.add_app(app())
+        assert await registry.add_machine(NewMachine(app="web", address=address))
+
+    @pytest.mark.parametrize(
+        ("action", "state", "cordoned"),
+        [
+            ("stop", "stopped", 0),
+            ("cordon", "started", 1),
+            ("start", "started", 0),
+            ("uncordon", "started", 0),
+        ],
+    )
+    async def test_actions_change_state_and_cordon(
+        self, database: FakeDatabase, registry: Registry, action: str, state: str, cordoned: int
+    ) -> None:
+        (machine,) = await registry.add_app(app("web", "10.0.0.1:80"))
+        await registry.change_machine(machine, action)
+        assert database.rows("SELECT state, cordoned FROM machines") == [(state, cordoned)]
+
+    @pytest.mark.parametrize("undo", [("stop", "start"), ("cordon", "uncordon")])
+    async def test_actions_are_undone_by_their_opposites(
+        self, database: FakeDatabase, registry: Registry, undo: tuple[str, str]
+    ) -> None:
+        (machine,) = await registry.add_app(app("web", "10.0.0.1:80"))
+        before = database.rows("SELECT * FROM machines")
+        for action in undo:
+            await registry.change_machine(machine, action)
+        assert database.rows("SELECT * FROM machines") == before
+
+    async def test_removed_machine_takes_its_checks_and_loads_along(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        (machine,) = await registry.add_app(app("web", "10.0.0.1:80"))
+        database.put("checks", machine=machine, name="c", node="n1", status="passing")
+        database.put("loads", machine=machine, node="n1")
+        await registry.remove_machine(machine)
+        for table in ("machines", "checks", "loads"):
+            assert database.rows(f"SELECT * FROM {table}") == []
+
+    async def test_absent_machine_is_not_found(self, registry: Registry) -> None:
+        with pytest.raises(RegistryError, match="there is no machine `m9`") as removed:
+            await registry.remove_machine("m9")
+        with pytest.raises(RegistryError, match="there is no machine `m9`") as changed:
+            await registry.change_machine("m9", "stop")
+        assert not removed.value.found
+        assert not changed.value.found
+
+
+class TestAnnounce:
+    async def test_node_regions_and_declared_apps_are_written_in_one_transaction(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        declared = config(app("web", "10.0.0.1:80"), lab=RegionConfig(latitude=1, longitude=2, name="Lab"))
+        await registry.announce(declared, "127.0.0.1:8080", 1000)
+        assert len(database.transactions) == 1
+        ((node, region, address, started_ms, software),) = database.rows("SELECT * FROM nodes")
+        assert (node, region, address, started_ms) == ("n1", "ams", "127.0.0.1:8080", 1000)
+        assert software.startswith("isthmus ")
+        assert database.rows("SELECT * FROM regions") == [("lab", "Lab", 1.0, 2.0)]
+        for table in ("apps", "hostnames", "services", "machines"):
+            assert names(database, table, "managed_by") == {"config:n1"}
+        assert_routing_takes_all(database)
+
+    async def test_restart_without_changes_changes_only_the_start(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        declared = config(app("web", "10.0.0.1:80"))
+        await registry.announce(declared, "127.0.0.1:8080", 1000)
+        before = database.rows("SELECT * FROM machines"), database.rows("SELECT * FROM services")
+        (machine,) = names(database, "machines", "id")
+        await registry.announce(declared, "127.0.0.1:8080", 2000)
+        assert (database.rows("SELECT * FROM machines"), database.rows("SELECT * FROM services")) == before
+        assert names(database, "machines", "id") == {machine}
+        assert database.rows("SELECT started_ms FROM nodes") == [(2000,)]
+
+    async def test_restart_leaves_a_machine_stopped_or_cordoned_as_it_was(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        declared = config(app("web", "10.0.0.1:80"))
+        await registry.announce(declared, "127.0.0.1:8080", 1000)
+        (machine,) = names(database, "machines", "id")
+        await registry.change_machine(machine, "stop")
+        await registry.change_machine(machine, "cordon")
+        await registry.announce(declared, "127.0.0.1:8080", 2000)
+        assert database.rows("SELECT state, cordoned FROM machines") == [("stopped", 1)]
+
+    async def test_what_the_file_no_longer_declares_is_removed(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        await registry.announce(
+            config(
+                app("web", "10.0.0.1:80", "10.0.0.2:80", hosts=("a.test", "b.test")),
+                app("old", hosts=("old.test",)),
+            ),
+            "127.0.0.1:8080",
+            1000,
+        )
+        await registry.announce(config(app("web", "10.0.0.2:80", hosts=("b.test",))), "127.0.0.1:8080", 2000)
+        assert names(database, "apps", "name") == names(database, "services", "app") == {"web"}
+        assert names(database, "hostnames", "hostname") == {"b.test"}
+        assert names(database, "machines", "address") == {"10.0.0.2:80"}
+        await registry.announce(config(), "127.0.0.1:8080", 3000)
+        for table in ("apps", "services", "hostnames", "machines"):
+            assert database.rows(f"SELECT * FROM {table}") == []
+
+    async def test_changed_path_prefix_replaces_the_route(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        await registry.announce(config(app(path_prefix="/a/")), "127.0.0.1:8080", 1000)
+        await registry.announce(config(app(path_prefix="/b/")), "127.0.0.1:8080", 2000)
+        assert names(database, "hostnames", "path_prefix") == {"/b"}
+
+    async def test_what_people_and_other_nodes_added_stays(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        await registry.add_app(app("by-hand", "10.0.0.5:80", hosts=("hand.test",)))
+        other = Registry(database, "n2", "gru", ())
+        await other.announce(
+            config(app("elsewhere", "10.0.0.6:80", hosts=("else.test",))), "10.0.0.2:8080", 1000
+        )
+        await registry.announce(config(app()), "127.0.0.1:8080", 1000)
+        await registry.announce(config(), "127.0.0.1:8080", 2000)
+        assert names(database, "apps", "name") == {"by-hand", "elsewhere"}
+        assert names(database, "machines", "address") == {"10.0.0.5:80", "10.0.0.6:80"}
+
+    async def test_machine_that_is_a_listener_of_the_node_refuses_the_start(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        with pytest.raises(RegistryError, match="is a listener of this node itself"):
+            await registry.announce(config(app("web", "127.0.0.1:8080")), "127.0.0.1:8080", 1000)
+        assert database.transactions == []
