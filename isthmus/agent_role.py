@@ -93,6 +93,8 @@ class AgentRole:
             await self._feed.stop()
 
     def _handle_commit(self, commit: Commit) -> None:
+        if not commit.changes:
+            return  # everything in it had been overwritten already
         for change in commit.changes:
             self._routes.apply(change)
         if self._feed is not None:
