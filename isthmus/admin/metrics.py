@@ -34,6 +34,15 @@ def known_metrics() -> dict[str, tuple[str, str]]:
     return {**proxy.metrics.METRICS, **replication.metrics.METRICS, **checks.METRICS, **OWN_METRICS}
 
 
+def find_family(name: str, known: Mapping[str, tuple[str, str]]) -> str | None:
+    """Return the metric that a sample belongs to, which for the parts of a histogram has a shorter name."""
+    if name in known:
+        return name
+    stem, _, part = name.rpartition("_")
+    is_part = part in ("bucket", "sum", "count") and known.get(stem, ("", ""))[0] == "histogram"
+    return stem if is_part else None
+
+
 class WorkerTotals:
     """What all workers have counted since the node started.
 
@@ -64,7 +73,8 @@ class WorkerTotals:
             yield name, labels, value
 
     def _is_gauge(self, name: str) -> bool:
-        return self._types.get(name, ("gauge", ""))[0] == "gauge"
+        family = find_family(name, self._types)
+        return family is None or self._types[family][0] == "gauge"
 
 
 def expose(samples: Iterable[Sample]) -> tuple[bytes, str]:
@@ -84,9 +94,9 @@ class _Samples:
         known = known_metrics()
         families: dict[str, Metric] = {}
         for name, labels, value in self._samples:
-            family = name
-            if family not in known:  # the parts of a histogram
-                family = name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count")
+            family = find_family(name, known)
+            if family is None:
+                raise KeyError(f"no table describes the metric {name}")
             kind, text = known[family]
             # prometheus_client adds `_total` to a counter's samples itself.
             metric = families.setdefault(family, Metric(family.removesuffix("_total"), text, kind))

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import proxy.metrics
+import replication.metrics
+from isthmus import checks
+from isthmus.admin.metrics import OWN_METRICS, Sample, WorkerTotals, expose, known_metrics
+from proxy.metrics import ProxyMetrics
+
+REQUESTS = "isthmus_requests_total"
+IN_FLIGHT = "isthmus_requests_in_flight"
+
+
+def totals_of(totals: WorkerTotals) -> dict[str, float]:
+    return {name: value for name, _, value in totals.samples()}
+
+
+def count(requests: float, in_flight: float = 0) -> list[Sample]:
+    return [(REQUESTS, (), requests), (IN_FLIGHT, (), in_flight)]
+
+
+def test_samples_of_workers_are_summed() -> None:
+    totals = WorkerTotals()
+    totals.handle_samples("worker-0/10", count(5, 1))
+    totals.handle_samples("worker-1/11", count(7, 2))
+    assert totals_of(totals) == {REQUESTS: 12, IN_FLIGHT: 3}
+
+
+def test_newer_samples_replace_older_ones_of_the_same_worker() -> None:
+    totals = WorkerTotals()
+    totals.handle_samples("worker-0/10", count(5, 1))
+    totals.handle_samples("worker-0/10", count(6, 0))
+    assert totals_of(totals) == {REQUESTS: 6, IN_FLIGHT: 0}
+
+
+def test_restart_of_a_worker_keeps_its_counters_and_drops_its_gauges() -> None:
+    totals = WorkerTotals()
+    totals.handle_samples("worker-0/10", count(5, 3))
+    totals.handle_samples("worker-1/11", count(100))
+    totals.handle_samples("worker-0/12", count(1, 1))
+    assert totals_of(totals) == {REQUESTS: 106, IN_FLIGHT: 1}
+    totals.handle_samples("worker-0/13", count(2))
+    assert totals_of(totals) == {REQUESTS: 108, IN_FLIGHT: 0}
+
+
+def test_labels_are_kept_apart() -> None:
+    totals = WorkerTotals()
+    totals.handle_samples("worker-0/1", [(REQUESTS, (("app", "a"),), 1.0), (REQUESTS, (("app", "b"),), 2.0)])
+    totals.handle_samples("worker-0/2", [(REQUESTS, (("app", "a"),), 10.0)])
+    found = {labels: value for _, labels, value in totals.samples()}
+    assert found == {(("app", "a"),): 11.0, (("app", "b"),): 2.0}
+
+
+def served(*seconds: float) -> ProxyMetrics:
+    metrics = ProxyMetrics()
+    for one in seconds:
+        metrics.app("web").record(200, one)
+    return metrics
+
+
+def test_restart_of_a_worker_keeps_its_histograms() -> None:
+    totals = WorkerTotals()
+    totals.handle_samples("worker-0/10", served(0.002, 2.0).samples())
+    before = {(name, labels): value for name, labels, value in totals.samples() if "duration" in name}
+    assert before["isthmus_request_duration_seconds_count", (("app", "web"),)] == 2
+    totals.handle_samples("worker-0/11", served().samples())
+    assert {(name, labels): value for name, labels, value in totals.samples() if "duration" in name} == before
+    totals.handle_samples("worker-0/11", served(0.002).samples())
+    after = {(name, labels): value for name, labels, value in totals.samples()}
+    assert after["isthmus_request_duration_seconds_count", (("app", "web"),)] == 3
+
+
+def test_exposition_is_understood_with_type_help_and_labels() -> None:
+    samples = [
+        *served(0.002, 0.3).samples(),
+        ("isthmus_members", (("state", "alive"),), 2.0),
+        ("isthmus_errors_total", (("code", 'a"b\\c\nd'),), 1.0),
+    ]
+    body, content_type = expose(samples)
+    assert content_type.startswith("text/plain; version=0.0.4")
+    families = {family.name: family for family in text_string_to_metric_families(body.decode())}
+    known = known_metrics()
+    for name, family in families.items():
+        kind, text = known.get(name) or known[f"{name}_total"]
+        assert (family.type, family.documentation) == (kind, text)
+    (member,) = families["isthmus_members"].samples
+    assert (member.labels, member.value) == ({"state": "alive"}, 2.0)
+    (error,) = families["isthmus_errors"].samples
+    assert (error.name, error.labels) == ("isthmus_errors_total", {"code": 'a"b\\c\nd'})
+    duration = families["isthmus_request_duration_seconds"]
+    buckets = [sample.value for sample in duration.samples if sample.name.endswith("_bucket")]
+    assert buckets == sorted(buckets)
+    assert buckets[-1] == 2
+
+
+def test_sample_that_no_table_describes_is_an_error() -> None:
+    with pytest.raises(KeyError, match="isthmus_unheard_of"):
+        expose([("isthmus_unheard_of", (), 1.0)])
+
+
+def test_no_two_parts_describe_the_same_metric() -> None:
+    tables = (proxy.metrics.METRICS, replication.metrics.METRICS, checks.METRICS, OWN_METRICS)
+    assert sum(len(table) for table in tables) == len(known_metrics())
+
+
+def test_counters_end_in_total_and_gauges_do_not() -> None:
+    for name, (kind, text) in known_metrics().items():
+        assert name.startswith("isthmus_")
+        assert (kind == "counter") == name.endswith("_total"), name
+        assert kind in ("counter", "gauge", "histogram")
+        assert text
