@@ -16,7 +16,8 @@ from isthmus.config import is_loopback
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler, Middleware
 
-_OPEN_PATHS = frozenset({"/healthz"})
+# The dashboard's page holds no data: it asks for the token, and then for the data with it.
+_OPEN_PATHS = frozenset({"/", "/healthz"})
 
 
 def refuse(request: web.Request, token: str) -> str | None:
@@ -47,8 +48,11 @@ def make_guard(token: str) -> Middleware:
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         problem = None if request.path in _OPEN_PATHS else refuse(request, token)
         if problem is not None:
-            status = 401 if token else 403
-            return web.json_response({"error": problem}, status=status)
+            if token:
+                return web.json_response(
+                    {"error": problem}, status=401, headers={"WWW-Authenticate": "Bearer"}
+                )
+            return web.json_response({"error": problem}, status=403)
         response = await handler(request)
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Cache-Control"] = "no-store"
