@@ -417,15 +417,23 @@ def _read_toml(file: Path) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{file}: {error}") from None
 
 
-def _platform_defaults(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+def _platform_defaults(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
     """What a Fly Machine says of itself, else what this host does; each with where that was found."""
-    defaults = {
+    defaults: dict[str, tuple[Any, str]] = {
         "node": (_hostname(), "the name of this host"),
         "data": (str(default_data_dir(environ)), "the default"),
     }
-    for name, variable in (("node", "FLY_MACHINE_ID"), ("region", "FLY_REGION")):
+    # On Fly the nodes of one app find each other by its name in the private network's DNS.
+    gossip_port = parse_listen(GossipConfig().listen)[1]
+    for name, variable, form in (
+        ("node", "FLY_MACHINE_ID", "{}"),
+        ("region", "FLY_REGION", "{}"),
+        ("gossip.listen", "FLY_PRIVATE_IP", f"[{{}}]:{gossip_port}"),
+        ("gossip.join", "FLY_APP_NAME", f"{{}}.internal:{gossip_port}"),
+    ):
         if environ.get(variable):
-            defaults[name] = (environ[variable], f"environment variable {variable}")
+            value: Any = form.format(environ[variable])
+            defaults[name] = ([value] if name == "gossip.join" else value, f"environment variable {variable}")
     return defaults
 
 
