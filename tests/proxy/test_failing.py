@@ -164,14 +164,15 @@ async def test_a_client_that_never_reads_is_cut(edge: Edge) -> None:
 
 async def test_pipelined_requests_wait_while_their_client_does_not_read(edge: Edge) -> None:
     machine = await edge.machine(
-        answer=lambda r: b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1_000_000
+        # Each comes in one read, so that it is complete before the client is found to be slow.
+        answer=lambda r: b"HTTP/1.1 200 OK\r\nContent-Length: 50000\r\n\r\n" + b"x" * 50_000
     )
     await edge.start(send_timeout_s=0.5)
     client = await edge.client()
     client.writer.transport.pause_reading()
-    client.send(b"GET / HTTP/1.1\r\nHost: app.test\r\n\r\n" * 500)
+    client.send(b"GET / HTTP/1.1\r\nHost: app.test\r\n\r\n" * 2000)
     await wait_for(lambda: edge.metrics.connections == 1 and edge.metrics.connections_open == 0)
-    assert 0 < len(machine.requests) < 50
+    assert 0 < len(machine.requests) < 1000
 
 
 @pytest.mark.parametrize(
@@ -192,6 +193,18 @@ async def test_what_is_too_large_is_refused_before_it_is_complete(
     await edge.start()
     assert (await edge.exchange(raw)).status == status
     assert machine.received == b""
+
+
+async def test_a_refusal_arrives_although_its_client_goes_on_sending(edge: Edge) -> None:
+    await edge.machine()
+    await edge.start()
+    client = await edge.client()
+    client.send(b"GET / HTTP/1.1\r\nHost: app.test\r\nA: " + b"b" * 8_000_000)
+    transport = client.writer.transport
+    transport.pause_reading()
+    await wait_for(lambda: transport.is_closing() or not transport.get_write_buffer_size())
+    transport.resume_reading()
+    assert (await client.read_response()).status == 431
 
 
 async def test_the_proxys_own_listeners_and_metadata_are_no_machines(edge: Edge) -> None:

@@ -45,11 +45,9 @@ def test_any_request_head_is_read_or_refused_and_reads_the_same_once_remade(nois
     start = b"%b %b HTTP/1.1\r\nHost: %b" % (head.method, head.target, head.host)
     again = parse_request_head(b"\r\n".join((start, *head.lines, *framing, b"", b"")), SETTINGS)
     assert (again.method, again.target, again.host) == (head.method, head.target, head.host)
-    assert (again.lines, again.content_length, again.chunked) == (
-        head.lines,
-        head.content_length,
-        head.chunked,
-    )
+    assert (again.content_length, again.chunked) == (head.content_length, head.chunked)
+    # Of a field without a value, the space behind the colon may go.
+    assert [line.rstrip() for line in again.lines] == [line.rstrip() for line in head.lines]
 
 
 @given(st.lists(PIECES, max_size=30).map(b"".join))
