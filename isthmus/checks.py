@@ -12,12 +12,13 @@ import logging
 import random
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aiohttp
 import msgspec
 
-from isthmus.config import CheckConfig, format_address, parse_listen
+from isthmus.config import CheckConfig, format_address
+from routing.catalog import parse_address
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,6 +37,9 @@ METRICS = {
 # A probe's answer is for a person to read; more than this is cut.
 OUTPUT_CHARS_MAX = 200
 
+# After the database could not be read.
+RETRY_S = 1.0
+
 # The tables whose changes can change what is to be probed.
 WATCHED_TABLES = frozenset({"machines", "services"})
 
@@ -47,8 +51,23 @@ class _Wanted(NamedTuple):
 
     machine: str
     name: str
-    address: str
+    host: str
+    port: int
     check: CheckConfig
+
+
+def _read_checks(machine: Any, address: Any, internal_port: Any, raw: Any) -> list[_Wanted]:
+    """Return the checks of one machine. Raises ValueError or MsgspecError: any client may write the rows."""
+    if not (isinstance(machine, str) and isinstance(address, str) and isinstance(raw, str)):
+        raise ValueError("its row or that of its service holds what is no text")  # noqa: TRY004 — a fault of the row
+    host, own_port = parse_address(address)
+    port = internal_port if own_port is None else own_port
+    if not isinstance(port, int):
+        raise ValueError(f"neither {address} nor its service names a port")  # noqa: TRY004 — a fault of the row
+    return [
+        _Wanted(machine, check.name or f"{check.type}-{i}", host, port, check)
+        for i, check in enumerate(_DECODER.decode(raw))
+    ]
 
 
 class Checker:
@@ -105,7 +124,7 @@ class Checker:
             except Exception:
                 log.exception("cannot read which machines to check; trying again")
                 self._dirty.set()
-                await asyncio.sleep(1)
+                await asyncio.sleep(RETRY_S)
 
     async def _reconcile(self) -> None:
         wanted = await self._wanted()
@@ -118,23 +137,22 @@ class Checker:
 
     async def _wanted(self) -> list[_Wanted]:
         answer = await self._database.query(
-            "SELECT m.id, m.address, s.checks FROM machines m JOIN services s ON s.app = m.app"
+            "SELECT m.id, m.address, s.internal_port, s.checks"
+            " FROM machines m JOIN services s ON s.app = m.app"
             " WHERE m.node = ? AND m.state = 'started' ORDER BY m.id, s.port",
             (self._node,),
         )
-        wanted: list[_Wanted] = []
-        for machine, address, raw in answer.rows:
+        # A name is half of the key of a result: of two checks with one name only the first can have it.
+        wanted: dict[tuple[str, str], _Wanted] = {}
+        for row in answer.rows:
             try:
-                checks = _DECODER.decode(raw)
-                parse_listen(address)
+                checks = _read_checks(*row)
             except (ValueError, msgspec.MsgspecError) as error:
-                log.warning("a check cannot be read", extra={"machine": machine, "error": str(error)})
+                log.warning("a check cannot be read", extra={"machine": row[0], "error": str(error)})
                 continue
-            wanted += [
-                _Wanted(machine, check.name or f"{check.type}-{i}", address, check)
-                for i, check in enumerate(checks)
-            ]
-        return wanted
+            for check in checks:
+                wanted.setdefault((check.machine, check.name), check)
+        return list(wanted.values())
 
     async def _forget_results(self, wanted: set[tuple[str, str]]) -> None:
         """Remove this node's results of checks that no longer run: an old verdict must not stand for ever."""
@@ -193,7 +211,7 @@ class Checker:
     async def _probe(self, wanted: _Wanted) -> tuple[str, str]:
         """Probe once; returns the status and what a person should read."""
         check = wanted.check
-        host, port = parse_listen(wanted.address)
+        host, port = wanted.host, wanted.port
         try:
             async with asyncio.timeout(check.timeout_ms / 1000):
                 if check.type == "tcp":
@@ -210,4 +228,5 @@ class Checker:
         assert self._session is not None, "start() comes first"
         async with self._session.request(check.method, url, allow_redirects=False) as response:
             passing = 200 <= response.status < 300
-            return "passing" if passing else "critical", f"{response.status} {response.reason or ''}".strip()
+            told = f"{response.status} {response.reason or ''}".strip()
+            return "passing" if passing else "critical", told[:OUTPUT_CHARS_MAX]
