@@ -224,6 +224,14 @@ def test_says_that_it_tried_when_the_target_does_not_answer_and_still_passes_on_
     assert [ack.number for ack in node.sent(Ack, info(2))] == [5]
 
 
+def test_says_once_that_a_target_does_not_answer_and_then_forgets_it():
+    node = Node(info(2), info(3))
+    node.take(PingRequest(5, info(3), info(2)))
+    node.run(2_000)
+    assert len(node.sent(Nack, info(2))) == 1
+    assert not node.swim._relays
+
+
 def test_a_suspect_hears_of_it_first_of_all():
     node = Node(info(2), info(3), info(4))
     node.take(Rumors(info(3), (Update(info(2), SUSPECT),)))
@@ -378,6 +386,7 @@ def test_suspicion_grows_with_the_log_of_the_cluster():
 def test_the_deadline_of_a_suspicion_only_moves_earlier():
     suspicion = Suspicion(0, 3_000, 6_000, 3, {info(2).site})
     deadlines = [suspicion.compute_deadline_ms()]
+    assert not suspicion.confirm(info(2).site), "it has accused before"
     for number in range(3, 9):
         suspicion.confirm(info(number).site)
         deadlines.append(suspicion.compute_deadline_ms())
