@@ -49,6 +49,7 @@ IDEMPOTENT: Final = frozenset(
 # Methods with a body in their meaning: without one they go out with Content-Length: 0 (RFC 9110 8.6).
 WITH_BODY: Final = frozenset((b"POST", b"PUT", b"PATCH"))
 _REFUSED_METHODS: Final = frozenset((b"CONNECT", b"TRACE"))
+_KEEP_ALIVE: Final = [b"keep-alive"]
 # Fields that decide where a message ends or leads: nobody may have them dropped on the way.
 _NOT_FOR_CONNECTION: Final = frozenset((b"content-length", b"transfer-encoding", b"host"))
 # Hosts that were found well-formed; emptied when full, since clients can invent them.
@@ -218,6 +219,9 @@ def _apply_absolute_form(head: RequestHead, target: bytes) -> None:
 
 
 def _apply_connection(head: RequestHead, values: list[bytes]) -> None:
+    if values == _KEEP_ALIVE:  # by far the most frequent
+        head.upgrade = None
+        return
     tokens = {token.strip() for value in values for token in value.lower().split(b",")}
     if tokens & _NOT_FOR_CONNECTION:
         raise RequestError(BAD_FRAMING, "Connection names a field that must not be dropped")

@@ -28,6 +28,7 @@ NOT_MODIFIED: Final = 304
 _BODILESS: Final = frozenset((NO_CONTENT, NOT_MODIFIED))
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] [1-5][0-9][0-9](?: [\t -~\x80-\xff]*)?")
 _LENGTH: Final = re.compile(rb"[0-9]{1,18}")
+_KEEP_ALIVE: Final = [b"keep-alive"]
 # Status lines as they came -> as they are sent. Few in practice; emptied when full.
 _LINES_MAX: Final = 1_024
 _status_lines: dict[bytes, bytes] = {}
@@ -142,6 +143,9 @@ def _accept_status_line(line: bytes) -> bytes:
 
 
 def _apply_connection(head: ResponseHead, values: list[bytes]) -> None:
+    if values == _KEEP_ALIVE:  # by far the most frequent
+        head.upgrade = None
+        return
     tokens = {token.strip() for value in values for token in value.lower().split(b",")}
     head.keep_alive = b"close" not in tokens and (head.minor == 1 or b"keep-alive" in tokens)
     if b"upgrade" not in tokens:
