@@ -8,8 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
-
+from isthmus.client import AdminClient
 from isthmus.config import ConfigError
 from isthmus.demo.world import MACHINES_PER_REGION, World
 
@@ -67,26 +66,20 @@ async def _run(world: World, directory: str) -> int:
 async def _wait_until_serving(world: World) -> None:
     """Wait until every node would route to every machine. Raises ConfigError when that does not come."""
     wanted = len(world.places) * MACHINES_PER_REGION
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
-        deadline = asyncio.get_running_loop().time() + START_S
-        for place in world.places:
-            while not world.serves(place) or await _routable(session, place.admin) < wanted:
-                name = world.ended()
-                if name is not None:
-                    raise ConfigError(
-                        f"{name} ended by itself and said:\n{world.log_file(name).read_text('utf-8')}"
-                    )
-                if asyncio.get_running_loop().time() > deadline:
-                    raise ConfigError(f"node {place.region} does not see all machines after {START_S:.0f} s")
-                await asyncio.sleep(0.05)
+    deadline = asyncio.get_running_loop().time() + START_S
+    for place in world.places:
+        while not world.serves(place) or await asyncio.to_thread(_count_routable, place.admin) < wanted:
+            name = world.ended()
+            if name is not None:
+                said = world.log_file(name).read_text("utf-8")
+                raise ConfigError(f"{name} ended by itself and said:\n{said}")
+            if asyncio.get_running_loop().time() > deadline:
+                raise ConfigError(f"node {place.region} does not see all machines after {START_S:.0f} s")
+            await asyncio.sleep(0.05)
 
 
-async def _routable(session: aiohttp.ClientSession, admin: str) -> int:
-    try:
-        async with session.get(f"http://{admin}/v1/apps") as response:
-            return sum(app["routable"] for app in await response.json())
-    except (aiohttp.ClientError, TimeoutError):
-        return 0
+def _count_routable(admin: str) -> int:
+    return sum(app["routable"] for app in AdminClient(admin, "").get("/v1/apps"))
 
 
 def describe(world: World, directory: str) -> str:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from isthmus import __version__
 from isthmus.config import Config, load_config
 from isthmus.logs import setup_logging
-from isthmus.single import run_single
 from isthmus.supervisor import NodeInfo, Supervisor
 
 if TYPE_CHECKING:
@@ -87,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
         print(_banner(config, info), flush=True)
 
     if config.workers == 0:
+        # All parts of the node are loaded here and not above: a supervisor needs none of them.
+        from isthmus.single import run_single  # noqa: PLC0415 — see above
+
         run_single(config, announce)
     else:
         asyncio.run(Supervisor(config, announce).run())

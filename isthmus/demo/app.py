@@ -1,31 +1,36 @@
 """The demo's web app: a guestbook that runs in every region and writes in one.
 
 It shows what an app does behind isthmus: it answers for itself, or it answers with `fly-replay` and lets
-the proxy deliver the request where it belongs. Run as `python -m isthmus.demo.app REGION MACHINE HOST:PORT`.
+the proxy deliver the request where it belongs. Run as
+`python -m isthmus.demo.app REGION MACHINE HOST:PORT DATABASE`, where machines of one region share a database.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import sys
+from contextlib import closing
 
 from aiohttp import web
 
 from isthmus.config import parse_listen
+from isthmus.demo import PRIMARY_REGION
 
-# Every write goes to the machines of this region, as an app with one primary database does it.
-PRIMARY_REGION = "iad"
-
-ENTRIES_KEPT = 100
+ENTRIES_SHOWN = 100
 
 
 class Guestbook:
-    """One machine of the app. `entries` is kept in memory; the primary region's machines fill it."""
+    """One machine of the app."""
 
-    def __init__(self, region: str, machine: str) -> None:
+    def __init__(self, region: str, machine: str, database: sqlite3.Connection) -> None:
         self.region = region
         self.machine = machine
-        self.entries: list[str] = []
+        self._database = database
+        with database:
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS entries (id INTEGER PRIMARY KEY, text TEXT NOT NULL)"
+            )
 
     def routes(self) -> list[web.RouteDef]:
         """Return what the app answers."""
@@ -68,10 +73,13 @@ class Guestbook:
         return web.Response(status=307, headers={"fly-replay": f"instance={request.match_info['machine']}"})
 
     async def read(self, _request: web.Request) -> web.Response:
-        """Show the entries, from the primary region."""
+        """Show the newest entries first, from the primary region."""
         if self.region != PRIMARY_REGION:
             return web.Response(status=307, headers={"fly-replay": f"region={PRIMARY_REGION}"})
-        return web.Response(text="".join(f"{entry}\n" for entry in self.entries))
+        newest = "SELECT text FROM entries ORDER BY id DESC LIMIT ?"
+        return web.Response(
+            text="".join(f"{text}\n" for (text,) in self._database.execute(newest, (ENTRIES_SHOWN,)))
+        )
 
     async def sign(self, request: web.Request) -> web.Response:
         """Take an entry; a machine elsewhere has the whole request replayed to the primary region."""
@@ -79,7 +87,9 @@ class Guestbook:
             return web.Response(
                 status=409, headers={"fly-replay": f"region={PRIMARY_REGION};state=captured_write"}
             )
-        self.entries = [*self.entries, (await request.text()).strip()][-ENTRIES_KEPT:]
+        entry = (await request.text()).strip()
+        with self._database:
+            self._database.execute("INSERT INTO entries (text) VALUES (?)", (entry,))
         return web.Response(status=201, text=f"written on {self.machine} in {self.region}\n")
 
     async def count(self, request: web.Request) -> web.StreamResponse:
@@ -102,11 +112,12 @@ class Guestbook:
 
 def main() -> None:
     """Serve one machine of the guestbook until it is told to stop."""
-    region, machine, listen = sys.argv[1:4]
+    region, machine, listen, file = sys.argv[1:5]
     app = web.Application()
-    app.add_routes(Guestbook(region, machine).routes())
     host, port = parse_listen(listen)
-    web.run_app(app, host=host, port=port, print=None, access_log=None, shutdown_timeout=1)
+    with closing(sqlite3.connect(file)) as database:
+        app.add_routes(Guestbook(region, machine, database).routes())
+        web.run_app(app, host=host, port=port, print=None, access_log=None, shutdown_timeout=1)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from isthmus.config import ConfigError
-from isthmus.demo.app import PRIMARY_REGION
+from isthmus.demo import PRIMARY_REGION
 from isthmus.supervisor import read_node_info
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ class World:
         refuse_taken_ports(self.places)
         for place in self.places:
             for name, address in place.machines:
-                await self._spawn(name, "isthmus.demo.app", place.region, name, address)
+                database = self._directory / f"guestbook-{place.region}.db"
+                await self._spawn(name, "isthmus.demo.app", place.region, name, address, str(database))
         for place in self.places:
             data = self._directory / place.region
             data.mkdir()

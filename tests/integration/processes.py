@@ -126,7 +126,10 @@ class Guestbook(Program):
     def __init__(self, region: str, name: str, directory: Path, port: int = 0) -> None:
         self.address = f"127.0.0.1:{port or free_port()}"
         self.region = region
-        super().__init__(f"machine-{name}", directory, "isthmus.demo.app", region, name, self.address)
+        database = str(directory / f"guestbook-{region}.db")
+        super().__init__(
+            f"machine-{name}", directory, "isthmus.demo.app", region, name, self.address, database
+        )
         self.id = name
         wait_for(f"machine {name} to serve", self._serves)
 
