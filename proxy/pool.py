@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from .core.addresses import Address, AddressRules, parse_address
 from .core.errors import CONNECT_FAILED, CONNECT_REFUSED, UPSTREAM_TIMEOUT
 from .sweeper import NEVER
 from .upstream import Upstream
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .metrics import ProxyMetrics
     from .settings import ProxySettings
 
-_LINK_LOCAL: Final = (ipaddress.ip_network("169.254.0.0/16"), ipaddress.ip_network("fe80::/10"))
+_WILDCARDS = frozenset(("", "*"))
 
 
 class ForbiddenError(Exception):
@@ -41,9 +41,17 @@ class Pool:
         self._metrics = metrics
         self._idle: dict[tuple[str, int], list[Upstream]] = {}  # the last one put back is last
         self._connecting: set[asyncio.Task[None]] = set()
-        self._allowed = [ipaddress.ip_network(n, strict=False) for n in settings.machine_networks]
-        self._forbidden = {(ipaddress.ip_address(h), p) for h, p in settings.forbidden_addresses}
+        self._rules = AddressRules(settings.machine_networks, ())  # with our own listeners after `open`
         self._closed = False
+
+    async def open(self) -> None:
+        """Learn which addresses are this node's own. Call before the first exchange."""
+        own: list[tuple[Address, int]] = []
+        for host, port in self.settings.forbidden_addresses:
+            # A name that does not resolve is one that nothing can listen on.
+            with contextlib.suppress(OSError):
+                own += [(address, port) for address in await self._resolve(host)]
+        self._rules = AddressRules(self.settings.machine_networks, own)
 
     def acquire(self, target: Target, port: int, exchange: Exchange, *, fresh: bool) -> Upstream | None:
         """Return an idle connection to the machine, or None and later tell the exchange."""
@@ -114,28 +122,40 @@ class Pool:
 
     async def _open(self, address: tuple[str, int]) -> tuple[asyncio.BaseTransport, Upstream]:
         host, port = address
-        try:
-            resolved = [ipaddress.ip_address(host)]
-        except ValueError:
-            infos = await self.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            resolved = [ipaddress.ip_address(info[4][0]) for info in infos]
         error: Exception = OSError(0, "no address")
-        for ip in resolved:
+        for ip in await self._resolve(host):
+            refusal = self._rules.explain_refusal(ip, port, _is_local)
+            if refusal is not None:
+                error = ForbiddenError(refusal)
+                continue
             try:
-                self._check(ip, port)
                 return await self.loop.create_connection(lambda: Upstream(self, address), str(ip), port)
-            except (OSError, ForbiddenError) as failure:
+            except OSError as failure:
                 error = failure
         raise error
 
-    def _check(self, ip: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int) -> None:
-        if (ip, port) in self._forbidden:
-            raise ForbiddenError("a listener of this node is no machine")
-        if self._allowed:
-            if not any(ip in network for network in self._allowed):
-                raise ForbiddenError("not in the networks that machines may be in")
-        elif any(ip in network for network in _LINK_LOCAL):
-            raise ForbiddenError("link-local addresses are no machines")
+    async def _resolve(self, host: str) -> list[Address]:
+        if host in _WILDCARDS:
+            return [parse_address("0.0.0.0")]  # noqa: S104 - as a listener to be recognised, not to be made
+        try:
+            return [parse_address(host)]
+        except ValueError:
+            try:
+                infos = await self.loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            except UnicodeError:  # a label of no or too many characters
+                raise OSError(0, "not a name") from None
+            return [parse_address(str(info[4][0])) for info in infos]
+
+
+def _is_local(address: Address) -> bool:
+    """True when this host has the address: only then can a socket be bound to it."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((str(address), 0))
+        except OSError:
+            return False
+    return True
 
 
 def _show(address: tuple[str, int]) -> str:

@@ -66,6 +66,7 @@ class Server:
         """
         loop = asyncio.get_running_loop()
         pool = self._pool = Pool(self._settings, self._metrics)
+        await pool.open()
         plane = self._plane = Plane(
             settings=self._settings,
             table=self._table,

@@ -20,7 +20,8 @@ class ProxySettings:
     trusted_proxies: tuple[str, ...] = ()
     # Networks that machines may be in; empty for any but link-local, where clouds keep their metadata.
     machine_networks: tuple[str, ...] = ()
-    # Addresses (host, port) never connected to: this node's own listeners, lest a row makes a loop.
+    # Addresses (host, port) never connected to: this node's own listeners, lest a row makes a loop or
+    # leads to the admin API. Names are resolved once; a wildcard stands for every address of this host.
     forbidden_addresses: tuple[tuple[str, int], ...] = ()
     # Whether clients may name a machine or region (fly-force-instance-id and the like), as on Fly.
     client_routing: bool = True

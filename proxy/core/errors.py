@@ -26,7 +26,6 @@ BAD_BODY: Final = "PH10"
 BAD_CODING: Final = "PH11"
 BAD_ROUTING_FIELD: Final = "PH12"
 NO_ROUTE: Final = "PH13"
-DRAINING: Final = "PH14"
 
 BODY_TOO_LARGE: Final = "PA01"
 TOO_MANY_REPLAYS: Final = "PA02"
@@ -36,7 +35,6 @@ CONNECT_REFUSED: Final = "PC01"
 UPSTREAM_RESET: Final = "PC03"
 UPSTREAM_TIMEOUT: Final = "PC05"
 CONNECT_FAILED: Final = "PC06"
-NO_MACHINE: Final = "PR01"
 RETRIES_EXHAUSTED: Final = "PR03"
 
 # code -> (status, what it means); what happened in the case at hand is added by whoever raises it.
@@ -54,7 +52,6 @@ ERRORS: Final[dict[str, tuple[int, str]]] = {
     BAD_CODING: (501, "the transfer coding is not served"),
     BAD_ROUTING_FIELD: (400, "a routing header is malformed"),
     NO_ROUTE: (404, "no app is served under this host and path"),
-    DRAINING: (503, "the proxy is shutting down"),
     BODY_TOO_LARGE: (413, "the request body is too large to be replayed"),
     TOO_MANY_REPLAYS: (508, "the request was replayed too often"),
     BAD_REPLAY: (502, "the app asked for a replay that cannot be done"),
@@ -65,7 +62,7 @@ ERRORS: Final[dict[str, tuple[int, str]]] = {
     UPSTREAM_RESET: (502, "the machine closed the connection before it answered"),
     UPSTREAM_TIMEOUT: (504, "the machine did not answer in time"),
     CONNECT_FAILED: (502, "the machine could not be reached"),
-    NO_MACHINE: (503, "no machine of the app can take the request"),
+    "PR01": (503, "no machine of the app can take the request"),
     "PR02": (502, "the machine asked for does not exist"),
     RETRIES_EXHAUSTED: (502, "no machine of the app could be reached"),
     "PR04": (503, "all machines of the app are at their limit"),

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from proxy.core.addresses import AddressRules, parse_address
 from tests.fakes.machine import OK, Connection
 from tests.proxy.edge import Edge, wait_for
 
@@ -207,18 +208,59 @@ async def test_a_refusal_arrives_although_its_client_goes_on_sending(edge: Edge)
     assert (await client.read_response()).status == 431
 
 
-async def test_the_proxys_own_listeners_and_metadata_are_no_machines(edge: Edge) -> None:
-    own = await edge.machine("m1", app="own")
-    edge.put_app("meta", "meta.test")
-    edge.table.apply(
-        "machines", ("x",), ("x", "meta", "node1", "ams", "169.254.169.254:80", "started", 0, "")
-    )
-    await edge.start(forbidden_addresses=(("127.0.0.1", own.port),))
-    for host in (b"own.test", b"meta.test"):
-        response = await edge.exchange(b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n" % host)
-        assert response.error == "PR03"
-        assert "no machine" in response.json["message"]
-    assert own.connections == []
+@pytest.mark.parametrize(
+    ("own", "machine"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("127.0.0.1", "[::ffff:127.0.0.1]"),
+        ("127.0.0.1", "0.0.0.0"),
+        ("127.0.0.1", "[::]"),
+        ("127.0.0.1", "localhost"),
+        ("localhost", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.9"),
+        ("::", "127.0.0.1"),
+        ("", "127.0.0.1"),
+    ],
+)
+async def test_listeners_of_the_node_are_no_machines_however_they_are_spelled(
+    edge: Edge, own: str, machine: str
+) -> None:
+    listener = await edge.machine("m1")
+    address = f"{machine}:{listener.port}"
+    edge.table.apply("machines", ("m1",), ("m1", "app", "node1", "ams", address, "started", 0, ""))
+    assert not edge.table.rejected
+    await edge.start(forbidden_addresses=((own, listener.port), ("x" * 70, 1)))
+    response = await edge.get()
+    assert (response.status, response.error) == (502, "PR03")
+    assert listener.connections == []
+
+
+@pytest.mark.parametrize("address", ["169.254.169.254:80", "[::ffff:169.254.169.254]:80", "[fe80::1]:80"])
+async def test_link_local_addresses_are_no_machines(edge: Edge, address: str) -> None:
+    edge.put_app("app", "app.test")
+    edge.table.apply("machines", ("m1",), ("m1", "app", "node1", "ams", address, "started", 0, ""))
+    await edge.start()
+    response = await edge.get()
+    assert response.error == "PR03"
+    assert "link-local" in response.json["message"]
+
+
+def test_a_wildcard_listener_does_not_forbid_its_port_on_other_hosts() -> None:
+    rules = AddressRules((), [(parse_address("0.0.0.0"), 8080)])
+    assert rules.explain_refusal(parse_address("10.9.9.9"), 8080, lambda a: False) is None
+    assert rules.explain_refusal(parse_address("10.9.9.9"), 8080, lambda a: True) is not None
+    assert rules.explain_refusal(parse_address("10.9.9.9"), 8081, lambda a: True) is None
+
+
+async def test_a_machine_name_that_is_none_is_a_failed_connection(edge: Edge) -> None:
+    edge.put_app("app", "app.test")
+    await edge.start()
+    edge.put_machine("m1", 80)
+    target = edge.table.machine("m1")
+    assert target is not None
+    target.host = "x" * 70
+    assert (await edge.get()).error == "PR03"
 
 
 async def test_machines_may_be_limited_to_networks(edge: Edge) -> None:
