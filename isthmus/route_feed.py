@@ -55,6 +55,8 @@ class RouteFeed:
         started = time.monotonic()
         source = f"{self._database.resolve().as_uri()}?mode=ro"
         connection = sqlite3.connect(source, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+        # What is not UTF-8 is for routing to refuse, row by row, and no reason to have no table.
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
         with closing(connection):
             connection.execute("BEGIN")
             seq = read_seq(connection)

@@ -1,19 +1,21 @@
 """What the admin API shows: the table as this node sees it, and how old that is.
 
-Decides the shape of each answer. Changes nothing. Invariant: what is shown as routable is what the balancer
-of this node would consider now, because the balancer is asked.
+Decides the shape of each answer. Changes nothing, and asks no database: it shows the rows that routing uses,
+and says of the others why it does not. Invariant: what is shown as routable is what the balancer of this
+node would consider now, because the balancer's own filter is asked.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from isthmus import __version__
 from isthmus.config import format_address
 from routing.balancer import ANYWHERE
 from routing.explain import Verdict, describe, judge
+from routing.types import CheckRow, HostnameRow, MachineRow, NodeRow
 
 if TYPE_CHECKING:
     from isthmus.config import Config
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from routing.table import RoutingTable
 
 Rows = list[dict[str, Any]]
+Row = TypeVar("Row")
 
 # What the balancer may say of a machine that takes requests.
 ROUTABLE = frozenset({Verdict.CANDIDATE, Verdict.OVER_SOFT})
@@ -31,14 +34,14 @@ class _Fate(NamedTuple):
     """What becomes of a machine in routing, and why."""
 
     routable: bool
-    why: str
+    verdict: str
 
 
-_NO_SERVICE = _Fate(routable=False, why="its app has no service")
+_NO_SERVICE = _Fate(routable=False, verdict="its app has no service")
 
 
 class Views:
-    """Reads the database for what is there, and asks routing what it makes of it."""
+    """Shows one node's table, membership and processes."""
 
     def __init__(self, config: Config, agent: Agent, table: RoutingTable, feed: FeedServer) -> None:
         self._config = config
@@ -46,11 +49,11 @@ class Views:
         self._table = table
         self._feed = feed
 
-    async def status(self) -> dict[str, Any]:
-        """Return the node, its replication state, and rows that could not be used."""
+    def status(self) -> dict[str, Any]:
+        """Return the node, its processes and replication state, and the rows that cannot be used."""
         config = self._config
         rejected = [
-            {"table": table, "key": [str(part) for part in key], "reason": reason}
+            {"table": table, "key": [_readable(part) for part in key], "reason": reason}
             for (table, key), reason in self._table.rejected.items()
         ]
         return {
@@ -65,84 +68,107 @@ class Views:
             "rejected_rows": rejected,
         }
 
-    async def nodes(self) -> Rows:
-        """Return every node of the table with what membership says of it."""
+    def nodes(self) -> Rows:
+        """Return every node of the table or of the cluster with what membership says of it."""
+        rows = {row.id: row for row in self._rows(NodeRow, "nodes")}
         members = {member.name: member for member in self._agent.members()}
-        nodes = await self._rows(
-            "SELECT id AS node, region, address, software, started_ms FROM nodes ORDER BY id"
-        )
-        for node in nodes:
-            member = members.pop(node["node"], None)
-            node["state"] = member.state if member else "unknown"
-            node["heard_ms_ago"] = 0 if member and member.is_self else member.heard_ms_ago if member else None
-            node["rtt_ms"] = member.rtt_ms if member else None
-            node["gossip"] = format_address(*member.address) if member else None
-            node["self"] = bool(member and member.is_self)
-        return nodes
+        shown = []
+        for name in sorted(rows.keys() | members.keys()):
+            row, member = rows.get(name), members.get(name)
+            is_self = bool(member and member.is_self)
+            shown.append(
+                {
+                    "node": name,
+                    "region": row.region if row else None,
+                    "address": row.address if row else None,
+                    "software": row.software if row else None,
+                    "started_ms": row.started_ms if row else None,
+                    "state": member.state if member else "unknown",
+                    "heard_ms_ago": 0 if is_self else member.heard_ms_ago if member else None,
+                    "rtt_ms": member.rtt_ms if member else None,
+                    "gossip": format_address(*member.address) if member else None,
+                    "self": is_self,
+                }
+            )
+        return shown
 
-    async def apps(self) -> Rows:
+    def apps(self) -> Rows:
         """Return every app with its hosts and how many of its machines are routable."""
         fates = self._fates()
-        apps = await self._rows("SELECT name AS app, network FROM apps ORDER BY name")
-        hosts = await self._rows(
-            "SELECT app, hostname, path_prefix FROM hostnames ORDER BY hostname, path_prefix"
-        )
-        machines = await self._rows("SELECT id, app FROM machines")
-        for app in apps:
-            app["hosts"] = [
-                h["hostname"] + h["path_prefix"].rstrip("/") for h in hosts if h["app"] == app["app"]
-            ]
-            own = [m["id"] for m in machines if m["app"] == app["app"]]
-            app["machines"] = len(own)
-            app["routable"] = sum(fates.get(machine, _NO_SERVICE).routable for machine in own)
-        return apps
+        hosts: dict[str, list[str]] = {}
+        for route in self._rows(HostnameRow, "hostnames"):
+            hosts.setdefault(route.app, []).append(route.hostname + route.path_prefix.rstrip("/"))
+        machines: dict[str, list[str]] = {}
+        for machine in self._rows(MachineRow, "machines"):
+            machines.setdefault(machine.app, []).append(machine.id)
+        return [
+            {
+                "app": app.name,
+                "network": app.row.network,
+                "hosts": sorted(hosts.get(app.name, ())),
+                "machines": len(machines.get(app.name, ())),
+                "routable": sum(
+                    fates.get(machine, _NO_SERVICE).routable for machine in machines.get(app.name, ())
+                ),
+            }
+            for app in sorted(self._table.apps(), key=lambda app: app.name)
+            if app.row is not None
+        ]
 
-    async def machines(self) -> Rows:
+    def machines(self) -> Rows:
         """Return every machine with its checks and the balancer's verdict."""
         fates = self._fates()
-        machines = await self._rows(
-            "SELECT id AS machine, app, region, node, address, state, cordoned FROM machines"
-            " ORDER BY app, region, id"
-        )
-        checks = await self._rows(
-            "SELECT machine, name, status, output, updated_ms FROM checks ORDER BY name"
-        )
-        by_machine: dict[str, Rows] = {}
-        for check in checks:
-            by_machine.setdefault(check.pop("machine"), []).append(check)
-        for machine in machines:
-            machine["cordoned"] = bool(machine["cordoned"])
-            machine["checks"] = by_machine.get(machine["machine"], [])
-            fate = fates.get(machine["machine"], _NO_SERVICE)
-            machine["routable"], machine["verdict"] = fate
-        return machines
+        checks: dict[str, Rows] = {}
+        for check in sorted(self._rows(CheckRow, "checks"), key=lambda check: check.name):
+            shown = {"name": check.name, "status": check.status.value, "output": check.output}
+            checks.setdefault(check.machine, []).append({**shown, "updated_ms": check.updated_ms})
+        in_order = sorted(self._rows(MachineRow, "machines"), key=lambda m: (m.app, m.region, m.id))
+        return [
+            {
+                "machine": machine.id,
+                "app": machine.app,
+                "region": machine.region,
+                "node": machine.node,
+                "address": _address(machine),
+                "state": machine.state.value,
+                "cordoned": machine.cordoned,
+                "checks": checks.get(machine.id, []),
+                **fates.get(machine.id, _NO_SERVICE)._asdict(),
+            }
+            for machine in in_order
+        ]
 
-    async def routes(self) -> Rows:
+    def routes(self) -> Rows:
         """Return every way in with the machines that requests may go to now, nearest region first."""
         fates = self._fates()
-        routes = await self._rows(
-            "SELECT h.hostname AS host, h.path_prefix AS path, h.app, m.id AS machine, m.region, m.address"
-            " FROM hostnames h LEFT JOIN machines m ON m.app = h.app ORDER BY h.hostname, h.path_prefix, m.id"
-        )
         here, distance_km = self._config.region, self._table.regions.distance_km
-        shown: dict[tuple[str, str], dict[str, Any]] = {}
-        for route in routes:
-            way = {"host": route["host"], "path": route["path"], "app": route["app"], "machines": []}
-            entry = shown.setdefault((route["host"], route["path"]), way)
-            if fates.get(route["machine"], _NO_SERVICE).routable:
-                entry["machines"].append({key: route[key] for key in ("machine", "region", "address")})
-        for entry in shown.values():
-            entry["machines"].sort(key=lambda m: (distance_km(here, m["region"]), m["machine"]))
-        return list(shown.values())
+        machines: dict[str, list[MachineRow]] = {}
+        for machine in self._rows(MachineRow, "machines"):
+            if fates.get(machine.id, _NO_SERVICE).routable:
+                machines.setdefault(machine.app, []).append(machine)
+        for of_app in machines.values():
+            of_app.sort(key=lambda machine: (distance_km(here, machine.region), machine.region, machine.id))
+        return [
+            {
+                "host": host,
+                "path": path,
+                "app": app,
+                "machines": [
+                    {"machine": m.id, "region": m.region, "address": _address(m)}
+                    for m in machines.get(app, ())
+                ],
+            }
+            for host, path, app in sorted(self._table.routes())
+        ]
 
-    async def overview(self) -> dict[str, Any]:
+    def overview(self) -> dict[str, Any]:
         """Return all of it at once, for the dashboard."""
         return {
-            "status": await self.status(),
-            "nodes": await self.nodes(),
-            "apps": await self.apps(),
-            "machines": await self.machines(),
-            "routes": await self.routes(),
+            "status": self.status(),
+            "nodes": self.nodes(),
+            "apps": self.apps(),
+            "machines": self.machines(),
+            "routes": self.routes(),
         }
 
     def _fates(self) -> dict[str, _Fate]:
@@ -157,6 +183,13 @@ class Views:
                     fates[target.id] = max(fates.get(target.id, fate), fate)
         return fates
 
-    async def _rows(self, sql: str) -> Rows:
-        answer = await self._agent.query(sql)
-        return [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
+    def _rows(self, kind: type[Row], table: str) -> list[Row]:
+        return [row for row in self._table.rows(table).values() if isinstance(row, kind)]
+
+
+def _address(machine: MachineRow) -> str:
+    return machine.host if machine.port is None else format_address(machine.host, machine.port)
+
+
+def _readable(value: object) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

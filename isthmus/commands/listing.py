@@ -69,7 +69,8 @@ def _machine_rows(machine: dict[str, Any]) -> Iterable[Cells]:
 def _node_rows(node: dict[str, Any]) -> Iterable[Cells]:
     heard = "self" if node["self"] else _ago(node["heard_ms_ago"])
     rtt = "-" if node["rtt_ms"] is None else f"{node['rtt_ms']:.1f} ms"
-    yield (node["node"], node["region"], node["state"], heard, rtt, node["address"], node["software"])
+    region, address, software = (node[key] or "-" for key in ("region", "address", "software"))
+    yield (node["node"], region, node["state"], heard, rtt, address, software)
 
 
 def _app_rows(app: dict[str, Any]) -> Iterable[Cells]:
