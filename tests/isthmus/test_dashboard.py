@@ -23,10 +23,7 @@ class FakeViews:
     """Has every view that the server asks for; each says which it is."""
 
     def __getattr__(self, name: str) -> Any:
-        async def view() -> dict[str, str]:
-            return {"view": name}
-
-        return view
+        return lambda: {"view": name}
 
 
 @pytest.fixture
@@ -50,6 +47,7 @@ async def test_is_served_under_a_policy_that_allows_only_its_own_api(url: str) -
         assert await answer.text() == PAGE
     assert "default-src 'none'" in policy
     assert "connect-src 'self'" in policy
+    assert "frame-ancestors 'none'" in policy
 
 
 async def test_page_is_open_and_its_data_is_behind_the_token(url: str) -> None:
