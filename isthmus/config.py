@@ -24,6 +24,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from isthmus.toml_lines import find_line
+from replication.core.wire import CLUSTER_CHARS_MAX
+from replication.seal import KEYS_MAX
 from routing import geo
 from routing.catalog import (
     APP_NAME,
@@ -190,8 +192,8 @@ class GossipConfig(_Section, frozen=True):
     listen: str = "127.0.0.1:8472"
     advertise: str = ""
     join: tuple[str, ...] = ()
-    cluster: str = "isthmus"
-    keys: tuple[str, ...] = ()
+    cluster: Annotated[str, Meta(min_length=1, max_length=CLUSTER_CHARS_MAX)] = "isthmus"
+    keys: Annotated[tuple[str, ...], Meta(max_length=KEYS_MAX)] = ()
 
     def __post_init__(self) -> None:
         _check("listen", parse_listen, self.listen)

@@ -41,8 +41,9 @@ def _bind(setting: str, address: str, kind: socket.SocketKind, *, share: bool = 
     host, port = parse_listen(address)
     try:
         family, _, _, _, target = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
-    except socket.gaierror as error:
-        raise ConfigError(f"{setting}: cannot resolve `{host}`: {error.strerror}") from None
+    except (socket.gaierror, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no host name"
+        raise ConfigError(f"{setting}: cannot resolve `{host}`: {reason}") from None
     sock = socket.socket(family, kind)
     try:
         if kind is socket.SOCK_STREAM:

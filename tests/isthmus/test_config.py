@@ -179,6 +179,8 @@ WRONG_FILES = {
         "isthmus.toml:2: gossip.keys: ",
         "32 bytes in base64",
     ),
+    "too many keys": (f"[gossip]\nkeys = {[KEY] * 5}", "isthmus.toml:2: gossip.keys: ", "<= 4"),
+    "cluster without a name": ('[gossip]\ncluster = ""', "isthmus.toml:2: gossip.cluster: ", ">= 1"),
     "open gossip without a key": (
         '[gossip]\nlisten = "0.0.0.0:8472"',
         "isthmus.toml:2: gossip.listen: 0.0.0.0:8472 is open to others: set gossip.keys",

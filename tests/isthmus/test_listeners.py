@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import socket
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import pytest
+
+from isthmus.config import AdminConfig, Config, ConfigError, GossipConfig, ProxyConfig
+from isthmus.listeners import bound_address, claim
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ANY = "127.0.0.1:0"
+
+
+def config(proxy: str = ANY, admin: str = ANY, gossip: str = ANY) -> Config:
+    return Config(
+        node="n1",
+        data="/nowhere",
+        proxy=ProxyConfig(listen=proxy),
+        admin=AdminConfig(listen=admin),
+        gossip=GossipConfig(listen=gossip),
+    )
+
+
+def refusal(given: Config) -> str:
+    with pytest.raises(ConfigError) as caught:
+        claim(given).close()
+    return str(caught.value)
+
+
+def taken(kind: socket.SocketKind, *, shared: bool = False) -> socket.socket:
+    sock = socket.socket(socket.AF_INET, kind)
+    if shared:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.bind(("127.0.0.1", 0))
+    if kind is socket.SOCK_STREAM:
+        sock.listen()
+    return sock
+
+
+@pytest.fixture(params=["tcp", "tcp shared by another isthmus"])
+def other_program(request: pytest.FixtureRequest) -> Iterator[socket.socket]:
+    with taken(socket.SOCK_STREAM, shared=request.param != "tcp") as sock:
+        yield sock
+
+
+@pytest.mark.parametrize(
+    ("section", "flag"), [("proxy", "--listen"), ("admin", "--admin-listen"), ("gossip", "--gossip-listen")]
+)
+def test_taken_port_is_refused_with_the_setting_and_the_way_out(
+    other_program: socket.socket, section: str, flag: str
+) -> None:
+    address = bound_address(other_program)
+    port = address.rsplit(":", 1)[1]
+    assert refusal(config(**{section: address})) == (
+        f"{section}.listen: {address} is taken by another program. See which with "
+        f"`ss -lntup 'sport = :{port}'`, or choose another with {flag} HOST:PORT"
+    )
+
+
+def test_taken_datagram_port_is_refused_too() -> None:
+    with taken(socket.SOCK_DGRAM) as sock:
+        address = bound_address(sock)
+        assert f"gossip.listen: {address} is taken by another program" in refusal(config(gossip=address))
+
+
+def test_address_of_another_machine_is_refused() -> None:
+    assert "admin.listen: 192.0.2.1:1234 is not an address of this machine" in refusal(
+        Config(node="n1", data="/nowhere", admin=AdminConfig(listen="192.0.2.1:1234", token="t"))
+    )
+
+
+@pytest.mark.parametrize("host", ["[:::]", "a..b", "a" * 64])
+def test_host_that_means_nothing_is_refused(host: str) -> None:
+    assert f"proxy.listen: cannot resolve `{host.strip('[]')}`" in refusal(config(proxy=f"{host}:0"))
+
+
+def test_port_chosen_by_the_system_is_held_for_workers_that_come_and_go() -> None:
+    with closing(claim(config())) as reservation:
+        address = bound_address(reservation)
+        host, port = address.split(":")
+        assert int(port) > 0
+        # Nobody listens yet: the reservation itself takes no connections.
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((host, int(port))).close()
+        for _ in range(2):
+            with socket.socket() as worker:
+                worker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                worker.bind((host, int(port)))
+                worker.listen()
+                with socket.create_connection((host, int(port))) as client:
+                    accepted, _ = worker.accept()
+                    accepted.close()
+                    assert client.recv(1) == b""
+        assert "is taken by another program" in refusal(config(proxy=address))
+
+
+def test_admin_and_gossip_ports_are_free_again_for_the_agent() -> None:
+    with taken(socket.SOCK_STREAM) as one, taken(socket.SOCK_STREAM) as two:
+        admin, gossip = bound_address(one), bound_address(two)
+    with closing(claim(config(admin=admin, gossip=gossip))):
+        for address in (admin, gossip):
+            host, port = address.split(":")
+            with socket.socket() as agent:
+                agent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                agent.bind((host, int(port)))
+
+
+def test_ipv6_addresses_get_their_brackets() -> None:
+    try:
+        reservation = claim(config(proxy="[::1]:0"))
+    except ConfigError:
+        pytest.skip("this machine has no IPv6")
+    with closing(reservation):
+        assert bound_address(reservation).startswith("[::1]:")
