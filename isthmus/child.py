@@ -10,6 +10,7 @@ On the socket the supervisor sends one `Task` and the child answers lines of JSO
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import logging
 import os
@@ -122,7 +123,9 @@ async def _live(role: Role, channel: socket.socket) -> int:
 
 
 async def _watch_parent(reader: asyncio.StreamReader, stopping: asyncio.Event) -> None:
-    await reader.read()
+    # A supervisor that died with our beats unread does not close the connection but resets it.
+    with contextlib.suppress(ConnectionError):
+        await reader.read()
     stopping.set()
 
 
@@ -135,4 +138,8 @@ async def _beat(writer: asyncio.StreamWriter) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # The roles import this module by its name. Run as __main__ it would be another one, whose RefusedError is
+    # not the one that they raise.
+    from isthmus.child import main as main_by_name
+
+    sys.exit(main_by_name())

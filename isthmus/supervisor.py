@@ -7,6 +7,7 @@ at every moment each wanted child either runs or has a restart scheduled, until 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
@@ -24,7 +25,7 @@ from isthmus.config import Config, ConfigError
 from isthmus.listeners import bound_address, claim
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class Supervisor:
                     self._fix_agent_addresses(child.addresses)
             if not self._stopping.is_set():
                 info = self._info(listen)
-                info_file.write_bytes(msgspec.json.encode(info) + b"\n")
+                write_node_info(info_file, info)
                 self._announce(info)
                 keepers.append(asyncio.create_task(self._watch_loops()))
             await self._stopping.wait()
@@ -115,7 +116,8 @@ class Supervisor:
             for keeper in keepers:
                 keeper.cancel()
             await asyncio.gather(*keepers, return_exceptions=True)
-            info_file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                info_file.unlink()
             reservation.close()
             os.close(self._lock)
         if self._failure:
@@ -134,9 +136,7 @@ class Supervisor:
     def _fix_agent_addresses(self, addresses: dict[str, str] | None) -> None:
         """Keep the ports that the system chose, so that a restarted agent is found where it was."""
         if addresses:
-            admin = msgspec.structs.replace(self._config.admin, listen=addresses["admin"])
-            gossip = msgspec.structs.replace(self._config.gossip, listen=addresses["gossip"])
-            self._config = msgspec.structs.replace(self._config, admin=admin, gossip=gossip)
+            self._config = with_addresses(self._config, addresses)
 
     def _info(self, listen: str) -> NodeInfo:
         config = self._config
@@ -152,7 +152,7 @@ class Supervisor:
             code = await self._run_once(child)
             if self._stopping.is_set():
                 return
-            if code == EXIT_REFUSED:
+            if code == EXIT_REFUSED and child.addresses is None:
                 self._failure = child.refused
                 self._stopping.set()
                 return
@@ -163,9 +163,16 @@ class Supervisor:
                 self._failure = f"{child.name} dies when it starts; its log above says why"
                 self._stopping.set()
                 return
+            # One that has served before may do so again: the others go on without it meanwhile.
             log.error(
                 "a process died and is restarted",
-                extra={"child": child.name, "exit": code, "restarts": child.restarts, "in_s": backoff},
+                extra={
+                    "child": child.name,
+                    "exit": code,
+                    **({"refused": child.refused} if code == EXIT_REFUSED else {}),
+                    "restarts": child.restarts,
+                    "in_s": backoff,
+                },
             )
             await asyncio.sleep(backoff)
             backoff = min(backoff * 2, RESTART_MAX_S)
@@ -186,11 +193,12 @@ class Supervisor:
         )
         theirs.close()
         child.process = process
+        task = Task("agent" if child.role == "agent" else "worker", child.index, self._config)
         reader, writer = await asyncio.open_connection(sock=ours.dup())
-        with ours:
-            send_task(ours, Task("agent" if child.role == "agent" else "worker", child.index, self._config))
         try:
-            await self._listen_to(child, reader)
+            with contextlib.suppress(ConnectionError), ours:  # it died; the exit status says the rest
+                send_task(ours, task)
+                await self._listen_to(child, reader)
             return await process.wait()
         finally:
             writer.close()
@@ -198,17 +206,14 @@ class Supervisor:
             child.process = None
 
     async def _listen_to(self, child: _Child, reader: asyncio.StreamReader) -> None:
-        try:
-            while line := await reader.readline():
-                report = msgspec.json.decode(line, type=Report)
-                child.beat_at = time.monotonic()
-                if report.refused:
-                    child.refused = report.refused
-                if report.ready is not None:
-                    child.addresses = report.ready
-                    child.ready.set()
-        except ConnectionError:
-            return  # killed; the exit status says the rest
+        while line := await reader.readline():
+            report = msgspec.json.decode(line, type=Report)
+            child.beat_at = time.monotonic()
+            if report.refused:
+                child.refused = report.refused
+            if report.ready is not None:
+                child.addresses = report.ready
+                child.ready.set()
 
     async def _watch_loops(self) -> None:
         """End a child whose event loop no longer turns, after it has written its stacks."""
@@ -219,7 +224,9 @@ class Supervisor:
                 continue  # this process slept as well, so the silence of the others says nothing
             for child in self._children:
                 process = child.process
-                if process is None or not child.ready.is_set() or time.monotonic() - child.beat_at < STALL_S:
+                # One that is still starting says nothing yet.
+                bound = STALL_S if child.ready.is_set() else START_S
+                if process is None or time.monotonic() - child.beat_at < bound:
                     continue
                 log.error("an event loop is stalled; its stacks follow", extra={"child": child.name})
                 _signal(process, signal.SIGUSR1)
@@ -238,6 +245,13 @@ class Supervisor:
                 _, late = await asyncio.wait(waits, timeout=bound)
                 for process in running if late else ():
                     _signal(process, signal.SIGKILL)
+
+
+def with_addresses(config: Config, addresses: Mapping[str, str]) -> Config:
+    """Return the configuration with the addresses that the agent's listeners got."""
+    admin = msgspec.structs.replace(config.admin, listen=addresses["admin"])
+    gossip = msgspec.structs.replace(config.gossip, listen=addresses["gossip"])
+    return msgspec.structs.replace(config, admin=admin, gossip=gossip)
 
 
 def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
@@ -280,6 +294,14 @@ def _try_lock(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def write_node_info(file: Path, info: NodeInfo) -> None:
+    """Tell commands where the node listens. Raises ConfigError."""
+    try:
+        file.write_bytes(msgspec.json.encode(info) + b"\n")
+    except OSError as error:
+        raise ConfigError(f"data: cannot write {file}: {error.strerror}") from None
 
 
 def read_node_info(data: Path) -> NodeInfo | None:
