@@ -1,6 +1,6 @@
 """Sync sessions: asks a peer for what is missing, and serves what others miss.
 
-Decides the course of a session; `core.sync` decides when, `core.needs` what. Knows nothing of what a
+Moves what `core.pull` asks for and what others ask of us; `core.sync` decides when. Knows nothing of what a
 changeset holds. Invariant: at most one session of ours at a time, so that nothing is asked for twice,
 and no more than a chunk of anybody's answer in memory.
 """
@@ -16,7 +16,8 @@ from typing import BinaryIO, Self, cast
 
 from replication.core.change import EncodedChangeset
 from replication.core.clock import SiteId
-from replication.core.needs import Need, Seen, compute_missing, encode_seen, is_ahead, plan_needs
+from replication.core.needs import Need, Seen, WireSeen, encode_seen, is_ahead
+from replication.core.pull import ROUNDS_MAX, Answer, Ask, Keep, Over, PullRound, SyncError, Take
 from replication.core.wire import (
     Frame,
     Members,
@@ -38,31 +39,19 @@ from replication.transport import Link, LinkError
 log = logging.getLogger(__name__)
 
 Request = SyncOpen | SyncAsk | SnapshotAsk
-Answer = SyncState | SyncBusy | SyncChanges | SyncDone | SnapshotChunk
 
 # What one answer frame holds, and so what a session holds in memory on either side.
 CHUNK_BYTES = 256 * 1024
 # A log entry can be very small; this keeps a frame under the wire's limit of items.
 CHUNK_VERSIONS = 4_096
-# Asked for at once; what is over comes in the next round.
-NEEDS_MAX = 1_024
-ROUNDS_MAX = 64
 SNAPSHOT_BYTES_MAX = 16 * 1024**3
-
-
-class SyncError(ReplicationError):
-    """A session that ended early; `reason` is fit for a metric's label."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 class _Session:
     """Our side of one exchange with a peer."""
 
-    def __init__(self, number: int, link: Link) -> None:
-        self.number = number
+    def __init__(self, round_: PullRound, link: Link) -> None:
+        self.round = round_
         self.link = link
         self.answers: asyncio.Queue[Answer | None] = asyncio.Queue(maxsize=2)  # None: the link is gone
 
@@ -116,9 +105,9 @@ class Repair:
         received = 0
         for _ in range(ROUNDS_MAX):
             self._number = (self._number + 1) % 2**32
-            session = self._session = _Session(self._number, link)
+            session = self._session = _Session(PullRound(self._number, self._us, self._seen), link)
             try:
-                came, more = await self._round(session)
+                came, more = await self._run_round(session)
             finally:
                 self._session = None
                 session.close()
@@ -127,44 +116,31 @@ class Repair:
                 break
         return received
 
-    async def _round(self, session: _Session) -> tuple[int, bool]:
-        """Return how many changesets came, and whether there is more to ask for."""
+    async def _run_round(self, session: _Session) -> tuple[int, bool]:
+        """Return how many changesets or snapshots came, and whether there may be more."""
         self.counters["sessions"] += 1
         await self._send(session.link, self._members())
-        await self._send(session.link, SyncOpen(session.number, encode_seen(self._seen())))
-        state = await self._next(session)
-        if not isinstance(state, SyncState):
-            raise SyncError("unexpected")
-        seen = self._seen()
-        lost = compute_missing(seen, state.seen).get(self._us, [])
-        # They are fetched like any others; the count stays, for somebody to ask how that could happen.
-        self.own_versions_lost += sum(last - first + 1 for first, last in lost)
-        plan = plan_needs(seen, state.seen, state.floors, needs_max=NEEDS_MAX)
-        if plan.snapshot:
-            await self._pull_snapshot(session)
-            return 1, True
-        if not plan.needs:
-            return 0, False
-        await self._send(session.link, SyncAsk(session.number, plan.needs))
+        await self._send(session.link, session.round.open())
         received = 0
         while True:
-            answer = await self._next(session)
-            if isinstance(answer, SyncDone):
-                if not answer.complete:
-                    raise SyncError("incomplete")
-                return received, True
-            if not isinstance(answer, SyncChanges):
-                raise SyncError("unexpected")
-            received += await self._apply(answer.changesets)
-            self.counters["changesets_received"] += len(answer.changesets)
+            step = session.round.handle_answer(await self._next(session))
+            match step:
+                case Ask(frame):
+                    self.own_versions_lost += session.round.own_versions_lost
+                    await self._send(session.link, frame)
+                    if isinstance(frame, SnapshotAsk):
+                        await self._pull_snapshot(session)
+                        return 1, True
+                case Take(changesets):
+                    received += await self._apply(changesets)
+                    self.counters["changesets_received"] += len(changesets)
+                case Over(more):
+                    return received, more
 
     async def _pull_snapshot(self, session: _Session) -> None:
-        await self._send(session.link, SnapshotAsk(session.number))
         with _Spool(self._directory) as spool:
-            while isinstance(answer := await self._next(session), SnapshotChunk):
-                spool.write(answer.chunk)
-            if not isinstance(answer, SyncDone) or not answer.complete:
-                raise SyncError("incomplete")
+            while isinstance(step := session.round.handle_answer(await self._next(session)), Keep):
+                spool.write(step.chunk)
             await self._apply_snapshot(spool.read())
         self.counters["snapshots_received"] += 1
 
@@ -173,14 +149,12 @@ class Repair:
             answer = await session.answers.get()
         if answer is None:
             raise SyncError("link_lost")
-        if isinstance(answer, SyncBusy):
-            raise SyncError("busy")
         return answer
 
     async def handle_answer(self, link: Link, answer: Answer) -> None:
         """Hand an answer to our session; waits while the session is busy with the one before."""
         session = self._session
-        if session is None or session.link is not link or session.number != answer.session:
+        if session is None or session.link is not link or session.round.number != answer.session:
             self.counters["answers_late"] += 1
             return
         await session.answers.put(answer)
@@ -233,16 +207,14 @@ class Repair:
         seen = self._seen()
         if is_ahead(seen, request.seen):
             self._on_peer_ahead(link.peer.site)
-        theirs = {site: ranges for site, ranges in request.seen.items() if site in seen}
-        wanting = [site for site in seen if theirs.get(site) != tuple(seen[site].encode())]
-        floors = await self._database.run(lambda store: {site: store.log_floor(site) for site in wanting})
+        floors = await self._database.run(partial(read_floors, seen=seen, theirs=request.seen))
         await self._send(link, self._members())
         await self._send(link, SyncState(request.session, encode_seen(seen), floors))
 
     async def _serve_changes(self, link: Link, request: SyncAsk) -> None:
         needs = list(request.needs)
         while needs:
-            changesets, needs = await self._database.run(partial(_read_needs, needs=needs))
+            changesets, needs = await self._database.run(partial(read_needs, needs=needs))
             if changesets:
                 await self._send(link, SyncChanges(request.session, tuple(changesets)))
                 self.counters["changesets_served"] += len(changesets)
@@ -263,7 +235,16 @@ class Repair:
             await link.drain()
 
 
-def _read_needs(store: Store, needs: Sequence[Need]) -> tuple[list[EncodedChangeset], list[Need]]:
+def read_floors(store: Store, seen: Seen, theirs: WireSeen) -> dict[SiteId, int]:
+    """Return where our log begins, for the sites of which a peer has seen something else than we have."""
+    return {
+        site: store.log_floor(site)
+        for site, ranges in seen.items()
+        if theirs.get(site) != tuple(ranges.encode())
+    }
+
+
+def read_needs(store: Store, needs: Sequence[Need]) -> tuple[list[EncodedChangeset], list[Need]]:
     """Return one chunk of log entries and what then remains to be read; runs on the store's thread."""
     chunk: list[EncodedChangeset] = []
     size = 0
