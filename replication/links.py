@@ -1,15 +1,15 @@
-"""Keeps links to the peers that are wanted, and knows which link leads to whom.
+"""Keeps links to the peers that are wanted.
 
-Decides when to dial again. Knows nothing of what flows over a link. Invariant: a peer is up from its
-first lasting link, in either direction, to the loss of its last one.
+Decides when to dial again. Knows nothing of what flows over a link. Invariant: to a peer that is wanted
+there is a link, or one is being dialled, or the wait for that runs.
 """
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping
 
 from replication.core.clock import SiteId
+from replication.core.linktable import LinkTable
 from replication.core.member import Address
 from replication.core.probe import Rng, jitter
 from replication.errors import ReplicationError
@@ -18,7 +18,7 @@ from replication.transport import Link, LinkError, Transport
 log = logging.getLogger(__name__)
 
 
-class Links:
+class Links(LinkTable[Link]):
     """The links of one agent, by peer."""
 
     def __init__(
@@ -31,62 +31,12 @@ class Links:
         redial_ms: float,
         redial_max_ms: float,
     ) -> None:
-        self.counters: Counter[str] = Counter()
+        super().__init__(on_peer_up=on_peer_up, on_peer_down=on_peer_down)
         self._transport = transport
         self._rng = rng
-        self._on_peer_up = on_peer_up
-        self._on_peer_down = on_peer_down
         self._redial_ms = redial_ms
         self._redial_max_ms = redial_max_ms
-        self._links: dict[SiteId, list[Link]] = {}  # all that are up, the best first
         self._wanted: dict[SiteId, tuple[Address, asyncio.Task[None]]] = {}
-
-    # --- which links there are ------------------------------------------------------------------------
-
-    def handle_link_up(self, link: Link) -> None:
-        """Take note of a link, whoever dialled it."""
-        site = link.peer.site
-        was_up = self.is_up(site)
-        links = self._links.setdefault(site, [])
-        links.insert(0, link)
-        # The newest worked last: an older one may be half open, left from before a cut.
-        links.sort(key=lambda other: not other.lasting)
-        if not was_up and self.is_up(site):
-            self._on_peer_up(site)
-
-    def handle_link_down(self, link: Link) -> None:
-        """Take note that a link is gone."""
-        site = link.peer.site
-        was_up = self.is_up(site)
-        links = self._links.get(site, [])
-        if link in links:
-            links.remove(link)
-        if not links:
-            self._links.pop(site, None)
-        if was_up and not self.is_up(site):
-            self._on_peer_down(site)
-
-    def is_up(self, site: SiteId) -> bool:
-        """Return whether there is a lasting link to the peer."""
-        return any(link.lasting for link in self._links.get(site, ()))
-
-    def get(self, site: SiteId) -> Link | None:
-        """Return the best link to a peer, or None."""
-        links = self._links.get(site)
-        return links[0] if links else None
-
-    def send(self, site: SiteId, frame: bytes) -> bool:
-        """Send a frame to a peer; False when there is no link or it is too slow."""
-        link = self.get(site)
-        sent = link is not None and link.send(frame)
-        if not sent:
-            self.counters["frames_dropped"] += 1
-        return sent
-
-    def close(self, site: SiteId) -> None:
-        """Close all links to a peer: it is dead, and what is queued would be stale when it is back."""
-        for link in list(self._links.get(site, ())):
-            link.close()
 
     async def borrow(self, site: SiteId, address: Address) -> tuple[Link, bool]:
         """Return a link to a peer, and whether it was dialled for this and is to be closed after."""
