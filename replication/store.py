@@ -20,7 +20,7 @@ import re
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from . import sidetables
 from .capture import TableCapture
@@ -31,10 +31,10 @@ from .core.versions import VersionRanges
 from .errors import BusyError, SnapshotError, StatementError, StoreError
 from .merging import TableMerge, check_change, offer_change, offer_states
 from .snapshot import Head, TableStates, compute_digest, compute_latest, read_snapshot, write_snapshot
-from .tables import Sites, Table
+from .tables import Sites, Table, read_lossy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from .core.change import RowChange, TableChange
     from .schema import Schema
@@ -120,6 +120,25 @@ class Store:
         connection = sqlite3.connect(
             name, isolation_level=None, check_same_thread=False, cached_statements=CACHED_STATEMENTS
         )
+        return cls.adopt(connection, name, schema, max_drift_ms=max_drift_ms, site=site, boot=_read_boot())
+
+    @classmethod
+    def adopt(
+        cls,
+        connection: sqlite3.Connection,
+        path: str,
+        schema: Schema,
+        *,
+        boot: str,
+        max_drift_ms: int = MAX_DRIFT_MS,
+        site: SiteId | None = None,
+        make_site: Callable[[], bytes] = lambda: os.urandom(SITE_BYTES),
+    ) -> Self:
+        """Make a replica of an open connection, as `open` does; it is closed if that fails.
+
+        boot names the time since the machine started: a file that was not closed and comes to another boot
+        may have lost commits, and goes on as a site that make_site names.
+        """
         try:
             with _translated():
                 connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
@@ -127,11 +146,11 @@ class Store:
                 # The identity that the coming commits are made under must outlive a power failure.
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.execute("BEGIN IMMEDIATE")
-                _prepare_file(connection, site)
+                _prepare_file(connection, site, boot, make_site)
                 sidetables.migrate(connection, schema)
                 connection.execute("COMMIT")
                 connection.execute("PRAGMA synchronous = NORMAL")
-            return cls(connection, name, schema, max_drift_ms)
+            return cls(connection, path, schema, max_drift_ms)
         except BaseException:
             connection.close()
             raise
@@ -289,6 +308,7 @@ class Store:
             isolation_level=None,
             check_same_thread=False,
         )
+        reader.text_factory = read_lossy  # as in a capture: one text that is not UTF-8 must not stop it all
         reader.execute("BEGIN")
         # The first read fixes the view; calls on the store do not overlap, so seen() is what that view has.
         reader.execute("SELECT seq FROM _repl_state").fetchone()
@@ -591,12 +611,13 @@ def _read_boot() -> str:
         return ""
 
 
-def _prepare_file(connection: sqlite3.Connection, site: SiteId | None) -> None:
+def _prepare_file(
+    connection: sqlite3.Connection, site: SiteId | None, boot: str, make_site: Callable[[], bytes]
+) -> None:
     """Make the file a replica, or check that it is one and still is who it was."""
-    boot = _read_boot()
     if not sidetables.has_common(connection):
         sidetables.create_common(connection)
-        connection.execute("INSERT INTO _repl_site VALUES (0, ?)", (site or os.urandom(SITE_BYTES),))
+        connection.execute("INSERT INTO _repl_site VALUES (0, ?)", (site or make_site(),))
         connection.execute(
             "INSERT INTO _repl_state (id, format, site, version, hlc, seq, boot) "
             "VALUES (1, ?, 0, 0, 0, 0, ?)",
@@ -609,12 +630,12 @@ def _prepare_file(connection: sqlite3.Connection, site: SiteId | None) -> None:
     if site is not None and site != stored:
         raise StoreError(f"the file belongs to site {stored.hex()}, not {site.hex()}")
     if site is None and not was_clean and (not boot or boot != last_boot):
-        _renew_identity(connection)
+        _renew_identity(connection, make_site())
     connection.execute("UPDATE _repl_state SET is_clean = 0, boot = ?, merging = 0", (boot,))
 
 
-def _renew_identity(connection: sqlite3.Connection) -> None:
+def _renew_identity(connection: sqlite3.Connection, site: bytes) -> None:
     """Go on as a new site: versions of the old one may be known to peers and lost here."""
     (ordinal,) = connection.execute("SELECT max(ordinal) + 1 FROM _repl_site").fetchone()
-    connection.execute("INSERT INTO _repl_site VALUES (?, ?)", (ordinal, os.urandom(SITE_BYTES)))
+    connection.execute("INSERT INTO _repl_site VALUES (?, ?)", (ordinal, site))
     connection.execute("UPDATE _repl_state SET site = ?, version = 0", (ordinal,))
