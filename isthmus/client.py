@@ -36,6 +36,10 @@ class AdminClient:
             raise ClientError(f"--admin takes http://HOST:PORT, not `{base}`")
         self._address = parts.netloc
         self._token = token
+        try:
+            self._connection = http.client.HTTPConnection(self._address, timeout=TIMEOUT_S)
+        except http.client.InvalidURL:  # the port is no number
+            raise ClientError(f"--admin takes http://HOST:PORT, not `{base}`") from None
 
     def get(self, path: str) -> Any:
         """Return what is at the path."""
@@ -50,17 +54,19 @@ class AdminClient:
         return self._ask("DELETE", path, None)
 
     def _ask(self, method: str, path: str, body: Any) -> Any:
-        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        headers: dict[str, str | bytes] = {}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}".encode()  # as text it would become Latin-1
         payload = None
         if body is not None:
             payload = orjson.dumps(body)
             headers["Content-Type"] = "application/json"
-        connection = http.client.HTTPConnection(self._address, timeout=TIMEOUT_S)
+        connection = self._connection
         try:
             connection.request(method, path, payload, headers)
             response = connection.getresponse()
             answer = orjson.loads(response.read())
-        except (OSError, http.client.HTTPException, orjson.JSONDecodeError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise ClientError(
                 f"no isthmus answers at {self._address} ({error}); start one with `isthmus run`, "
                 "or say where it is with --admin HOST:PORT"
@@ -68,7 +74,8 @@ class AdminClient:
         finally:
             connection.close()
         if response.status >= 400:
-            raise ClientError(answer.get("error", f"status {response.status}"))
+            told = answer.get("error") if isinstance(answer, dict) else None
+            raise ClientError(str(told or f"{self._address} answers with status {response.status}"))
         return answer
 
 

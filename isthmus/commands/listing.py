@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from isthmus.client import add_client_flags, make_client
+from isthmus.logs import escape
 
 if TYPE_CHECKING:
     import argparse
@@ -42,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def format_table(header: Cells, rows: Iterable[Cells]) -> str:
-    """Return aligned columns, two spaces apart."""
-    lines = [header, *rows]
+    """Return aligned columns, two spaces apart; nothing in a cell drives the terminal."""
+    lines = [[escape(cell) for cell in line] for line in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
