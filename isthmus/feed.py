@@ -34,12 +34,15 @@ Sample = tuple[str, tuple[tuple[str, str], ...], float]
 COMMITS_KEPT = 4096
 # A commit larger than this is cheaper read from the file than sent to each worker.
 COMMIT_ROWS_MAX = 10_000
+COMMIT_BYTES_MAX = 4 << 20
 # A worker this far behind is stuck: it is cut off, and loads the file when it comes back.
 BACKLOG_BYTES_MAX = 16 << 20
 # The feed is local and trusted, but a confused peer must not take the memory.
 MESSAGE_BYTES_MAX = 64 << 20
 
 SAMPLES_INTERVAL_S = 1.0
+# Cleaners of temporary directories remove sockets; a worker that lost its agent routes on stale rows.
+SOCKET_LOOK_S = 2.0
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 1.0
 
 
@@ -67,6 +70,7 @@ class FeedServer:
         self._recent: deque[tuple[int, bytes]] = deque(maxlen=COMMITS_KEPT)
         self._followers: dict[asyncio.StreamWriter, str] = {}
         self._server: asyncio.Server | None = None
+        self._keeper: asyncio.Task[None] | None = None
 
     @property
     def followers(self) -> list[str]:
@@ -75,17 +79,40 @@ class FeedServer:
 
     async def start(self) -> None:
         """Listen. A socket that an earlier agent left behind is replaced."""
+        await self._listen()
+        self._keeper = asyncio.create_task(self._keep_listening())
+
+    async def _listen(self) -> None:
         self._path.unlink(missing_ok=True)
         self._server = await asyncio.start_unix_server(self._serve, str(self._path))
         self._path.chmod(0o600)
 
+    async def _keep_listening(self) -> None:
+        """Make the socket's file again when somebody removed it: no worker could find the feed without it."""
+        while True:
+            await asyncio.sleep(SOCKET_LOOK_S)
+            if self._path.exists():
+                continue
+            log.warning("the feed's socket is gone and is made again", extra={"path": self._path})
+            old = self._server
+            try:
+                await self._listen()
+            except OSError as error:
+                log.warning("the feed's socket cannot be made", extra={"error": repr(error)})
+                continue
+            if old is not None:
+                old.close()
+
     async def stop(self) -> None:
         """Close the socket and every follower."""
+        if self._keeper is not None:
+            self._keeper.cancel()
         if self._server is not None:
             self._server.close()
         for writer in list(self._followers):
             writer.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._path.unlink()
 
     def publish(self, commit: Commit) -> None:
         """Send one commit to all followers. Never blocks: one that does not read is cut off."""
@@ -94,7 +121,11 @@ class FeedServer:
             packed = _pack(["reload"])
         else:
             packed = _pack(["commit", commit.seq, commit.changes])
-            self._recent.append((commit.seq, packed))
+            if len(packed) > COMMIT_BYTES_MAX:
+                self._recent.clear()
+                packed = _pack(["reload"])
+            else:
+                self._recent.append((commit.seq, packed))
         self.last_seq = commit.seq
         for writer in list(self._followers):
             if writer.transport.get_write_buffer_size() > BACKLOG_BYTES_MAX:

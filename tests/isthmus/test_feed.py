@@ -430,3 +430,40 @@ async def test_stopped_agent_lets_its_workers_go(agent: Agent, worker: Worker, p
     assert mode(path) is None
     await eventually("worker notices", lambda: not worker.follower.connected)
     await eventually("agent has nobody", lambda: agent.server.followers == [])
+
+
+async def test_commit_too_large_to_send_makes_workers_load_the_file(
+    agent: Agent, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "COMMIT_BYTES_MAX", 1_000)
+    agent.publish(commit(1))
+    worker.start()
+    await worker.reach(1)
+    worker.file_seq = 2
+    agent.publish(commit(2, filler="x" * 1_000))
+    await worker.reach(2)
+    agent.publish(commit(3))
+    await worker.reach(3)
+    assert worker.loads == [2]
+
+
+async def test_socket_that_somebody_removed_is_made_again(
+    path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "SOCKET_LOOK_S", 0.01)
+    agent, early = Agent(path), Worker(path, "worker-1/2")
+    await agent.server.start()
+    try:
+        early.start()
+        await eventually("a worker follows", lambda: agent.server.followers)
+        path.unlink()  # noqa: ASYNC240 — a local file of the test
+        worker.start()
+        await eventually("both follow", lambda: agent.server.followers == ["worker-0/1", "worker-1/2"])
+        assert mode(path) == 0o600
+        agent.publish(commit(1))
+        await worker.reach(1)
+        await early.reach(1)
+    finally:
+        await early.stop()
+        await agent.server.stop()
+    assert mode(path) is None
