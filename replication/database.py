@@ -20,6 +20,7 @@ from replication.core.change import Commit, SqlValue
 from replication.errors import BusyError, ReplicationError, StoreError
 from replication.schema import Schema
 from replication.store import Store
+from replication.tables import read_lossy
 
 T = TypeVar("T")
 Params = Sequence[SqlValue] | Mapping[str, SqlValue]
@@ -57,6 +58,15 @@ class _StoreConnection(aiosqlite.Connection):
             return self.store.connection
 
         super().__init__(connect, iter_chunk_size=64)
+
+    async def open(self) -> None:
+        """Start the thread and open the store; raises what opening raises."""
+        try:
+            await self
+        except Exception:
+            # aiosqlite ends the thread without waiting; it must not speak to a loop that is closed by then.
+            self._thread.join()
+            raise
 
     async def run(self, act: Callable[[Store], T]) -> T:
         """Return what `act` returns, run on the thread."""
@@ -107,10 +117,11 @@ class Database:
         lock = _lock_file(path)
         writer = _StoreConnection(lambda: Store.open(path, schema))
         try:
-            await writer
+            await writer.open()
             try:
                 reader = await aiosqlite.connect(_read_only_uri(path), uri=True)
                 await reader.set_authorizer(_authorize)
+                reader.text_factory = read_lossy  # one text that is not UTF-8 must not hide all other rows
             except BaseException:
                 await writer.shut()
                 raise
