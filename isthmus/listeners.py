@@ -6,6 +6,7 @@ as long as the returned socket lives, because workers may come and go.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 
@@ -18,16 +19,17 @@ def claim(config: Config) -> socket.socket:
     The returned socket is bound with SO_REUSEPORT and never listens, so that the kernel gives it no
     connections. Raises ConfigError that names the setting and the way out.
     """
-    for setting, address, kind in (
-        ("admin.listen", config.admin.listen, socket.SOCK_STREAM),
-        ("gossip.listen", config.gossip.listen, socket.SOCK_STREAM),
-        ("gossip.listen", config.gossip.listen, socket.SOCK_DGRAM),
-    ):
-        _bind(setting, address, kind).close()
-    # Without SO_REUSEPORT first: with it, a second isthmus would silently share the port of the first.
-    probe = _bind("proxy.listen", config.proxy.listen, socket.SOCK_STREAM)
-    host, port = probe.getsockname()[:2]
-    probe.close()
+    # All are held until the last is had: two that differ in their text may still be one address.
+    with contextlib.ExitStack() as held:
+        for setting, address, kind in (
+            ("admin.listen", config.admin.listen, socket.SOCK_STREAM),
+            ("gossip.listen", config.gossip.listen, socket.SOCK_STREAM),
+            ("gossip.listen", config.gossip.listen, socket.SOCK_DGRAM),
+        ):
+            held.enter_context(_bind(setting, address, kind))
+        # Without SO_REUSEPORT first: with it, a second isthmus would silently share the port of the first.
+        probe = held.enter_context(_bind("proxy.listen", config.proxy.listen, socket.SOCK_STREAM))
+        host, port = probe.getsockname()[:2]
     return _bind("proxy.listen", format_address(host, port), socket.SOCK_STREAM, share=True)
 
 

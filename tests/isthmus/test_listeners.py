@@ -116,3 +116,10 @@ def test_ipv6_addresses_get_their_brackets() -> None:
         pytest.skip("this machine has no IPv6")
     with closing(reservation):
         assert bound_address(reservation).startswith("[::1]:")
+
+
+def test_one_address_for_two_listeners_is_refused_however_it_is_written() -> None:
+    with taken(socket.SOCK_STREAM) as sock:
+        port = sock.getsockname()[1]
+    problem = refusal(config(f"127.0.0.1:{port}", admin=f"localhost:{port}"))
+    assert problem.startswith(f"proxy.listen: 127.0.0.1:{port} is taken")
