@@ -62,11 +62,21 @@ class AgentRole:
 
     async def start(self) -> dict[str, str]:
         """Start all parts; returns the addresses of the admin and gossip listeners."""
-        config = self._config
         try:
             await self._agent.start()
         except (OSError, sqlite3.Error, ReplicationError) as error:
             raise RefusedError(f"the agent cannot start: {error}") from error
+        try:
+            return await self._start_parts()
+        except BaseException as error:
+            await self.stop()  # or the database's threads would keep the process from ending
+            if isinstance(error, (OSError, sqlite3.Error, RegistryError, ReplicationError)):
+                raise RefusedError(str(error)) from error
+            raise
+
+    async def _start_parts(self) -> dict[str, str]:
+        """Start what stands on the replication agent."""
+        config = self._config
         gossip = format_address(*self._agent.address)
         self._feed = FeedServer(config.feed_socket, self._routes.load(), self._totals.handle_samples)
         await self._feed.start()
@@ -74,12 +84,9 @@ class AgentRole:
         registry = Registry(self._agent, config.node, config.region, own)
         views = Views(config, self._agent, self._table, self._feed)
         self._admin = AdminServer(config.admin, views, registry, self._samples)
-        try:
-            await self._admin.start()
-            await registry.announce(config, config.proxy.listen, time.time_ns() // 1_000_000)
-        except (OSError, RegistryError) as error:
-            await self.stop()
-            raise RefusedError(str(error)) from error
+        await self._admin.start()
+        own.add(self._admin.address)  # the system may have chosen its port
+        await registry.announce(config, config.proxy.listen, time.time_ns() // 1_000_000)
         await self._checker.start()
         return {"admin": self._admin.address, "gossip": gossip}
 

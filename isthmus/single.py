@@ -7,6 +7,7 @@ socket. Invariant: stops on the signals on which a supervised node stops, in the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -19,7 +20,7 @@ from isthmus.agent_role import AgentRole
 from isthmus.child import RefusedError
 from isthmus.config import Config, ConfigError
 from isthmus.listeners import bound_address, claim
-from isthmus.supervisor import NodeInfo, lock_data_dir
+from isthmus.supervisor import NodeInfo, lock_data_dir, with_addresses, write_node_info
 from isthmus.worker_role import WorkerRole
 
 if TYPE_CHECKING:
@@ -40,23 +41,23 @@ async def _run(config: Config, announce: Callable[[NodeInfo], None]) -> None:
     reservation = claim(config)
     listen = bound_address(reservation)
     config = msgspec.structs.replace(config, proxy=msgspec.structs.replace(config.proxy, listen=listen))
-    agent = AgentRole(config)
     info_file = Path(config.data) / "node.json"
-    try:
-        addresses = await agent.start()
-        worker = WorkerRole(config, 0)
-        await worker.start()
-        info = NodeInfo(
-            config.node, config.region, os.getpid(), listen, addresses["admin"], addresses["gossip"]
-        )
-        info_file.write_bytes(msgspec.json.encode(info) + b"\n")
+    async with contextlib.AsyncExitStack() as undo:
+        undo.callback(os.close, lock)
+        undo.callback(reservation.close)
+        try:
+            agent = AgentRole(config)
+            addresses = await agent.start()
+            undo.push_async_callback(agent.stop)
+            worker = WorkerRole(with_addresses(config, addresses), 0)
+            await worker.start()
+            undo.push_async_callback(worker.stop)
+            info = NodeInfo(
+                config.node, config.region, os.getpid(), listen, addresses["admin"], addresses["gossip"]
+            )
+            write_node_info(info_file, info)
+            undo.callback(info_file.unlink, missing_ok=True)
+        except RefusedError as error:
+            raise ConfigError(str(error)) from error
         announce(info)
         await stopping.wait()
-        await worker.stop()
-        await agent.stop()
-    except RefusedError as error:
-        raise ConfigError(str(error)) from error
-    finally:
-        info_file.unlink(missing_ok=True)
-        reservation.close()
-        os.close(lock)

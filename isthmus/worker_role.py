@@ -85,6 +85,7 @@ class WorkerRole:
     async def stop(self) -> None:
         """Let requests in flight finish within the drain time, then close."""
         await self._server.drain(self._config.proxy.drain_ms / 1000)
+        await self._server.close()
         if self._follower_task is not None:
             self._follower_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
