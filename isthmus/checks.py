@@ -148,7 +148,8 @@ class Checker:
             try:
                 checks = _read_checks(*row)
             except (ValueError, msgspec.MsgspecError) as error:
-                log.warning("a check cannot be read", extra={"machine": row[0], "error": str(error)})
+                shown = {"machine": f"{row[0]!s:.64}", "error": str(error)[:OUTPUT_CHARS_MAX]}
+                log.warning("a check cannot be read", extra=shown)
                 continue
             for check in checks:
                 wanted.setdefault((check.machine, check.name), check)
