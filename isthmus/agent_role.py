@@ -15,10 +15,10 @@ from isthmus.admin.metrics import Sample, WorkerTotals
 from isthmus.admin.server import AdminServer
 from isthmus.admin.views import Views
 from isthmus.checks import Checker
-from isthmus.child import RefusedError
 from isthmus.config import Config, format_address, parse_listen
 from isthmus.feed import FeedServer
 from isthmus.registry import Registry, RegistryError
+from isthmus.role import RefusedError
 from isthmus.route_feed import RouteFeed, routing_schema
 from replication.agent import Agent
 from replication.errors import ReplicationError

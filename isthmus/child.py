@@ -18,13 +18,14 @@ import signal
 import socket
 import struct
 import sys
-from typing import Literal, Protocol
+from typing import Literal
 
 import msgspec
 import uvloop
 
 from isthmus.config import Config
 from isthmus.logs import setup_logging
+from isthmus.role import RefusedError, Role
 
 BEAT_S = 1.0
 
@@ -48,20 +49,6 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     ready: dict[str, str] | None = None
     refused: str = ""
     beat: int = 0
-
-
-class Role(Protocol):
-    """What a child does between its start and its stop."""
-
-    async def start(self) -> dict[str, str]:
-        """Begin, and return the addresses that it listens on by name."""
-
-    async def stop(self) -> None:
-        """End gracefully."""
-
-
-class RefusedError(Exception):
-    """The role cannot start, and trying again would not help. The message is for the operator."""
 
 
 def send_task(channel: socket.socket, task: Task) -> None:
@@ -138,8 +125,4 @@ async def _beat(writer: asyncio.StreamWriter) -> None:
 
 
 if __name__ == "__main__":
-    # The roles import this module by its name. Run as __main__ it would be another one, whose RefusedError is
-    # not the one that they raise.
-    from isthmus.child import main as main_by_name
-
-    sys.exit(main_by_name())
+    sys.exit(main())

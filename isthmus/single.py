@@ -17,9 +17,9 @@ import msgspec
 import uvloop
 
 from isthmus.agent_role import AgentRole
-from isthmus.child import RefusedError
 from isthmus.config import Config, ConfigError
 from isthmus.listeners import bound_address, claim
+from isthmus.role import RefusedError
 from isthmus.supervisor import NodeInfo, lock_data_dir, with_addresses, write_node_info
 from isthmus.worker_role import WorkerRole
 

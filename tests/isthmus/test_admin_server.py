@@ -14,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from isthmus.admin.metrics import find_family, known_metrics
 from isthmus.admin.server import BODY_BYTES_MAX
 from isthmus.agent_role import AgentRole
-from isthmus.child import RefusedError
 from isthmus.config import AdminConfig, Config, GossipConfig, ProxyConfig
+from isthmus.role import RefusedError
 from replication.errors import BusyError
 from tests.isthmus.waiting import eventually
 
