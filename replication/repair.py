@@ -204,7 +204,8 @@ class Repair:
             link.send(encode(SyncDone(request.session, complete=False)))
 
     async def _serve_state(self, link: Link, request: SyncOpen) -> None:
-        seen = self._seen()
+        # A copy, for it is read on the store's thread while what comes in goes on to be seen.
+        seen = {site: ranges.copy() for site, ranges in self._seen().items()}
         if is_ahead(seen, request.seen):
             self._on_peer_ahead(link.peer.site)
         floors = await self._database.run(partial(read_floors, seen=seen, theirs=request.seen))
