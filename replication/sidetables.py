@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import sqlite3
 
 STORAGE_FORMAT: Final = 1
+# There in a file that was put back from a backup to be the same site again, until it has its own versions.
+HELD_TABLE: Final = "_repl_held"
 
 # merging is the triggers' guard: set while the agent writes what it merged, within one transaction, so that
 # no other connection ever sees it set. The id of a log entry is site << 40 | version: one integer key, and

@@ -630,11 +630,11 @@ def _prepare_file(
     if site is not None and site != stored:
         raise StoreError(f"the file belongs to site {stored.hex()}, not {site.hex()}")
     if site is None and not was_clean and (not boot or boot != last_boot):
-        _renew_identity(connection, make_site())
+        renew_identity(connection, make_site())
     connection.execute("UPDATE _repl_state SET is_clean = 0, boot = ?, merging = 0", (boot,))
 
 
-def _renew_identity(connection: sqlite3.Connection, site: bytes) -> None:
+def renew_identity(connection: sqlite3.Connection, site: bytes) -> None:
     """Go on as a new site: versions of the old one may be known to peers and lost here."""
     (ordinal,) = connection.execute("SELECT max(ordinal) + 1 FROM _repl_site").fetchone()
     connection.execute("INSERT INTO _repl_site VALUES (?, ?)", (ordinal, site))
