@@ -37,7 +37,9 @@ from routing.catalog import (
 )
 
 T = TypeVar("T")
-Positive = Annotated[int, Meta(ge=1)]
+# Numbers end up in SQLite's integers and in timers; beyond this is a mistake.
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+DAY_MS = 86_400_000
 
 
 # A region for a node that is told nothing: a place of its own, equally far from everywhere.
@@ -244,9 +246,9 @@ class CheckConfig(_Section, frozen=True):
     name: str = ""
     path: str = "/"
     method: Literal["GET", "HEAD", "OPTIONS"] = "GET"
-    interval_ms: Annotated[int, Meta(ge=100)] = 5_000
-    timeout_ms: Positive = 2_000
-    grace_ms: Annotated[int, Meta(ge=0)] = 0
+    interval_ms: Annotated[int, Meta(ge=100, le=DAY_MS)] = 5_000
+    timeout_ms: Annotated[int, Meta(ge=1, le=DAY_MS)] = 2_000
+    grace_ms: Annotated[int, Meta(ge=0, le=DAY_MS)] = 0
 
     def __post_init__(self) -> None:
         if re.fullmatch(r"/[\x21-\x7e]*", self.path) is None:

@@ -276,6 +276,8 @@ async def lock_data_dir(config: Config) -> int:
     if len(os.fsencode(config.feed_socket)) > 107:
         os.close(lock)
         raise ConfigError(f"data: the path {data} is too long for a Unix socket in it; choose a shorter one")
+    with contextlib.suppress(OSError):
+        (data / "node.json").unlink()  # a node that was killed left it; what it says is not true any more
     return lock
 
 

@@ -273,6 +273,16 @@ WRONG_FILES = {
         "isthmus.toml:4: apps[0].hard_limit: 4 is below soft_limit 5",
         "",
     ),
+    "limit that no database holds": (
+        '[[apps]]\nname = "a"\nsoft_limit = 9223372036854775808',
+        "isthmus.toml:3: apps[0].soft_limit: ",
+        "",
+    ),
+    "check that would never run": (
+        f'[[apps]]\nname = "a"\n[[apps.checks]]\ninterval_ms = 1{"0" * 400}',
+        "isthmus.toml:4: apps[0].checks[0].interval_ms: ",
+        "",
+    ),
     "address of a machine": (
         '[[apps]]\nname = "a"\nmachines = [{ address = "a:1" }, { address = "nowhere" }]',
         "isthmus.toml:3: apps[0].machines[1].address: `nowhere` is not an address",

@@ -258,6 +258,11 @@ class TestDataDirectory:
         asyncio.get_running_loop().call_later(0.05, os.close, lock)
         os.close(await second)
 
+    async def test_note_of_a_node_that_was_killed_is_gone_with_its_lock(self, tmp_path: Path) -> None:
+        (tmp_path / "node.json").write_text("what a killed node has left")
+        os.close(await lock_data_dir(config(tmp_path)))
+        assert not (tmp_path / "node.json").exists()
+
     async def test_directory_is_made_for_its_owner_alone(self, tmp_path: Path) -> None:
         data = tmp_path / "new" / "data"
         os.close(await lock_data_dir(config(data)))
