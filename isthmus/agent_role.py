@@ -83,7 +83,7 @@ class AgentRole:
         own = {config.proxy.listen, config.admin.listen, gossip}
         registry = Registry(self._agent, config.node, config.region, own)
         views = Views(config, self._agent, self._table, self._feed)
-        self._admin = AdminServer(config.admin, views, registry, self._samples)
+        self._admin = AdminServer(config.admin, views, registry, self._samples, self._agent)
         await self._admin.start()
         own.add(self._admin.address)  # the system may have chosen its port
         await registry.announce(config, config.proxy.listen, time.time_ns() // 1_000_000)

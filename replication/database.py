@@ -114,7 +114,7 @@ class Database:
         timeout_ms: float,
     ) -> "Database":
         """Open or create the file; raises StoreError, SchemaError. `publish` is called on the event loop."""
-        lock = _lock_file(path)
+        lock = lock_file(path)
         writer = _StoreConnection(lambda: Store.open(path, schema))
         try:
             await writer.open()
@@ -177,12 +177,21 @@ class Database:
             finally:
                 cursor.close()
         except (sqlite3.Error, sqlite3.Warning, OverflowError, ValueError) as error:
-            raise QueryError(str(error)) from error
+            raise QueryError(self._describe(error)) from error
         finally:
             connection.set_progress_handler(None, 0)
         if len(rows) > self._rows_max:
             raise QueryError(f"more than {self._rows_max} rows; ask for fewer with LIMIT")
         return QueryResult(columns, rows)
+
+    def _describe(self, error: Exception) -> str:
+        """Return what went wrong with a query in words for whoever sent it."""
+        code = getattr(error, "sqlite_errorcode", None)
+        if code == sqlite3.SQLITE_INTERRUPT:
+            return f"the query took longer than {self._timeout_s:g} s; ask for less, or with an index"
+        if code == sqlite3.SQLITE_AUTH:
+            return "a query only reads, and only this database"
+        return str(error)
 
 
 def is_transient(error: BaseException) -> bool:
@@ -202,7 +211,7 @@ def _read_only_uri(path: Path) -> str:
     return f"{path.absolute().as_uri()}?mode=ro"
 
 
-def _lock_file(path: Path) -> int:
+def lock_file(path: Path) -> int:
     """Hold a lock beside the database for as long as the process lives.
 
     Two agents on one file would give out the same versions.

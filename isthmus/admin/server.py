@@ -14,6 +14,7 @@ import msgspec
 import orjson
 from aiohttp import web
 
+from isthmus.admin.database import DatabaseRoutes, Replica
 from isthmus.admin.guard import make_guard
 from isthmus.admin.metrics import expose
 from isthmus.config import AdminConfig, AppConfig, format_address, parse_listen
@@ -70,12 +71,18 @@ class AdminServer:
     """Serves one node's admin API. `address` is set by `start`."""
 
     def __init__(
-        self, config: AdminConfig, views: Views, registry: Registry, samples: Callable[[], Iterable[Sample]]
+        self,
+        config: AdminConfig,
+        views: Views,
+        registry: Registry,
+        samples: Callable[[], Iterable[Sample]],
+        replica: Replica,
     ) -> None:
         self._config = config
         self._views = views
         self._registry = registry
         self._samples = samples
+        self._database = DatabaseRoutes(replica)
         self._runner: web.AppRunner | None = None
         self.address = config.listen
 
@@ -113,6 +120,7 @@ class AdminServer:
             web.post("/v1/machines", self._add_machine),
             web.delete("/v1/machines/{machine}", self._remove_machine),
             web.post("/v1/machines/{machine}/{action}", self._change_machine),
+            *self._database.routes(),
         ]
 
     async def _dashboard(self, _request: web.Request) -> web.Response:
