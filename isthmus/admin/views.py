@@ -18,13 +18,19 @@ from routing.explain import Verdict, describe, judge
 from routing.types import CheckRow, HostnameRow, MachineRow, NodeRow
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from isthmus.config import Config
     from isthmus.feed import FeedServer
     from replication.agent import Agent
+    from replication.report import MemberView
     from routing.table import RoutingTable
 
 Rows = list[dict[str, Any]]
 Row = TypeVar("Row")
+
+# What membership says of a node that takes part.
+PRESENT = frozenset({"alive", "suspect"})
 
 # What the balancer may say of a machine that takes requests.
 ROUTABLE = frozenset({Verdict.CANDIDATE, Verdict.OVER_SOFT})
@@ -71,26 +77,13 @@ class Views:
     def nodes(self) -> Rows:
         """Return every node of the table or of the cluster with what membership says of it."""
         rows = {row.id: row for row in self._rows(NodeRow, "nodes")}
-        members = {member.name: member for member in self._agent.members()}
-        shown = []
-        for name in sorted(rows.keys() | members.keys()):
-            row, member = rows.get(name), members.get(name)
-            is_self = bool(member and member.is_self)
-            shown.append(
-                {
-                    "node": name,
-                    "region": row.region if row else None,
-                    "address": row.address if row else None,
-                    "software": row.software if row else None,
-                    "started_ms": row.started_ms if row else None,
-                    "state": member.state if member else "unknown",
-                    "heard_ms_ago": 0 if is_self else member.heard_ms_ago if member else None,
-                    "rtt_ms": member.rtt_ms if member else None,
-                    "gossip": format_address(*member.address) if member else None,
-                    "self": is_self,
-                }
-            )
-        return shown
+        members = _by_name(self._agent.members())
+        nobody: Sequence[MemberView | None] = (None,)
+        return [
+            _describe_node(name, rows.get(name), member)
+            for name in sorted(rows.keys() | members.keys())
+            for member in members.get(name, nobody)
+        ]
 
     def apps(self) -> Rows:
         """Return every app with its hosts and how many of its machines are routable."""
@@ -185,6 +178,38 @@ class Views:
 
     def _rows(self, kind: type[Row], table: str) -> list[Row]:
         return [row for row in self._table.rows(table).values() if isinstance(row, kind)]
+
+
+def _describe_node(name: str, row: NodeRow | None, member: MemberView | None) -> dict[str, Any]:
+    is_self = bool(member and member.is_self)
+    return {
+        "node": name,
+        "region": row.region if row else None,
+        "address": row.address if row else None,
+        "software": row.software if row else None,
+        "started_ms": row.started_ms if row else None,
+        "state": member.state if member else "unknown",
+        "heard_ms_ago": 0 if is_self else member.heard_ms_ago if member else None,
+        "rtt_ms": member.rtt_ms if member else None,
+        "gossip": format_address(*member.address) if member else None,
+        "self": is_self,
+    }
+
+
+def _by_name(members: Iterable[MemberView]) -> dict[str, list[MemberView]]:
+    """Return the members to show under each name: those that are there, else the one heard of last.
+
+    A node that lost its data comes back as another member of the same name; two at once are a mistake of the
+    operator, who must see both.
+    """
+    named: dict[str, list[MemberView]] = {}
+    for member in members:
+        named.setdefault(member.name, []).append(member)
+    shown: dict[str, list[MemberView]] = {}
+    for name, of_name in named.items():
+        of_name.sort(key=lambda m: (not m.is_self, m.heard_ms_ago is None, m.heard_ms_ago or 0))
+        shown[name] = [m for m in of_name if m.is_self or m.state in PRESENT] or of_name[:1]
+    return shown
 
 
 def _address(machine: MachineRow) -> str:
