@@ -19,7 +19,7 @@ from isthmus.admin.guard import make_guard
 from isthmus.admin.metrics import expose
 from isthmus.config import AdminConfig, AppConfig, format_address, parse_listen
 from isthmus.registry import ACTIONS, NewMachine, Registry, RegistryError
-from replication.errors import BusyError
+from replication.errors import BusyError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -58,8 +58,13 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _json({"error": str(error)}, 409 if error.found else 404)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         return _json({"error": str(error)}, 400)
-    except BusyError:
-        return _json({"error": "another program holds the database; try again"}, 503)
+    except (BusyError, StoreError) as error:
+        busy = isinstance(error, BusyError)
+        problem = (
+            "another program holds the database; try again" if busy else f"the database refuses: {error}"
+        )
+        log.warning("a change was not made", extra={"path": request.path, "problem": problem})
+        return _json({"error": problem}, 503)
     except web.HTTPException as error:
         return _json({"error": f"{error.reason}: {request.method} {request.path}"}, error.status)
     except Exception:

@@ -16,7 +16,7 @@ from isthmus.admin.server import BODY_BYTES_MAX
 from isthmus.agent_role import AgentRole
 from isthmus.config import AdminConfig, Config, GossipConfig, ProxyConfig
 from isthmus.role import RefusedError
-from replication.errors import BusyError
+from replication.errors import BusyError, StoreError
 from tests.isthmus.waiting import eventually
 
 if TYPE_CHECKING:
@@ -287,6 +287,19 @@ async def test_failure_of_our_own_is_logged_and_not_shown(
     )
     (record,) = (record for record in caplog.records if record.msg == "an admin request failed")
     assert record.path == "/v1/status"
+
+
+async def test_database_that_takes_no_change_is_told_as_such(
+    admin: Admin, role: AgentRole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(statements: Any) -> None:
+        raise StoreError("database or disk is full")
+
+    monkeypatch.setattr(role._agent, "execute", full)
+    assert await admin.ask("POST", "/v1/apps", WEB) == (
+        503,
+        {"error": "the database refuses: database or disk is full"},
+    )
 
 
 async def test_busy_database_is_told_as_such(
