@@ -181,7 +181,9 @@ class Store:
 
     def capture(self, wall_ms: int) -> Commit | None:
         """Gather what others wrote to the file since the last look; None when no value changed."""
-        if not self._noted_tables():
+        with _translated():
+            noted = self._noted_tables()
+        if not noted:
             return None
         with self._transaction():
             rows, own = self._capture_noted(wall_ms)
@@ -189,7 +191,8 @@ class Store:
 
     def foreign_writes(self) -> bool:
         """True when another connection has committed since the last call."""
-        (version,) = self.connection.execute("PRAGMA data_version").fetchone()
+        with _translated():
+            (version,) = self.connection.execute("PRAGMA data_version").fetchone()
         moved = version != self._data_version
         self._data_version = version
         return bool(moved)
@@ -222,7 +225,10 @@ class Store:
 
     def parked(self) -> list[ParkedChangeset]:
         """Return the changesets that are held but could not be applied."""
-        found = self.connection.execute("SELECT site, version, reason, payload FROM _repl_parked").fetchall()
+        with _translated():
+            found = self.connection.execute(
+                "SELECT site, version, reason, payload FROM _repl_parked"
+            ).fetchall()
         return [ParkedChangeset(self._sites.get_site(row[0]), *row[1:]) for row in found]
 
     def retry_parked(self, wall_ms: int) -> Commit | None:
@@ -248,9 +254,10 @@ class Store:
         ordinal = self._sites.find(site)
         if ordinal is None:
             return 1
-        found = self.connection.execute(
-            "SELECT min(id) FROM _repl_log WHERE id BETWEEN ? AND ?", _log_range(ordinal, 1, None)
-        ).fetchone()[0]
+        with _translated():
+            found = self.connection.execute(
+                "SELECT min(id) FROM _repl_log WHERE id BETWEEN ? AND ?", _log_range(ordinal, 1, None)
+            ).fetchone()[0]
         if found is None:
             seen = self._seen.get(site)
             return 1 if seen is None else seen.last + 1
@@ -261,18 +268,19 @@ class Store:
         ordinal = self._sites.find(site)
         if ordinal is None or first > last:
             return []
-        cursor = self.connection.execute(
-            "SELECT id, payload FROM _repl_log WHERE id BETWEEN ? AND ? ORDER BY id",
-            _log_range(ordinal, first, last),
-        )
         entries: list[EncodedChangeset] = []
         size = 0
-        for number, payload in cursor:
-            size += len(payload)
-            if entries and size > max_bytes:
-                break
-            entries.append(EncodedChangeset(site, number & ((1 << VERSION_BITS) - 1), payload))
-        cursor.close()
+        with _translated():
+            cursor = self.connection.execute(
+                "SELECT id, payload FROM _repl_log WHERE id BETWEEN ? AND ? ORDER BY id",
+                _log_range(ordinal, first, last),
+            )
+            for number, payload in cursor:
+                size += len(payload)
+                if entries and size > max_bytes:
+                    break
+                entries.append(EncodedChangeset(site, number & ((1 << VERSION_BITS) - 1), payload))
+            cursor.close()
         return entries
 
     def prune_log(self, keep: Mapping[SiteId, int]) -> int:
@@ -353,8 +361,9 @@ class Store:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         with _translated():
-            self.connection.execute("BEGIN IMMEDIATE")
             try:
+                # Within the try: an interrupt can come when it has begun and not yet returned.
+                self.connection.execute("BEGIN IMMEDIATE")
                 yield
                 self.connection.execute("COMMIT")
             except BaseException:
