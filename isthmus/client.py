@@ -31,14 +31,14 @@ class AdminClient:
     """Asks one node's admin API."""
 
     def __init__(self, base: str, token: str) -> None:
-        parts = urllib.parse.urlsplit(base if "//" in base else f"//{base}")
-        if parts.scheme not in ("", "http") or not parts.netloc:
-            raise ClientError(f"--admin takes http://HOST:PORT, not `{base}`")
-        self._address = parts.netloc
         self._token = token
         try:
+            parts = urllib.parse.urlsplit(base if "//" in base else f"//{base}")
+            if parts.scheme not in ("", "http") or not parts.netloc:
+                raise ValueError(base)
+            self._address = parts.netloc
             self._connection = http.client.HTTPConnection(self._address, timeout=TIMEOUT_S)
-        except http.client.InvalidURL:  # the port is no number
+        except (ValueError, http.client.InvalidURL):  # half a bracket; a port that is no number
             raise ClientError(f"--admin takes http://HOST:PORT, not `{base}`") from None
 
     def get(self, path: str) -> Any:

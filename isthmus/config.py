@@ -326,8 +326,8 @@ class Config(_Section, frozen=True):
 
     def __post_init__(self) -> None:
         _check("node", lambda name: check_identifier(name, "a node"), self.node)
-        if not self.data:
-            raise _ValueOfKeyError("data", "the data directory needs a name")
+        if not self.data or "\0" in self.data:
+            raise _ValueOfKeyError("data", "the data directory needs a name without NUL")
         for code in self.regions:
             if REGION_CODE.fullmatch(code) is None or code in geo.AREAS:
                 raise _ValueOfKeyError(f"regions.{code}", f"`{code}` is no code for a region: a-z, 0-9 and -")

@@ -119,7 +119,9 @@ def test_refusal_without_a_reason_is_told_by_its_status(body: bytes) -> None:
         AdminClient(address, "").get("/v1/status")
 
 
-@pytest.mark.parametrize("base", ["https://127.0.0.1:1", "ftp://x", "http://", "127.0.0.1:http", ""])
+@pytest.mark.parametrize(
+    "base", ["https://127.0.0.1:1", "ftp://x", "http://", "127.0.0.1:http", "http://[::1", ""]
+)
 def test_what_is_no_address_is_refused(base: str) -> None:
     with pytest.raises(ClientError, match="--admin takes http://HOST:PORT"):
         AdminClient(base, "")

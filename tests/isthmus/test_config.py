@@ -228,6 +228,7 @@ WRONG_FILES = {
     ),
     "name of a node": ('node = "a b"', "isthmus.toml:1: node: `a b` is no name for a node", ""),
     "no data directory": ('data = ""', "isthmus.toml:1: data: ", "needs a name"),
+    "data directory that no system has": ('data = "a\\u0000b"', "isthmus.toml:1: data: ", "NUL"),
     "name of an app": (
         '[[apps]]\nname = "Web"',
         "isthmus.toml:2: apps[0].name: `Web` is no name for an app",
