@@ -32,14 +32,15 @@ class AdminClient:
 
     def __init__(self, base: str, token: str) -> None:
         self._token = token
+        problem = f"--admin takes http://HOST:PORT, not `{base}`"
         try:
             parts = urllib.parse.urlsplit(base if "//" in base else f"//{base}")
-            if parts.scheme not in ("", "http") or not parts.netloc:
-                raise ValueError(base)
             self._address = parts.netloc
             self._connection = http.client.HTTPConnection(self._address, timeout=TIMEOUT_S)
         except (ValueError, http.client.InvalidURL):  # half a bracket; a port that is no number
-            raise ClientError(f"--admin takes http://HOST:PORT, not `{base}`") from None
+            raise ClientError(problem) from None
+        if parts.scheme not in ("", "http") or not parts.netloc:
+            raise ClientError(problem)
 
     def get(self, path: str) -> Any:
         """Return what is at the path."""
