@@ -23,6 +23,7 @@ from replication.core.member import Address, MemberInfo, MemberState, is_address
 from replication.core.neighbours import plan_neighbours
 from replication.core.plumtree import Plumtree
 from replication.core.probe import Rng
+from replication.core.recovery import Recovery
 from replication.core.swim import Swim
 from replication.core.sync import SyncSchedule
 from replication.core.versions import VersionRanges
@@ -70,6 +71,10 @@ RELINK_S = 0.02
 MAINTENANCE_S = 15.0
 RESTART_S = 1.0
 RESENDS_MAX = 256
+# How long a database that was put back waits for peers to tell what it had written since; a supervisor that
+# waits for a node to start must wait longer.
+RECOVERY_S = 30.0
+RECOVERY_LOOK_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,7 @@ class Agent:
         self._tasks: list[asyncio.Task[None]] = []
         self._resends: set[asyncio.Task[None]] = set()
         self._running = False  # from the end of start to the beginning of stop
+        self._recovery: Recovery | None = None  # while start waits for our own versions
         # Set by start, in this order.
         self._database: Database
         self._transport: Transport
@@ -130,7 +136,8 @@ class Agent:
     async def start(self) -> None:
         """Open the file and the sockets and begin to look for peers.
 
-        Raises StoreError, SchemaError, OSError; nothing is left open then.
+        Raises StoreError, SchemaError, OSError; nothing is left open then. Returns as soon as the node may
+        write, which for a database that was put back as the same site takes its peers.
         """
         settings = self._settings
         async with contextlib.AsyncExitStack() as undo:
@@ -157,6 +164,8 @@ class Agent:
             host, port = await self._resolve_advertised()
             info = MemberInfo(site, settings.name, host, port, incarnation=max(0, self._wall_ms()))
             self._wire_up(info)
+            if await self._database.run(lambda store: store.is_held):
+                self._recovery = Recovery()
             # What was written while no agent ran; peers get it by sync.
             await self._database.commit(lambda store: store.capture(self._wall_ms()), lambda commit: commit)
             await self._transport.serve()
@@ -172,6 +181,38 @@ class Agent:
             ("maintenance", self._maintenance_loop),
         ):
             self._tasks.append(asyncio.create_task(self._keep_running(name, loop), name=f"agent {name}"))
+        if self._recovery is not None:
+            try:
+                await self._recover(self._recovery)
+            except BaseException:
+                await self.stop()
+                raise
+            self._recovery = None
+
+    async def _recover(self, recovery: Recovery) -> None:
+        """Fetch our own versions from all members, then let the store write again; raises StoreError."""
+        log.info("this database was put back; it waits for what it had written since")
+        deadline = self._monotonic() + RECOVERY_S
+        asked: list[SiteId] = []
+        while True:
+            recovery.handle_claims(member.update for member in self._swim.members.values())
+            known = recovery.compute_known(self.site)
+            if recovery.is_over(known, self._now_ms()):
+                break
+            missing = recovery.compute_missing(known)
+            if self._monotonic() > deadline:
+                names = ", ".join(known[site] for site in missing)
+                raise StoreError(
+                    "this database was put back as the same site and lacks what it wrote since: "
+                    + (f"no answer from {names}" if names else "no other node is in reach")
+                    + "; start it when they are, or restore it as a new site"
+                )
+            if missing != asked:
+                asked = missing
+                for site in missing:
+                    self._want_sync(site)
+            await asyncio.sleep(RECOVERY_LOOK_S)
+        await self._database.run(Store.release)
 
     def _wire_up(self, info: MemberInfo) -> None:
         settings = self._settings
@@ -330,6 +371,8 @@ class Agent:
             case StreamAck():
                 self._run_swim(self._swim.handle_stream_ack(peer, message.number, now_ms))
             case Members():
+                if self._recovery is not None:
+                    self._recovery.handle_claims(message.updates)
                 self._run_swim(self._swim.handle_members(message.updates, peer, now_ms))
             case SyncOpen() | SyncAsk() | SnapshotAsk():
                 self._repair.handle_request(link, message)
@@ -498,6 +541,8 @@ class Agent:
             ok = True
             try:
                 received = await self._sync_with(peer)
+                if self._recovery is not None:
+                    self._recovery.handle_synced(peer)
             except (ReplicationError, OSError, TimeoutError) as error:
                 ok = False
                 reason = getattr(error, "reason", type(error).__name__)

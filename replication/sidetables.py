@@ -90,6 +90,12 @@ def has_common(connection: sqlite3.Connection) -> bool:
     return True
 
 
+def is_held(connection: sqlite3.Connection) -> bool:
+    """True when the file was put back from a backup and lacks versions of its own."""
+    found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (HELD_TABLE,)).fetchone()
+    return found is not None
+
+
 def create_common(connection: sqlite3.Connection) -> None:
     """Create what every replica has, within the caller's transaction."""
     for statement in _COMMON.split(";\n"):

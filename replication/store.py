@@ -89,6 +89,7 @@ class Store:
         self.connection = connection
         self.site = SiteId(b"")  # set by _load, from the file
         self.seq = 0  # set by _load and by each commit that changes rows
+        self.is_held = False  # set by _load, cleared by release: versions of ours may be known to peers alone
         self._path = path
         self._clock = HybridClock(max_drift_ms=max_drift_ms)
         self._version = 0
@@ -178,6 +179,12 @@ class Store:
             rows, own = self._capture_noted(wall_ms)
             commit = self._conclude(rows, own)
         return affected, commit
+
+    def release(self) -> None:
+        """Let a database that was put back write again: all versions that it had given out are here."""
+        with self._transaction():
+            self.connection.execute(f"DROP TABLE IF EXISTS {sidetables.HELD_TABLE}")
+        self.is_held = False
 
     def capture(self, wall_ms: int) -> Commit | None:
         """Gather what others wrote to the file since the last look; None when no value changed."""
@@ -384,6 +391,7 @@ class Store:
             for ordinal, ranges in self.connection.execute("SELECT site, ranges FROM _repl_seen")
         }
         self._touched.clear()
+        self.is_held = sidetables.is_held(self.connection)
 
     def _run(self, index: int, sql: str, values: Sequence[SqlValue] | Mapping[str, SqlValue]) -> int:
         if _WRITES.match(sql) is None:
@@ -410,6 +418,8 @@ class Store:
         noted = self._noted_tables()
         if not noted:
             return [], []
+        if self.is_held:
+            raise StoreError("this database was put back and does not have all of its own versions yet")
         hlc = self._clock.tick(wall_ms)
         rows: list[RowChange] = []
         changes: list[TableChange] = []

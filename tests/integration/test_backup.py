@@ -228,3 +228,25 @@ def test_a_full_disk_leaves_no_half_file_and_the_backups_there_were(cluster: Clu
     assert str(directory) in said
     assert [str(file) for file in directory.iterdir()] == [made]
     write(cluster.nodes["one"], "goes-on")
+
+
+def test_the_same_node_is_itself_again_and_reuses_no_version(cluster: Cluster, tmp_path: Path) -> None:
+    one = cluster.nodes["one"]
+    write(one, "before")
+    made = db("backup", str(tmp_path / "copy.db"), "--data", cluster.data("one"))
+    for number in range(5):
+        last = write(one, f"after-{number}")["version"]
+    cluster.wait_until_equal()
+    one.close()
+    restored = db("restore", str(tmp_path / "copy.db"), "--same-node", "--data", cluster.data("one"))
+    assert (restored["site"], restored["backup_version"]) == (made["site"], made["version"])
+    one = cluster.start("one")
+    cluster.wait_until_equal()
+    assert site(one) == made["site"]
+    # A node writes its own row as soon as it starts: that is a version after the last one given out.
+    assert head(one, site(one)) > last
+    assert one.show("status")["replication"]["own_versions_lost"] > 0
+    assert {f"after-{number}" for number in range(5)} <= set(apps(one))
+    write(one, "again")
+    cluster.wait_until_equal()
+    assert len({head(node, site(one)) for node in cluster.nodes.values()}) == 1
