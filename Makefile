@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing outside this folder is touched.
-.PHONY: help setup demo check test clean
+.PHONY: help setup demo check test bench bench-replication clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -12,6 +12,7 @@ help:
 	@echo "make demo    three regions on this machine, with something to try"
 	@echo "make test    unit, property and end-to-end tests"
 	@echo "make check   lint, types, import contracts"
+	@echo "make bench   CPU per request beside nginx and HAProxy; make bench-replication: beside cr-sqlite"
 	@echo "make setup   only the virtual environment, .venv"
 	@echo "make clean   remove it, and caches"
 
@@ -33,5 +34,11 @@ check: setup
 test: setup
 	$(BIN)/python -m pytest
 
+bench: setup
+	@$(BIN)/python -m bench.proxy
+
+bench-replication: setup
+	@$(BIN)/python -m bench.replication
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv bench/replication/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
