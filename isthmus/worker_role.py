@@ -44,6 +44,8 @@ def proxy_settings(config: Config) -> ProxySettings:
         replay_body_bytes_max=proxy.replay_body_bytes_max,
         replays_max=proxy.replays_max,
         attempts_max=proxy.attempts_max,
+        queue_max=proxy.queue_max,
+        queue_timeout_s=proxy.queue_timeout_ms / 1000,
         connect_timeout_s=proxy.connect_timeout_ms / 1000,
         head_timeout_s=proxy.head_timeout_ms / 1000,
         keepalive_timeout_s=proxy.keepalive_timeout_ms / 1000,

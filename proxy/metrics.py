@@ -34,6 +34,9 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "isthmus_requests_total": ("counter", "Requests answered, by app and class of status."),
     "isthmus_request_duration_seconds": ("histogram", "From the head of a request to the end of its answer."),
     "isthmus_requests_in_flight": ("gauge", "Requests that are being served."),
+    "isthmus_requests_queued": ("gauge", "Requests that wait because all machines are at their hard limit."),
+    "isthmus_queue_waits_total": ("counter", "Requests that had to wait for a machine."),
+    "isthmus_queue_wait_seconds_total": ("counter", "How long they waited, in total."),
     "isthmus_errors_total": ("counter", "Answers made by the proxy itself, by code."),
     "isthmus_aborted_total": ("counter", "Exchanges cut before their end, by who cut them."),
     "isthmus_replays_total": (
@@ -80,6 +83,9 @@ class ProxyMetrics:
         "connections_open",
         "errors",
         "in_flight",
+        "queue_seconds",
+        "queue_waits",
+        "queued",
         "tunnels",
         "upstreams",
         "upstreams_open",
@@ -91,6 +97,9 @@ class ProxyMetrics:
         self.connect_failures: dict[str, int] = {}
         self.aborted = {"client": 0, "machine": 0}
         self.in_flight = 0
+        self.queued = 0
+        self.queue_waits = 0
+        self.queue_seconds = 0.0
         self.connections = 0
         self.connections_open = 0
         self.upstreams = 0
@@ -116,6 +125,9 @@ class ProxyMetrics:
         """Return all of it as (name, labels, value)."""
         samples: list[Sample] = [
             ("isthmus_requests_in_flight", (), self.in_flight),
+            ("isthmus_requests_queued", (), self.queued),
+            ("isthmus_queue_waits_total", (), self.queue_waits),
+            ("isthmus_queue_wait_seconds_total", (), self.queue_seconds),
             ("isthmus_connections_total", (), self.connections),
             ("isthmus_connections_open", (), self.connections_open),
             ("isthmus_upstream_connections_total", (), self.upstreams),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from .core.forwarding import Forwarding
 from .core.plane import Plane
+from .core.queue import Queue
 from .core.request_id import RequestIds
 from .downstream import Downstream
 from .pool import Pool
@@ -73,6 +74,7 @@ class Server:
             balancer=self._balancer,
             metrics=self._metrics,
             connector=pool,
+            queue=Queue(self._settings.queue_max, self._metrics),
             request_ids=RequestIds(random.SystemRandom().getrandbits, self._settings.region),
             now=loop.time,
             wall_us=lambda: time.time_ns() // 1000,
@@ -93,7 +95,13 @@ class Server:
         public = public_port or self.port
         accepting["rules"] = Forwarding(self._settings.trusted_proxies, self._settings.region, public), public
         await self._listener.start_serving()
-        self._sweeper = Sweeper(self._settings.sweep_interval_s, self._clients, pool.connections)
+        self._sweeper = Sweeper(
+            self._settings.sweep_interval_s,
+            self._clients,
+            pool.connections,
+            plane.queue.waiting,
+            (plane.queue,),
+        )
         self._sweeper.start()
 
     async def drain(self, grace_s: float) -> bool:

@@ -43,6 +43,11 @@ class ProxySettings:
     replays_max: int = 10
     # Machines tried for one request before giving up: bounds the wait at attempts * connect timeout.
     attempts_max: int = 6
+    # How long a request waits when all machines are at their hard limit: longer than most bursts, and than
+    # a usual request takes, shorter than clients wait.
+    queue_timeout_s: float = 5.0
+    # Requests of one app that wait: bounds memory, and beyond it the wait would be in vain anyway.
+    queue_max: int = 1_024
     # Of a body that nobody reads any more: cheaper to drain this much than to open a new connection.
     discard_bytes_max: int = 262_144
     # Above it the writer is paused. Four times a usual socket read keeps both sides busy.

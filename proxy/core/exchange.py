@@ -14,7 +14,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from routing.balancer import ANYWHERE, Refusal, Want
+from routing.balancer import ANYWHERE, AT_LIMIT, Refusal, Want
 from routing.health import record_failure, record_success
 from routing.replay import (
     JSON_BYTES_MAX,
@@ -54,6 +54,7 @@ class Phase(Enum):
     """Where an exchange stands."""
 
     REACHING = 1  # choosing and connecting
+    QUEUED = 6  # every machine that would do is at its hard limit
     WAITING = 2  # sent, or being sent; no final head yet
     RELAYING = 3  # the head of the answer was passed on
     READING_REPLAY = 4  # collecting a JSON instruction
@@ -61,6 +62,7 @@ class Phase(Enum):
 
 
 _REACHING: Final = Phase.REACHING
+_QUEUED: Final = Phase.QUEUED
 _WAITING: Final = Phase.WAITING
 _RELAYING: Final = Phase.RELAYING
 _READING_REPLAY: Final = Phase.READING_REPLAY
@@ -80,6 +82,7 @@ class Exchange:
         "chunk_response",
         "client",
         "continued",
+        "deadline",
         "extra",
         "fallback_used",
         "forwarded",
@@ -92,6 +95,7 @@ class Exchange:
         "machine",
         "phase",
         "plane",
+        "queued_at",
         "replay",
         "replay_started",
         "replays",
@@ -125,6 +129,8 @@ class Exchange:
         self.resends = 0  # times the request was sent again after a machine had it
         self.fresh = False  # the next connection must be a new one
         self.last_failure = ""  # why the last attempt failed, for the message
+        self.queued_at = 0.0  # and the next: set while queued
+        self.deadline = 0.0
         # The request body.
         self.kept: list[bytes] | None = None  # all of it so far, while it can be sent again
         self.body_bytes = 0
@@ -216,11 +222,45 @@ class Exchange:
             self._fail_to_reach("retries_exhausted", RETRIES_EXHAUSTED, self.last_failure)
             return
         choice = plane.balancer.choose(self.service, now, self.want, self.tried)
-        if isinstance(choice, Refusal):
+        if not isinstance(choice, Refusal):
+            self._reach(choice)
+        elif not (choice.at_limit and self._queue(now)):
             reason = "retries_exhausted" if self.tried else "no_candidate"
             detail = f"{choice.reason}; {self.last_failure}" if self.last_failure else choice.reason
             self._fail_to_reach(reason, choice.code, detail)
-            return
+
+    def _queue(self, now: float) -> bool:
+        """Wait for room; False when the line is full."""
+        if not self.plane.queue.join(self.service.app, self):
+            return False
+        self.phase = _QUEUED
+        self.queued_at = now
+        self.deadline = now + self.plane.settings.queue_timeout_s
+        if self.replay is not None and self.replay.timeout_ms is not None:
+            self.deadline = min(self.deadline, self.replay_started + self.replay.timeout_ms / 1000)
+        return True
+
+    def _leave_queue(self) -> None:
+        self.phase = _REACHING
+        self.plane.queue.leave(self.service.app, self, self.plane.now() - self.queued_at)
+
+    def handle_room(self) -> bool:
+        """There may be room at last: go on, or False while there is none for this request."""
+        choice = self.plane.balancer.choose(self.service, self.plane.now(), self.want, self.tried)
+        if isinstance(choice, Refusal):
+            # Whatever it is by now: the deadline tells the client.
+            return False
+        self._leave_queue()
+        self._reach(choice)
+        return True
+
+    def handle_deadline(self) -> None:
+        """The wait in the queue was too long."""
+        self._leave_queue()
+        self._fail_to_reach("timeout", AT_LIMIT, "no machine had room in time")
+
+    def _reach(self, choice: Target) -> None:
+        plane = self.plane
         self.attempts += 1
         self.target = choice
         choice.in_flight += 1
@@ -610,9 +650,12 @@ class Exchange:
     def _drop_target(self) -> None:
         if self.target is not None:
             self.target.in_flight -= 1
-            self.target = None
+            app, self.target = self.target.app, None
+            self.plane.queue.offer(app)
 
     def _close_books(self, status: int) -> None:
+        if self.phase is _QUEUED:
+            self._leave_queue()
         self.phase = _DONE
         self._drop_target()
         self.kept = None

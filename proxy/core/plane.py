@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from routing.target import Target
 
     from .exchange import Exchange
+    from .queue import Queue
     from .request_id import RequestIds
 
 
@@ -105,6 +106,7 @@ class Plane:
     balancer: Chooser
     metrics: ProxyMetrics
     connector: Connector
+    queue: Queue
     request_ids: RequestIds
     now: Callable[[], float]  # monotonic seconds
     wall_us: Callable[[], int]  # microseconds since the epoch

@@ -10,6 +10,7 @@ import pytest
 from proxy.core.errors import CONNECT_REFUSED, UPSTREAM_RESET, UPSTREAM_TIMEOUT
 from proxy.core.exchange import Exchange
 from proxy.core.plane import Plane
+from proxy.core.queue import Queue
 from proxy.core.request_head import parse_request_head
 from proxy.core.request_id import RequestIds
 from proxy.core.response_head import parse_response_head
@@ -47,6 +48,7 @@ class World:
             balancer=Balancer(self.table, "ams", random.Random(1)),
             metrics=self.metrics,
             connector=self,
+            queue=Queue(settings.get("queue_max", 1_024), self.metrics),
             request_ids=RequestIds(lambda bits: 0, "ams"),
             now=lambda: self.now,
             wall_us=lambda: 5_000,

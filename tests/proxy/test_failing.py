@@ -44,14 +44,30 @@ async def test_an_app_without_machines_is_unavailable_for_now(edge: Edge) -> Non
     assert (response.status, response.error, response.values(b"retry-after")) == (503, "PR01", [b"1"])
 
 
-async def test_at_the_hard_limit_of_all_machines_the_answer_is_503(edge: Edge) -> None:
+async def test_a_wait_for_room_is_bounded_and_ends_with_503(edge: Edge) -> None:
     edge.put_app("app", "app.test", hard=1)
     machine = await edge.machine("m1", behave=lambda c: asyncio.sleep(60))
-    await edge.start()
+    await edge.start(queue_timeout_s=0.05)
     busy = await edge.client()
     busy.send(b"GET / HTTP/1.1\r\nHost: app.test\r\n\r\n")
     await wait_for(lambda: bool(machine.connections))
-    assert (await edge.get()).error == "PR04"
+    response = await edge.get()
+    assert (response.status, response.error, response.values(b"retry-after")) == (503, "PR04", [b"1"])
+
+
+async def test_who_waits_for_room_is_served_when_there_is(edge: Edge) -> None:
+    edge.put_app("app", "app.test", hard=1)
+    first = await edge.machine("m1", behave=lambda c: asyncio.sleep(60))
+    await edge.start(queue_timeout_s=30.0)
+    busy = await edge.client()
+    busy.send(b"GET / HTTP/1.1\r\nHost: app.test\r\n\r\n")
+    await wait_for(lambda: bool(first.connections))
+    waiting = asyncio.ensure_future(edge.get())
+    await wait_for(lambda: edge.metrics.queued == 1)
+    # Room that no request has made is found too.
+    await edge.machine("m2")
+    assert (await waiting).status == 200
+    assert edge.metrics.queued == 0
 
 
 @pytest.mark.parametrize(("method", "status"), [(b"GET", 200), (b"PUT", 200), (b"POST", 502)])
