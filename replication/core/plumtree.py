@@ -125,6 +125,18 @@ class Plumtree:
         """The peers that get changesets announced."""
         return [site for site, peer in self._peers.items() if not peer.eager]
 
+    def measure(self) -> dict[str, tuple[int, int]]:
+        """Return what each memory holds, and the most that it may hold."""
+        settings = self._settings
+        longest = max(map(len, self._announced.values()), default=0)
+        return {
+            "recent": (len(self._recent), settings.recent_max),
+            "cache": (len(self._cache), settings.recent_max),
+            "cache_bytes": (self._cache_bytes, settings.cache_bytes_max),
+            "missing": (len(self._missing), settings.missing_max),
+            "announced": (longest, settings.announced_max),
+        }
+
     # --- inputs ---------------------------------------------------------------------------------------
 
     def handle_peer_up(self, site: SiteId) -> None:

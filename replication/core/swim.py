@@ -287,6 +287,15 @@ class Swim:
             self._send(member.info.address, Rumors(self.me, (farewell,)))
         return self._drain()
 
+    def measure(self) -> dict[str, tuple[int, int]]:
+        """Return what each memory holds, and the most that it may hold."""
+        limit = self._settings.members_max
+        return {
+            "members": (len(self.members), limit),
+            "rumors": (len(self._rumors), limit + 1),  # one of ourselves
+            "relays": (len(self._relays), limit),
+        }
+
     def export(self, limit: int) -> tuple[Update, ...]:
         """Return our member list, ourselves first, for a stream."""
         others = [member.update for member in self.members.values()]
