@@ -1,0 +1,100 @@
+"""Bugs to plant in a simulated cluster, to show that its checkers find them.
+
+Decides how each is broken. The product knows nothing of this: a bug is a subclass or a wrapper that only the
+simulator uses, and only when a test asks for it. Invariant: without a bug everything is the real thing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from replication.core.change import Changeset, EncodedChangeset, RowChange
+from replication.core.clock import SiteId
+from replication.core.needs import Seen
+from replication.core.versions import VersionRanges
+from replication.store import ApplyResult, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What a simulated node is made of."""
+
+    store_class: type[Store] = Store
+    renews_identity: bool = True  # a store that comes back from a power failure is told of the new boot
+    view: Callable[[Seen], Seen] = lambda seen: seen  # what a sync believes that the node has seen
+
+
+class _SeenBeforeCommit(Store):
+    """Marks changesets as seen in a transaction of its own, before the one that applies them."""
+
+    def apply(self, batch: Sequence[EncodedChangeset], wall_ms: int) -> ApplyResult:
+        """Apply in two transactions where one is needed."""
+        seen = self.seen()
+        fresh = [
+            item for item in batch if item.site not in seen or not seen[item.site].contains(item.version)
+        ]
+        if not fresh:
+            return ApplyResult(None, 0, len(batch), 0)
+        with self._transaction():
+            self._log(fresh)
+            for item in fresh:
+                self._mark_seen(item.site, item.version, item.version)
+            self._conclude([], [])
+        with self._transaction():
+            rows, parked = self._merge_encoded(fresh, wall_ms)
+            self._park(parked)
+            commit = self._conclude(rows, fresh)
+        return ApplyResult(commit, len(fresh) - len(parked), len(batch) - len(fresh), len(parked))
+
+
+class _AnySite(bytes):
+    """A site that is equal to all others, so that only the time of two writes is compared."""
+
+    __slots__ = ()
+    __hash__ = bytes.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, bytes)
+
+    def __ne__(self, other: object) -> bool:
+        return not isinstance(other, bytes)
+
+
+class _TieByArrival(Store):
+    """Lets the first of two writes with the same time win, whoever made it."""
+
+    def _merge_at_once(self, changesets: Sequence[tuple[EncodedChangeset, Changeset]]) -> list[RowChange]:
+        return super()._merge_at_once(
+            [
+                (replace(encoded, site=SiteId(_AnySite(encoded.site))), change)
+                for encoded, change in changesets
+            ]
+        )
+
+
+class _Torn(Store):
+    """Forgets the last row of a large transaction."""
+
+    def _merge_at_once(self, changesets: Sequence[tuple[EncodedChangeset, Changeset]]) -> list[RowChange]:
+        halves = []
+        for encoded, (hlc, changes) in changesets:
+            kept = tuple(
+                change._replace(rows=change.rows[:-1], created=change.created[:-1])
+                if change.table == "ledger" and len(change.rows) > 3
+                else change
+                for change in changes
+            )
+            halves.append((encoded, Changeset(hlc, kept)))
+        return super()._merge_at_once(halves)
+
+
+def _without_gaps(seen: Seen) -> Seen:
+    return {site: VersionRanges([(1, ranges.last)]) for site, ranges in seen.items() if ranges}
+
+
+PLANTED = {
+    "seen-before-commit": Build(store_class=_SeenBeforeCommit),
+    "tie-by-arrival": Build(store_class=_TieByArrival),
+    "gap-not-asked": Build(view=_without_gaps),
+    "identity-kept": Build(renews_identity=False),
+    "torn": Build(store_class=_Torn),
+}
