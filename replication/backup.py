@@ -79,9 +79,13 @@ def make_backup(database: Path, target: Path, now_ms: int, *, keep: int | None =
     """
     if keep is not None and (keep < 1 or not target.is_dir()):
         raise BackupError("how many to keep is a number from 1 on, and goes with a directory")
-    if target.is_dir():
-        target /= f"{database.stem}-{_stamp(now_ms)}.db"
+    directory = target if target.is_dir() else None
+    if directory is not None:
+        target = directory / f"{database.stem}-{_stamp(now_ms)}.db"
     with _told(target), _locked_directory(target.parent):
+        if directory is not None:
+            for stale in directory.glob(f".{database.stem}-*.db.part*"):
+                stale.unlink()  # of a backup that was killed; one that goes on would have the lock
         if target.exists():
             raise BackupError(f"{target} exists; a backup overwrites nothing")
         with _part_of(target) as part:

@@ -157,6 +157,15 @@ def test_the_backup_just_made_is_kept_when_the_clock_went_back(database: Path, t
     assert names(directory) == [made.path.name]
 
 
+def test_what_a_killed_backup_left_is_removed_by_the_next(database: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "backups"
+    directory.mkdir()
+    (directory / ".data-20231114T221319.000Z.db.part").write_bytes(b"half a file")
+    (directory / ".data-20231114T221319.000Z.db.part-journal").write_bytes(b"and more")
+    made = make_backup(database, directory, NOW)
+    assert names(directory) == [made.path.name]
+
+
 @pytest.mark.parametrize("keep", [0, -1])
 def test_keeping_none_is_refused(database: Path, tmp_path: Path, keep: int) -> None:
     with pytest.raises(BackupError, match="from 1 on"):
