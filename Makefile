@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing outside this folder is touched.
-.PHONY: help setup demo check test bench bench-replication clean
+.PHONY: help setup demo check test bench bench-replication soak clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -7,12 +7,15 @@ STAMP := .venv/.installed
 PYTHON ?= python3
 # The demo's ports are counted from here.
 BASE_PORT ?= 8080
+# Simulated clusters in a soak, a fraction of a second each.
+SEEDS ?= 300
 
 help:
 	@echo "make demo    three regions on this machine, with something to try"
 	@echo "make test    unit, property and end-to-end tests"
 	@echo "make check   lint, types, import contracts"
 	@echo "make bench   CPU per request beside nginx and HAProxy; make bench-replication: beside cr-sqlite"
+	@echo "make soak    simulate many clusters with faults; SEEDS=1000 says how many"
 	@echo "make setup   only the virtual environment, .venv"
 	@echo "make clean   remove it, and caches"
 
@@ -39,6 +42,9 @@ bench: setup
 
 bench-replication: setup
 	@$(BIN)/python -m bench.replication
+
+soak: setup
+	$(BIN)/isthmus simulate --seeds $(SEEDS)
 
 clean:
 	rm -rf .venv bench/replication/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -120,6 +120,7 @@ class Checkers:
                     rows.get(write.tx, 0) == write.parts,
                     f"{found}{write.parts} rows are there",
                     subject,
+                    write.node,
                 )
 
     def check_bounds(self, subject: Subject) -> None:
@@ -163,7 +164,9 @@ class Checkers:
         count, parts = subject.store.connection.execute(
             "SELECT count(*), max(parts) FROM ledger WHERE tx = ?", (tx,)
         ).fetchone()
-        self._expect("atomic", count == parts, f"{count} of {parts} rows of {tx} are visible", subject)
+        writers = [] if count == parts else [write.node for write in self.writes.values() if write.tx == tx]
+        found = f"{count} of {parts} rows of {tx} are visible"
+        self._expect("atomic", count == parts, found, subject, *writers)
 
     def _check_all_whole(self, subject: Subject) -> None:
         torn = subject.store.connection.execute(
