@@ -287,7 +287,6 @@ def _adopt(part: Path, *, keep_site: bool) -> SiteId:
         if keep_site:
             copy.execute(f"CREATE TABLE IF NOT EXISTS {HELD_TABLE} (site BLOB NOT NULL)")
         else:
-            copy.execute(f"DROP TABLE IF EXISTS {HELD_TABLE}")
             renew_identity(copy, os.urandom(SITE_BYTES))
         # Closed properly, by whoever makes it: the identity that it has now is the one to go on under.
         copy.execute("UPDATE _repl_state SET is_clean = 1")

@@ -658,3 +658,4 @@ def renew_identity(connection: sqlite3.Connection, site: bytes) -> None:
     (ordinal,) = connection.execute("SELECT max(ordinal) + 1 FROM _repl_site").fetchone()
     connection.execute("INSERT INTO _repl_site VALUES (?, ?)", (ordinal, site))
     connection.execute("UPDATE _repl_state SET site = ?, version = 0", (ordinal,))
+    connection.execute(f"DROP TABLE IF EXISTS {sidetables.HELD_TABLE}")  # a new site lacks nothing of its own

@@ -207,3 +207,15 @@ def test_a_held_store_gives_out_no_version(tmp_path):
         store.release()
         assert store.capture(NOW) is not None
         assert store.seen()[site].encode() == [(1, 2)]
+
+
+def test_a_held_store_that_becomes_a_new_site_is_held_no_longer(tmp_path):
+    path = tmp_path / "data.db"
+    Store.open(path, SCHEMA).close()
+    made = make_backup(path, tmp_path / "copy", NOW)
+    restore_backup(made.path, path, NOW, keep_site=True)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE _repl_state SET is_clean = 0, boot = 'one before this'")
+    with closing(Store.open(path, SCHEMA)) as store:
+        assert store.site != made.site
+        assert not store.is_held
