@@ -101,6 +101,7 @@ class Store:
         checks = ", ".join(table.has_pending for table in self._tables.values())
         self._has_pending = f"SELECT {checks}" if checks else ""
         self._data_version = -1
+        self._is_stale = False  # while a failed transaction is not undone: memory may be wrong
         self._load()
 
     @classmethod
@@ -188,7 +189,7 @@ class Store:
 
     def capture(self, wall_ms: int) -> Commit | None:
         """Gather what others wrote to the file since the last look; None when no value changed."""
-        with _translated():
+        with self._sound():
             noted = self._noted_tables()
         if not noted:
             return None
@@ -198,7 +199,7 @@ class Store:
 
     def foreign_writes(self) -> bool:
         """True when another connection has committed since the last call."""
-        with _translated():
+        with self._sound():
             (version,) = self.connection.execute("PRAGMA data_version").fetchone()
         moved = version != self._data_version
         self._data_version = version
@@ -212,10 +213,11 @@ class Store:
         One that cannot be applied here is parked, with the reason, and does not stop the others.
         """
         fresh: dict[tuple[SiteId, int], EncodedChangeset] = {}
-        for encoded in batch:
-            seen = self._seen.get(encoded.site)
-            if seen is None or not seen.contains(encoded.version):
-                fresh.setdefault((encoded.site, encoded.version), encoded)
+        with self._sound():
+            for encoded in batch:
+                seen = self._seen.get(encoded.site)
+                if seen is None or not seen.contains(encoded.version):
+                    fresh.setdefault((encoded.site, encoded.version), encoded)
         duplicates = len(batch) - len(fresh)
         if not fresh:
             return ApplyResult(None, 0, duplicates, 0)
@@ -232,7 +234,7 @@ class Store:
 
     def parked(self) -> list[ParkedChangeset]:
         """Return the changesets that are held but could not be applied."""
-        with _translated():
+        with self._sound():
             found = self.connection.execute(
                 "SELECT site, version, reason, payload FROM _repl_parked"
             ).fetchall()
@@ -254,14 +256,15 @@ class Store:
 
     def seen(self) -> dict[SiteId, VersionRanges]:
         """Return which versions this replica has, by site, its own included."""
-        return {site: ranges.copy() for site, ranges in self._seen.items()}
+        with self._sound():
+            return {site: ranges.copy() for site, ranges in self._seen.items()}
 
     def log_floor(self, site: SiteId) -> int:
         """Return the version from which on all that was seen of a site is in the log."""
         ordinal = self._sites.find(site)
         if ordinal is None:
             return 1
-        with _translated():
+        with self._sound():
             found = self.connection.execute(
                 "SELECT min(id) FROM _repl_log WHERE id BETWEEN ? AND ?", _log_range(ordinal, 1, None)
             ).fetchone()[0]
@@ -277,7 +280,7 @@ class Store:
             return []
         entries: list[EncodedChangeset] = []
         size = 0
-        with _translated():
+        with self._sound():
             cursor = self.connection.execute(
                 "SELECT id, payload FROM _repl_log WHERE id BETWEEN ? AND ? ORDER BY id",
                 _log_range(ordinal, first, last),
@@ -367,17 +370,32 @@ class Store:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with _translated():
+        with self._sound():
             try:
                 # Within the try: an interrupt can come when it has begun and not yet returned.
                 self.connection.execute("BEGIN IMMEDIATE")
                 yield
                 self.connection.execute("COMMIT")
             except BaseException:
-                if self.connection.in_transaction:  # SQLite has rolled back by itself when the disk is full
-                    self.connection.execute("ROLLBACK")
-                self._load()
+                self._is_stale = True
+                self._recover()
                 raise
+
+    @contextlib.contextmanager
+    def _sound(self) -> Iterator[None]:
+        """Look at memory and file only when nothing of a failed transaction is left in them."""
+        with _translated():
+            self._recover()
+            yield
+
+    def _recover(self) -> None:
+        """Go back to what the file says after a failure; if that fails too, before the next call."""
+        if not self._is_stale:
+            return
+        if self.connection.in_transaction:  # SQLite has rolled back by itself when the disk is full
+            self.connection.execute("ROLLBACK")
+        self._load()
+        self._is_stale = False
 
     def _load(self) -> None:
         """Read what is kept in memory from the file: at the start, and after a rollback."""

@@ -16,28 +16,29 @@ def opened(letter: str) -> Store:
     return Store.open(":memory:", SCHEMA, site=SiteId(letter.encode() * 16))
 
 
-def fail_once_after(store: Store, steps: int) -> None:
+def fail_after(store: Store, steps: int, *, lasting: bool) -> None:
+    """Let SQLite fail at that step, and, when lasting, at all that follow: rolling back fails too."""
     remaining = steps
 
     def step() -> bool:
         nonlocal remaining
         remaining -= 1
-        return remaining == 0
+        return remaining <= 0 if lasting else remaining == 0
 
     store.connection.set_progress_handler(step, 1)
 
 
-def test_a_write_that_fails_at_any_step_is_reported_and_the_next_one_succeeds():
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_write_that_fails_at_any_step_is_reported_and_the_next_one_succeeds(lasting):
     store = opened("a")
     failures = 0
     for steps in range(1, 1_500):
-        fail_once_after(store, steps)
+        fail_after(store, steps, lasting=lasting)
         try:
             store.execute([(INSERT, (steps,))], NOW)
         except StoreError:
             failures += 1
         store.connection.set_progress_handler(None, 0)
-        assert not store.connection.in_transaction
         store.execute([(INSERT, (-steps,))], NOW)
         if failures < steps:
             break
@@ -47,13 +48,14 @@ def test_a_write_that_fails_at_any_step_is_reported_and_the_next_one_succeeds():
     store.close()
 
 
-def test_a_merge_that_fails_at_any_step_is_applied_when_it_is_tried_again():
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_merge_that_fails_at_any_step_is_applied_when_it_is_tried_again(lasting):
     source = opened("a")
     sent = source.execute([(INSERT, (0,))], NOW)[1].changesets
     failures = 0
     for steps in range(1, 1_500):
         replica = opened("b")
-        fail_once_after(replica, steps)
+        fail_after(replica, steps, lasting=lasting)
         failed = False
         try:
             replica.apply(sent, NOW)
@@ -87,4 +89,19 @@ def test_a_read_that_fails_is_reported_as_trouble_with_the_store(read):
     with pytest.raises(StoreError):
         read(store)
     store.connection.set_progress_handler(None, 0)
+    store.close()
+
+
+def test_what_could_not_be_rolled_back_is_not_served():
+    store = opened("a")
+    store.execute([(INSERT, (0,))], NOW)
+    for steps in range(20, 500):
+        fail_after(store, steps, lasting=True)
+        with pytest.raises(StoreError):
+            store.execute([(INSERT, (1,))], NOW)
+        store.connection.set_progress_handler(None, 0)
+        if store.connection.in_transaction:
+            break
+    assert [entry.version for entry in store.read_log(store.site, 1, 9, 999)] == [1]
+    assert not store.connection.in_transaction
     store.close()
