@@ -23,6 +23,7 @@ from isthmus.route_feed import RouteFeed, routing_schema
 from replication.agent import Agent
 from replication.errors import ReplicationError
 from replication.settings import AgentSettings
+from replication.subscriptions import Subscriptions
 from routing.table import RoutingTable
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class AgentRole:
         self._totals = WorkerTotals()
         self._agent = Agent(agent_settings(config), routing_schema(), on_commit=self._handle_commit)
         self._checker = Checker(self._agent, config.node)
+        self._subscriptions = Subscriptions(config.database, routing_schema())
         self._feed: FeedServer | None = None
         self._admin: AdminServer | None = None
 
@@ -81,9 +83,12 @@ class AgentRole:
         self._feed = FeedServer(config.feed_socket, self._routes.load(), self._totals.handle_samples)
         await self._feed.start()
         own = {config.proxy.listen, config.admin.listen, gossip}
+        await self._subscriptions.start()
         registry = Registry(self._agent, config.node, config.region, own)
         views = Views(config, self._agent, self._table, self._feed)
-        self._admin = AdminServer(config.admin, views, registry, self._samples, self._agent)
+        self._admin = AdminServer(
+            config.admin, views, registry, self._samples, self._agent, self._subscriptions
+        )
         await self._admin.start()
         own.add(self._admin.address)  # the system may have chosen its port
         await registry.announce(config, config.proxy.listen, time.time_ns() // 1_000_000)
@@ -93,6 +98,7 @@ class AgentRole:
     async def stop(self) -> None:
         """Stop all parts, the last started first; the replication agent says goodbye to the others."""
         await self._checker.stop()
+        await self._subscriptions.stop()  # before the listener, which would wait for the streams
         if self._admin is not None:
             await self._admin.stop()
         await self._agent.stop()
@@ -106,11 +112,13 @@ class AgentRole:
             self._routes.apply(change)
         if self._feed is not None:
             self._feed.publish(commit)
+        self._subscriptions.handle_commit(commit)
         self._checker.on_tables_changed({change.table for change in commit.changes})
 
     def _samples(self) -> Iterator[Sample]:
         yield from self._totals.samples()
         yield from self._agent.samples()
         yield from self._checker.samples()
+        yield from self._subscriptions.samples()
         if self._feed is not None:
             yield "isthmus_feed_followers", (), float(len(self._feed.followers))

@@ -14,6 +14,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 
 import proxy.metrics
 import replication.metrics
+import replication.subscriptions
 from isthmus import checks
 
 if TYPE_CHECKING:
@@ -31,7 +32,13 @@ OWN_METRICS: Mapping[str, tuple[str, str]] = {
 
 def known_metrics() -> dict[str, tuple[str, str]]:
     """Return (type, help) of every metric by name."""
-    return {**proxy.metrics.METRICS, **replication.metrics.METRICS, **checks.METRICS, **OWN_METRICS}
+    return {
+        **proxy.metrics.METRICS,
+        **replication.metrics.METRICS,
+        **replication.subscriptions.METRICS,
+        **checks.METRICS,
+        **OWN_METRICS,
+    }
 
 
 def find_family(name: str, known: Mapping[str, tuple[str, str]]) -> str | None:

@@ -17,6 +17,7 @@ from aiohttp import web
 from isthmus.admin.database import DatabaseRoutes, Replica
 from isthmus.admin.guard import make_guard
 from isthmus.admin.metrics import expose
+from isthmus.admin.subscriptions import SubscriptionRoutes
 from isthmus.config import AdminConfig, AppConfig, format_address, parse_listen
 from isthmus.registry import ACTIONS, NewMachine, Registry, RegistryError
 from replication.errors import BusyError, StoreError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
 
     from isthmus.admin.views import Views
+    from replication.subscriptions import Subscriptions
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +84,14 @@ class AdminServer:
         registry: Registry,
         samples: Callable[[], Iterable[Sample]],
         replica: Replica,
+        subscriptions: Subscriptions,
     ) -> None:
         self._config = config
         self._views = views
         self._registry = registry
         self._samples = samples
         self._database = DatabaseRoutes(replica)
+        self._subscriptions = SubscriptionRoutes(subscriptions)
         self._runner: web.AppRunner | None = None
         self.address = config.listen
 
@@ -126,6 +130,7 @@ class AdminServer:
             web.delete("/v1/machines/{machine}", self._remove_machine),
             web.post("/v1/machines/{machine}/{action}", self._change_machine),
             *self._database.routes(),
+            *self._subscriptions.routes(),
         ]
 
     async def _dashboard(self, _request: web.Request) -> web.Response:

@@ -29,7 +29,7 @@ class FakeViews:
 @pytest.fixture
 async def url() -> AsyncIterator[str]:
     config = AdminConfig(listen="127.0.0.1:0", token=TOKEN)
-    server = AdminServer(config, FakeViews(), registry=None, samples=list, replica=None)
+    server = AdminServer(config, FakeViews(), registry=None, samples=list, replica=None, subscriptions=None)
     await server.start()
     yield f"http://{server.address}"
     await server.stop()

@@ -135,7 +135,7 @@ class _AnyView:
 
 
 def paths() -> set[str]:
-    server = AdminServer(AdminConfig(), _AnyView(), registry=None, samples=list, replica=None)
+    server = AdminServer(AdminConfig(), _AnyView(), registry=None, samples=list, replica=None, subscriptions=None)
     return {f"{route.method} {route.path}" for route in server._routes()}
 
 
