@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Final
 
 from .core.clock import SITE_BYTES, SiteId
 from .errors import ReplicationError, StoreError
+from .identity import renew_identity
 from .sidetables import HELD_TABLE, has_common, pending_table
-from .store import BUSY_TIMEOUT_MS, renew_identity
+from .store import BUSY_TIMEOUT_MS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -289,7 +290,7 @@ def _adopt(part: Path, *, keep_site: bool) -> SiteId:
         else:
             renew_identity(copy, os.urandom(SITE_BYTES))
         # Closed properly, by whoever makes it: the identity that it has now is the one to go on under.
-        copy.execute("UPDATE _repl_state SET is_clean = 1")
+        copy.execute("UPDATE _repl_state SET is_clean = 1, home = ''")
         copy.execute("COMMIT")
         (site,) = copy.execute(
             "SELECT t.site FROM _repl_state AS s JOIN _repl_site AS t ON t.ordinal = s.site"

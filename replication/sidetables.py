@@ -42,6 +42,7 @@ CREATE TABLE _repl_state (
     seq INTEGER NOT NULL,
     merging INTEGER NOT NULL DEFAULT 0,
     boot TEXT NOT NULL DEFAULT '',
+    home TEXT NOT NULL DEFAULT '',
     is_clean INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE _repl_site (

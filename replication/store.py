@@ -29,6 +29,7 @@ from .core.clock import MAX_DRIFT_MS, SITE_BYTES, Clock, Hlc, HybridClock, SiteI
 from .core.codec import CodecError, decode_changeset, encode_changeset, pack, unpack
 from .core.versions import VersionRanges
 from .errors import BusyError, SnapshotError, StatementError, StoreError
+from .identity import Opened, prepare_identity, read_boot, read_home
 from .merging import TableMerge, check_change, offer_change, offer_states
 from .snapshot import Head, TableStates, compute_digest, compute_latest, read_snapshot, write_snapshot
 from .tables import Sites, Table, read_lossy
@@ -44,7 +45,6 @@ BUSY_TIMEOUT_MS: Final = 5_000
 # Statements per table and a few of the store's own; preparing one again costs more than running it.
 CACHED_STATEMENTS: Final = 512
 VERSION_BITS: Final = 40
-BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _WRITES = re.compile(
     r"(?:\s+|--[^\n]*\n|/\*.*?\*/)*(INSERT|UPDATE|DELETE|REPLACE|WITH)\b", re.IGNORECASE | re.DOTALL
 )
@@ -122,7 +122,8 @@ class Store:
         connection = sqlite3.connect(
             name, isolation_level=None, check_same_thread=False, cached_statements=CACHED_STATEMENTS
         )
-        return cls.adopt(connection, name, schema, max_drift_ms=max_drift_ms, site=site, boot=_read_boot())
+        opened = Opened(read_boot(), read_home(name))
+        return cls.adopt(connection, name, schema, opened, max_drift_ms=max_drift_ms, site=site)
 
     @classmethod
     def adopt(
@@ -130,16 +131,15 @@ class Store:
         connection: sqlite3.Connection,
         path: str,
         schema: Schema,
+        opened: Opened,
         *,
-        boot: str,
         max_drift_ms: int = MAX_DRIFT_MS,
         site: SiteId | None = None,
         make_site: Callable[[], bytes] = lambda: os.urandom(SITE_BYTES),
     ) -> Self:
         """Make a replica of an open connection, as `open` does; it is closed if that fails.
 
-        boot names the time since the machine started: a file that was not closed and comes to another boot
-        may have lost commits, and goes on as a site that make_site names.
+        A file that must not go on as the site that it was becomes the one that make_site names.
         """
         try:
             with _translated():
@@ -148,7 +148,7 @@ class Store:
                 # The identity that the coming commits are made under must outlive a power failure.
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.execute("BEGIN IMMEDIATE")
-                _prepare_file(connection, site, boot, make_site)
+                prepare_identity(connection, site, opened, make_site)
                 sidetables.migrate(connection, schema)
                 connection.execute("COMMIT")
                 connection.execute("PRAGMA synchronous = NORMAL")
@@ -638,42 +638,3 @@ def _translated() -> Iterator[None]:
         if code in _BUSY_CODES:
             raise BusyError("another process is writing to the database file") from error
         raise StoreError(str(error)) from error
-
-
-def _read_boot() -> str:
-    """Return what names the time since the machine started; nothing where the system does not say."""
-    try:
-        return BOOT_ID.read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
-def _prepare_file(
-    connection: sqlite3.Connection, site: SiteId | None, boot: str, make_site: Callable[[], bytes]
-) -> None:
-    """Make the file a replica, or check that it is one and still is who it was."""
-    if not sidetables.has_common(connection):
-        sidetables.create_common(connection)
-        connection.execute("INSERT INTO _repl_site VALUES (0, ?)", (site or make_site(),))
-        connection.execute(
-            "INSERT INTO _repl_state (id, format, site, version, hlc, seq, boot) "
-            "VALUES (1, ?, 0, 0, 0, 0, ?)",
-            (sidetables.STORAGE_FORMAT, boot),
-        )
-        return
-    stored, was_clean, last_boot = connection.execute(
-        "SELECT t.site, s.is_clean, s.boot FROM _repl_state AS s JOIN _repl_site AS t ON t.ordinal = s.site"
-    ).fetchone()
-    if site is not None and site != stored:
-        raise StoreError(f"the file belongs to site {stored.hex()}, not {site.hex()}")
-    if site is None and not was_clean and (not boot or boot != last_boot):
-        renew_identity(connection, make_site())
-    connection.execute("UPDATE _repl_state SET is_clean = 0, boot = ?, merging = 0", (boot,))
-
-
-def renew_identity(connection: sqlite3.Connection, site: bytes) -> None:
-    """Go on as a new site: versions of the old one may be known to peers and lost here."""
-    (ordinal,) = connection.execute("SELECT max(ordinal) + 1 FROM _repl_site").fetchone()
-    connection.execute("INSERT INTO _repl_site VALUES (?, ?)", (ordinal, site))
-    connection.execute("UPDATE _repl_state SET site = ?, version = 0", (ordinal,))
-    connection.execute(f"DROP TABLE IF EXISTS {sidetables.HELD_TABLE}")  # a new site lacks nothing of its own

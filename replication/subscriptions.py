@@ -33,7 +33,7 @@ from replication.core.subscription import (
 )
 from replication.database import QueryError
 from replication.errors import BusyError, ReplicationError
-from replication.store import BOOT_ID
+from replication.identity import read_boot
 from replication.subscription_file import Saved, SubscriptionFile
 from replication.subscription_query import QueryReader
 
@@ -188,14 +188,6 @@ def make_key(sql: str, params: Params) -> bytes:
         return sha256(pack((sql.strip(), values))).digest()
     except (OverflowError, TypeError, ValueError) as error:
         raise QueryError(f"a parameter cannot be used: {error}") from error
-
-
-def read_boot() -> str:
-    """Return what names the time since the machine started; nothing where the system does not say."""
-    try:
-        return BOOT_ID.read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
 
 
 class Subscriptions:

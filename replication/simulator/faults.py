@@ -256,6 +256,7 @@ def _io(cluster: Cluster, rng: Random) -> Begun:
     if node is None or node.dies_when_failing:
         return None
     node.fail_in_steps = rng.randrange(1, 600)
+    node.failure_lasts = rng.random() < 0.5
     cluster.note(node.index, f"has a disk that fails {node.fail_in_steps} steps into a transaction")
 
     def heal() -> None:

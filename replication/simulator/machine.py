@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from random import Random
 
 from replication.core.clock import SiteId
+from replication.identity import Opened
 from replication.schema import Schema
 from replication.store import Store
 
@@ -56,7 +57,7 @@ class Disk:
             connection,
             ":memory:",
             self._schema,
-            boot=f"boot {self._boot if self._renews else 0}",
+            Opened(boot=f"boot {self._boot if self._renews else 0}"),
             make_site=lambda: SiteId(self._rng.randbytes(16)),
         )
         self.sync()  # opening syncs the identity
@@ -65,13 +66,12 @@ class Disk:
 
     def sync(self) -> None:
         """Make all that was committed survive a power failure."""
-        assert self._store is not None, "the disk is open"
-        self._synced = self._store.connection.serialize()
+        self._synced = self._read_image()
 
     def kill(self) -> None:
         """End a life with the process: what was committed is in the operating system's hands."""
+        self._left = self._read_image()
         assert self._store is not None, "the disk is open"
-        self._left = self._store.connection.serialize()
         self._store.connection.close()
         self._store = None
 
@@ -83,6 +83,14 @@ class Disk:
         self._store.connection.close()
         self._store = None
 
+    def _read_image(self) -> bytes:
+        """Return what is committed: an image taken within a transaction would hold some of it."""
+        assert self._store is not None, "the disk is open"
+        connection = self._store.connection
+        if connection.in_transaction:  # one that failed, and whose undoing failed too
+            connection.rollback()
+        return connection.serialize()
+
     def set_full(self, is_full: bool) -> None:
         """Allow the file to grow, or not."""
         self.is_full = is_full
@@ -90,19 +98,29 @@ class Disk:
             self._store.connection.execute(f"PRAGMA max_page_count = {1 if is_full else _PAGES_MAX}")
 
     @contextlib.contextmanager
-    def failing(self, steps: int) -> Iterator[None]:
-        """Interrupt SQLite once after so many steps of its virtual machine, if it makes as many."""
+    def failing(self, steps: int, *, lasting: bool) -> Iterator[None]:
+        """Interrupt SQLite at that step of its virtual machine, and, when lasting, at all that follow."""
         assert self._store is not None, "the disk is open"
         remaining = steps
+        is_committing = False
+
+        def watch(sql: str) -> None:
+            # An interrupt within COMMIT comes when all is in the file: an error that no disk makes.
+            nonlocal is_committing
+            is_committing = sql == "COMMIT"
 
         def step() -> bool:
             nonlocal remaining
+            if is_committing:
+                return False
             remaining -= 1
-            return remaining == 0
+            return remaining <= 0 if lasting else remaining == 0
 
         connection = self._store.connection
         connection.set_progress_handler(step, 1)
+        connection.set_trace_callback(watch)
         try:
             yield
         finally:
             connection.set_progress_handler(None, 0)
+            connection.set_trace_callback(None)

@@ -101,6 +101,7 @@ class Node:
         self.running = True
         self.paused_until_us = 0
         self.fail_in_steps = 0  # the next call of the store that writes is interrupted there; 0: not
+        self.failure_lasts = False  # until that call is over
         self.dies_when_failing = False
         self.store: Store = disk.open()
         self._world = world
@@ -218,7 +219,7 @@ class Node:
             if not self.fail_in_steps:
                 commit = act()
             else:
-                with self._disk.failing(self.fail_in_steps):
+                with self._disk.failing(self.fail_in_steps, lasting=self.failure_lasts):
                     self.fail_in_steps = 0
                     commit = act()
         except StoreError:

@@ -250,3 +250,19 @@ def test_the_same_node_is_itself_again_and_reuses_no_version(cluster: Cluster, t
     write(one, "again")
     cluster.wait_until_equal()
     assert len({head(node, site(one)) for node in cluster.nodes.values()}) == 1
+
+
+def test_a_node_on_a_copied_data_directory_is_a_node_of_its_own(cluster: Cluster, tmp_path: Path) -> None:
+    original = cluster.nodes["one"]
+    write(original, "before")
+    cluster.wait_until_equal()
+    assert original.close() == 0
+    shutil.copytree(original.data, cluster.directory / "copy")
+    nodes = [cluster.start("one"), cluster.start("copy")]
+    sites = {node.show("status")["replication"]["site"] for node in nodes}
+    assert len(sites) == 2
+    write(nodes[0], "on-the-original")
+    write(nodes[1], "on-the-copy")
+    cluster.wait_until_equal()
+    rows = nodes[0].change("db/query", {"sql": "SELECT name FROM apps ORDER BY name"})["rows"]
+    assert [name for (name,) in rows] == ["before", "on-the-copy", "on-the-original"]

@@ -1,13 +1,15 @@
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
-from replication import store as store_module
+from replication import identity
 from replication.core.change import EncodedChangeset, RowChange
 from replication.core.clock import SiteId
 from replication.core.versions import VersionRanges
@@ -419,7 +421,7 @@ def test_nothing_committed_is_lost_or_numbered_twice_after_a_kill(make, tmp_path
 )
 def test_a_file_left_open_at_a_reboot_gets_a_new_identity(tmp_path, monkeypatch, is_closed, boot, keeps):
     boot_id = tmp_path / "boot_id"
-    monkeypatch.setattr(store_module, "BOOT_ID", boot_id)
+    monkeypatch.setattr(identity, "BOOT_ID", boot_id)
     boot_id.write_text("1")
     store = Store.open(tmp_path / "a.db", SCHEMA)
     first = write(store, "INSERT INTO t (k) VALUES (1)").changesets[0]
@@ -433,6 +435,19 @@ def test_a_file_left_open_at_a_reboot_gets_a_new_identity(tmp_path, monkeypatch,
     assert write(store, "INSERT INTO t (k) VALUES (2)").changesets[0].version == (2 if keeps else 1)
     assert store.seen()[first.site].contains(1)
     store.close()
+
+
+@pytest.mark.parametrize(("move", "keeps"), [(shutil.copyfile, False), (Path.rename, True)])
+def test_a_copy_of_a_file_gets_an_identity_of_its_own(tmp_path, move, keeps):
+    there, here = tmp_path / "a.db", tmp_path / "b.db"
+    store = Store.open(there, SCHEMA)
+    first = write(store, "INSERT INTO t (k) VALUES (1)").changesets[0]
+    store.close()
+    move(there, here)
+    copy = Store.open(here, SCHEMA)
+    assert (copy.site == first.site) is keeps
+    assert copy.seen()[first.site].contains(1)
+    copy.close()
 
 
 def test_rows_of_a_table_that_was_there_before_are_adopted(tmp_path):
