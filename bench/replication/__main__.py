@@ -38,7 +38,8 @@ class Measure(NamedTuple):
 MEASURES = (
     Measure("empty", "merge into empty, cells/s", SIZES.rows * CELLS, 300_000, 10),
     Measure("overwrite", "merge, overwriting, cells/s", SIZES.rows * CELLS, 300_000, 10),
-    Measure("stale", "merge of what is older, cells/s", SIZES.rows * CELLS, 300_000, 10),
+    Measure("stale", "merge of what loses, cells/s", SIZES.rows * CELLS, 300_000, 10),
+    Measure("late", "merge of inserts after their updates, cells/s", SIZES.rows * CELLS, 300_000),
     Measure("duplicate", "merge of what was merged, cells/s", SIZES.rows * CELLS, 300_000, 10),
     Measure("single", "merge, one row a transaction, changesets/s", SIZES.singles, 8_000),
     Measure("single_waiting", "the same when many wait, changesets/s", SIZES.singles),

@@ -34,6 +34,8 @@ UPDATE = f"UPDATE items SET ({COLUMNS}) = (?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE id =
 UPDATE_TWO = "UPDATE items SET c3 = ?, c5 = ? WHERE id = ?"
 # What an agent gives to the store at once when changesets wait.
 WAITING = 512
+# How far behind the clock of one who writes the same rows is, so that all it writes loses.
+STALE_MS = 60_000
 LOG_BYTES_MAX = 1 << 30  # all of it
 
 
@@ -89,11 +91,13 @@ def run_round(folder: Path, mode: str, sizes: Sizes) -> Round:
         closing(Store.open(folder / "source.db", schema)) as source,
         closing(Store.open(folder / "target.db", schema)) as target,
         closing(Store.open(folder / "waiting.db", schema)) as waiting,
+        closing(Store.open(folder / "other.db", schema)) as other,
     ):
         inserts = [(i, *compute_row(i, 0)) for i in range(1, sizes.rows + 1)]
         updates = [(*compute_row(i, 1), i) for i in range(1, sizes.rows + 1)]
         ones = [(i, *compute_row(i, 0)) for i in range(sizes.rows + 1, sizes.rows + sizes.singles + 1)]
 
+        stale, _ = write(other, INSERT, inserts, sizes.batch, now_ms=wall_ms() - STALE_MS)
         old, result.cpu["local"] = write(source, INSERT, inserts, sizes.batch)
         result.bytes["log"] = measure_file(source)
         fresh, _ = write(source, UPDATE, updates, sizes.batch)
@@ -104,10 +108,10 @@ def run_round(folder: Path, mode: str, sizes: Sizes) -> Round:
         result.cpu["duplicate"] = measure(lambda: merge(target, old, 1))
         result.cpu["overwrite"] = measure(lambda: merge(target, fresh, 1))
         result.cpu["single"] = measure(lambda: merge(target, single, 1))
-        # The newer state first, so that each of the older changes is looked at and loses.
         merge(waiting, fresh, 1)
-        result.cpu["stale"] = measure(lambda: merge(waiting, old, 1))
+        result.cpu["late"] = measure(lambda: merge(waiting, old, 1))
         result.cpu["single_waiting"] = measure(lambda: merge(waiting, single, WAITING))
+        result.cpu["stale"] = measure(lambda: merge(waiting, stale, 1))
         for replica in (target, waiting):
             if replica.digest("items") != source.digest("items"):
                 raise RuntimeError("a replica differs from its source")
@@ -116,7 +120,7 @@ def run_round(folder: Path, mode: str, sizes: Sizes) -> Round:
 
 
 def write(
-    store: Store, sql: str, rows: Sequence[Sequence[int | float | str]], batch: int
+    store: Store, sql: str, rows: Sequence[Sequence[int | float | str]], batch: int, now_ms: int | None = None
 ) -> tuple[list[EncodedChangeset], float]:
     """Write rows, so many a transaction; return the changesets, and the CPU seconds that it took."""
     changesets: list[EncodedChangeset] = []
@@ -126,7 +130,7 @@ def write(
 
     def act() -> None:
         for statements in transactions:
-            _, commit = store.execute(statements, wall_ms())
+            _, commit = store.execute(statements, wall_ms() if now_ms is None else now_ms)
             assert commit is not None, "every value is new"
             changesets.extend(commit.changesets)
 
