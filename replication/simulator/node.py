@@ -43,7 +43,7 @@ from replication.core.wire import (
 )
 from replication.errors import SnapshotError, StoreError
 from replication.repair import CHUNK_BYTES, read_floors, read_needs
-from replication.simulator.checkers import Checkers
+from replication.simulator.checkers import Checkers, InvariantError
 from replication.simulator.events import EventQueue
 from replication.simulator.machine import Disk, WallClock
 from replication.simulator.network import Link, Network
@@ -192,6 +192,11 @@ class Node:
             act()
         except NodeKilledError:
             self.end(power=False)
+        except InvariantError:
+            raise
+        except Exception as error:
+            found = f"node {self.index}: {type(error).__name__}: {error}"
+            raise InvariantError("errors_handled", found, frozenset((self.index,))) from error
 
     def _after(self, delay_ms: float, act: Callable[[], None]) -> None:
         self._world.queue.after(int(delay_ms * 1000), lambda: self.enter(act))

@@ -134,6 +134,17 @@ def test_a_memory_over_its_bound_ends_the_run(monkeypatch):
     assert failure.check == "memory_bounded"
 
 
+def test_an_error_that_nobody_expects_is_a_failure_with_a_timeline(monkeypatch):
+    def raise_error(*_: object) -> None:
+        raise KeyError("who")
+
+    monkeypatch.setattr("replication.core.swim.Swim.tick", raise_error)
+    report = run(Scenario(seed=1, seconds=5, faults=()))
+    assert report.failure is not None
+    assert str(report.failure) == "errors_handled: node 1: KeyError: 'who'"
+    assert "starts as site" in report.timeline[0]
+
+
 @pytest.mark.parametrize("wrong", [{"faults": ("rain",)}, {"nodes": 1}, {"seconds": 0}, {"writes_per_s": 0}])
 def test_refuses_a_scenario_that_cannot_be_run(wrong):
     with pytest.raises(ValueError, match=r"unknown|nodes"):
