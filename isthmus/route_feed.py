@@ -6,12 +6,14 @@ the table stays usable: a row that cannot be used is counted and named, and the 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sqlite3
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
+from isthmus.feed import ROWS_A_TURN
 from replication.schema import Schema
 from replication.sidetables import read_seq
 from routing.catalog import load_schema_sql
@@ -50,8 +52,27 @@ class RouteFeed:
     def load(self) -> int:
         """Make the table equal to the file, and return the sequence number up to which it is.
 
-        Reads in one transaction, so the number and the rows belong together; needs no agent.
+        Reads in one transaction, so the number and the rows belong together; needs no agent. Blocks until it
+        is done: for a process that does not serve yet.
         """
+        with self._reading() as (seq, rows):
+            self._table.load(rows)
+        return seq
+
+    async def reload(self) -> int:
+        """Do what `load` does, with pauses in which requests are served; they see the table half-way."""
+        seq, rows = await asyncio.to_thread(self._read_all)
+        for _ in self._table.load_in_steps(rows, ROWS_A_TURN):
+            await asyncio.sleep(0)
+        return seq
+
+    def _read_all(self) -> tuple[int, list[tuple[str, Pk, Row]]]:
+        with self._reading() as (seq, rows):
+            return seq, list(rows)
+
+    @contextmanager
+    def _reading(self) -> Iterator[tuple[int, Iterator[tuple[str, Pk, Row]]]]:
+        """Open the file for one look at it."""
         started = time.monotonic()
         source = f"{self._database.resolve().as_uri()}?mode=ro"
         connection = sqlite3.connect(source, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
@@ -60,12 +81,11 @@ class RouteFeed:
         with closing(connection):
             connection.execute("BEGIN")
             seq = read_seq(connection)
-            self._table.load(self._read_rows(connection))
+            yield seq, self._read_rows(connection)
         log.info(
             "routing table loaded",
             extra={"seq": seq, "took_ms": round((time.monotonic() - started) * 1000)},
         )
-        return seq
 
     def _read_rows(self, connection: sqlite3.Connection) -> Iterator[tuple[str, Pk, Row]]:
         for name, table in self._schema.tables.items():

@@ -70,7 +70,7 @@ class WorkerRole:
         self._follower = FeedFollower(
             config.feed_socket,
             f"worker-{index}/{os.getpid()}",
-            load=self._routes.load,
+            load=self._routes.reload,
             apply=self._routes.apply,
             samples=self._samples,
         )

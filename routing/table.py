@@ -11,6 +11,7 @@ counts as absent, is named in `rejected`, and touches no other row.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Final
 
 from .catalog import TABLES, RowError, parse_row
@@ -151,12 +152,24 @@ class RoutingTable:
 
     def load(self, rows: Iterable[tuple[str, Pk, Row | None]]) -> None:
         """Hold exactly these rows from now on; machines that stay keep their Target."""
+        for _ in self.load_in_steps(rows, sys.maxsize):
+            pass
+
+    def load_in_steps(self, rows: Iterable[tuple[str, Pk, Row | None]], step: int) -> Iterator[None]:
+        """Do what `load` does, and yield after each `step` rows so that the caller can do other things.
+
+        In between the table is usable and holds some of the old rows and some of the new.
+        """
         stale = {(table, pk) for table, held in self._rows.items() for pk in held} | set(self.rejected)
-        for table, pk, row in rows:
+        for done, (table, pk, row) in enumerate(rows, 1):
             self.apply(table, pk, row)
             stale.discard((table, pk))
-        for table, pk in stale:
+            if not done % step:
+                yield
+        for done, (table, pk) in enumerate(stale, 1):
             self.apply(table, pk, None)
+            if not done % step:
+                yield
 
     def _index(self, old: Entity | None, new: Entity | None) -> None:
         match new if new is not None else old:

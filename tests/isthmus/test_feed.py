@@ -37,7 +37,7 @@ class Worker:
         self.follower = FeedFollower(path, name, load=self.load, apply=self.apply, samples=self.samples)
         self._task: asyncio.Task[None] | None = None
 
-    def load(self) -> int:
+    async def load(self) -> int:
         if self.load_errors:
             raise self.load_errors.pop(0)
         self.loads.append(self.file_seq)
@@ -223,6 +223,20 @@ async def test_huge_commit_makes_workers_load_the_file(
         assert late.loads == [3]
     finally:
         await late.stop()
+
+
+async def test_large_commit_is_applied_with_turns_for_requests(
+    agent: Agent, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "ROWS_A_TURN", 10)
+    worker.start()
+    await eventually("the worker follows", lambda: agent.server.followers)
+    agent.publish(commit(1, rows=100))
+    seen = set()
+    while worker.follower.seq < 1:
+        await asyncio.sleep(0)
+        seen.add(len(worker.applied))
+    assert {10, 50, 90, 100} <= seen
 
 
 async def test_commit_that_the_file_included_already_is_not_applied_again(

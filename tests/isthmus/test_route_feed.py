@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from typing import TYPE_CHECKING
 
 import pytest
 
+from isthmus import route_feed
 from isthmus.route_feed import RouteFeed, routing_schema
 from replication.store import Store
 from routing.catalog import TABLES
@@ -126,3 +128,26 @@ def test_absent_file_is_an_error_and_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(sqlite3.OperationalError):
         RouteFeed(RoutingTable("n1"), tmp_path / "none.db").load()
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_reload_ends_where_a_load_does_and_lets_requests_run_meanwhile(
+    file: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(route_feed, "ROWS_A_TURN", 10)
+    machines = [(PUT_MACHINE, (f"old{n}", "web", "10.0.0.1:80")) for n in range(50)]
+    write(store, *WEB[:3], *machines)
+    table = RoutingTable("n1")
+    feed = RouteFeed(table, file)
+    feed.load()
+    machines = [(PUT_MACHINE, (f"new{n}", "web", "10.0.0.2:80")) for n in range(50)]
+    commit = write(store, ("DELETE FROM machines", ()), *machines)
+
+    reloading = asyncio.create_task(feed.reload())
+    seen = set()
+    while not reloading.done():
+        await asyncio.sleep(0)
+        seen.add(len(machines_of(table)))
+    assert reloading.result() == commit.seq
+    assert machines_of(table) == sorted(f"new{n}" for n in range(50))
+    assert len(seen) > 5, "there were turns between the rows"
+    assert min(seen) >= 50, "a request always finds machines"
