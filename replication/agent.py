@@ -404,6 +404,11 @@ class Agent:
 
     def _on_member_changed(self, info: MemberInfo, state: MemberState) -> None:
         log.info("member %s at %s:%d is %s", info.name, info.host, info.port, state.name.lower())
+        if info.name == self._settings.name and state is MemberState.ALIVE:
+            log.error(
+                "the node at %s:%d has the name of this one; give one of them another", info.host, info.port
+            )
+            self.counters["name_conflicts"] += 1
         if state in (MemberState.DEAD, MemberState.LEFT):
             self._links.close(info.site)
             self._schedule.forget(info.site)

@@ -452,6 +452,17 @@ async def test_a_node_that_leaves_is_not_taken_for_dead(cluster):
     await eventually(lambda: state_of(a, "c") == "left" and state_of(b, "c") == "left", 3)
 
 
+async def test_two_nodes_of_one_name_are_told_so(cluster, tmp_path, caplog):
+    first = await cluster.start("a")
+    (tmp_path / "elsewhere").mkdir()
+    cluster.folder = tmp_path / "elsewhere"
+    second = await cluster.start("a")
+    await eventually(lambda: alive(first) == alive(second) == 2)
+    for agent, other in ((first, second), (second, first)):
+        assert f"the node at 127.0.0.1:{other.address[1]} has the name of this one" in caplog.text
+        assert agent.status()["counters"]["agent"]["name_conflicts"] >= 1
+
+
 async def test_two_agents_cannot_open_one_file(cluster, tmp_path):
     await cluster.start("a")
     second = Agent(
