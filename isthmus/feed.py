@@ -118,16 +118,12 @@ class FeedServer:
 
     def publish(self, commit: Commit) -> None:
         """Send one commit to all followers. Never blocks: one that does not read is cut off."""
-        if len(commit.changes) > COMMIT_ROWS_MAX:
+        packed = self._pack_commit(commit)
+        if packed is None:
             self._recent.clear()
             packed = _pack(["reload"])
         else:
-            packed = _pack(["commit", commit.seq, commit.changes])
-            if len(packed) > COMMIT_BYTES_MAX:
-                self._recent.clear()
-                packed = _pack(["reload"])
-            else:
-                self._recent.append((commit.seq, packed))
+            self._recent.append((commit.seq, packed))
         self.last_seq = commit.seq
         for writer in list(self._followers):
             if writer.transport.get_write_buffer_size() > BACKLOG_BYTES_MAX:
@@ -136,6 +132,16 @@ class FeedServer:
                 writer.transport.abort()
             else:
                 writer.write(packed)
+
+    def _pack_commit(self, commit: Commit) -> bytes | None:
+        """Return the message of a commit; None when workers had better read the file.
+
+        That is so for a large one, and when one before it never came here: the file has it.
+        """
+        if len(commit.changes) > COMMIT_ROWS_MAX or commit.seq > self.last_seq + 1:
+            return None
+        packed = _pack(["commit", commit.seq, commit.changes])
+        return packed if len(packed) <= COMMIT_BYTES_MAX else None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         unpacker = _unpacker()

@@ -225,6 +225,16 @@ async def test_huge_commit_makes_workers_load_the_file(
         await late.stop()
 
 
+async def test_commit_that_never_came_makes_workers_load_the_file(agent: Agent, worker: Worker) -> None:
+    agent.publish(commit(1))
+    worker.start()
+    await worker.reach(1)
+    worker.file_seq = 3
+    agent.publish(commit(3))
+    await worker.reach(3)
+    assert worker.loads == [3]
+
+
 async def test_large_commit_is_applied_with_turns_for_requests(
     agent: Agent, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
