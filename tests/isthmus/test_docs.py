@@ -135,7 +135,8 @@ class _AnyView:
 
 
 def paths() -> set[str]:
-    server = AdminServer(AdminConfig(), _AnyView(), registry=None, samples=list, replica=None, subscriptions=None)
+    parts = {"registry": None, "samples": list, "replica": None, "subscriptions": None}
+    server = AdminServer(AdminConfig(), _AnyView(), **parts)
     return {f"{route.method} {route.path}" for route in server._routes()}
 
 
