@@ -162,7 +162,8 @@ class Listener:
         changes = self._take()
         if not changes and not subscription.is_over:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(subscription.moved.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await subscription.moved.wait()
             changes = self._take()
         if changes or not subscription.is_over:
             return changes
@@ -391,8 +392,10 @@ class Subscriptions:
             )
             if wake_at_ms > now_ms:
                 timeout_s = None if wake_at_ms == float("inf") else (wake_at_ms - now_ms) / 1000
+                # Not wait_for: in Python 3.11 it loses a cancellation that comes with the event.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._kick.wait(), timeout_s)
+                    async with asyncio.timeout(timeout_s):
+                        await self._kick.wait()
                 continue
             for subscription in quiet:
                 if subscription.quiet_since_ms + self._limits.idle_ms <= now_ms:

@@ -174,11 +174,12 @@ class SubscriptionRoutes:
             )
             await response.prepare(request)
             try:
-                if options.from_id is None and not options.skip_rows:
-                    await _write_start(response, listener)
-                await _write_changes(request, response, listener, options.heartbeat_s)
-            except SubscriptionError as error:
-                await _write(response, _encode({"error": str(error)}))
+                try:
+                    if options.from_id is None and not options.skip_rows:
+                        await _write_start(response, listener)
+                    await _write_changes(request, response, listener, options.heartbeat_s)
+                except SubscriptionError as error:
+                    await _write(response, _encode({"error": str(error)}))
             except TimeoutError:
                 if request.transport is not None:
                     request.transport.abort()  # what waits in it will never be taken
