@@ -5,6 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import proxy.metrics
 import replication.metrics
+import replication.subscriptions
 from isthmus import checks
 from isthmus.admin.metrics import OWN_METRICS, Sample, WorkerTotals, expose, known_metrics
 from proxy.metrics import ProxyMetrics
@@ -101,7 +102,13 @@ def test_sample_that_no_table_describes_is_an_error() -> None:
 
 
 def test_no_two_parts_describe_the_same_metric() -> None:
-    tables = (proxy.metrics.METRICS, replication.metrics.METRICS, checks.METRICS, OWN_METRICS)
+    tables = (
+        proxy.metrics.METRICS,
+        replication.metrics.METRICS,
+        replication.subscriptions.METRICS,
+        checks.METRICS,
+        OWN_METRICS,
+    )
     assert sum(len(table) for table in tables) == len(known_metrics())
 
 
