@@ -22,7 +22,8 @@ class Target:
         """Return a word on whether it is reached, or by how much it is missed."""
         if figure >= self.limit if self.at_least else figure <= self.limit:
             return "reached"
-        return f"missed by {abs(figure - self.limit) / self.limit:.0%}"
+        by = abs(figure - self.limit) / self.limit
+        return f"missed by {by:.0%}" if by >= 0.01 else "missed by under 1%"
 
     def show(self, unit: str) -> str:
         """Return the target as a cell."""
@@ -38,7 +39,8 @@ def show_number(value: float) -> str:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table that is readable on a terminal and is Markdown too."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    # Markdown wants a rule of some length below an empty heading too.
+    widths = [max(3, *(len(row[column]) for row in [header, *rows])) for column in range(len(header))]
 
     def show(cells: Sequence[str]) -> str:
         padded = [cells[0].ljust(widths[0])]

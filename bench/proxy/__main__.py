@@ -7,8 +7,10 @@ and a round with an error fails.
 
 import argparse
 import re
+import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -52,6 +54,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--seconds", type=int, default=ROUND_S, help="of each round, proxy and size")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped then too
     nginx, wrk = find("nginx"), find("wrk")
     if nginx is None or wrk is None:
         print(
