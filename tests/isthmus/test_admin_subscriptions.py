@@ -263,6 +263,8 @@ async def test_client_that_takes_nothing_is_cut_off(api: Api, monkeypatch: pytes
         head = b"POST /v1/subscriptions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
         client.sendall(head % len(body) + body)
         await eventually("it is cut off", lambda: subscription.quiet_since_ms != since)
+        server = api.role._admin._runner.server
+        await eventually("its connection is closed", lambda: not server.connections)
         client.settimeout(10)
         received = await asyncio.to_thread(read_all, client)
     assert received.startswith(b"HTTP/1.1 200 OK")

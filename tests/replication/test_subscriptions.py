@@ -119,6 +119,7 @@ async def test_first_change_comes_at_once_and_those_after_it_together(replica: R
         assert await take(listener) == [(1, "insert", 1, 1)]
         for number in range(2, 7):
             replica.write(f"INSERT INTO a VALUES ({number}, 1)")
+            await replica.settle()
         replica.write("DELETE FROM a WHERE id = 6")
         runs = replica.runs
         assert await listener.read(0) == []
