@@ -25,7 +25,7 @@ from .core.errors import (
     render_error,
 )
 from .core.exchange import Exchange
-from .core.framing import Body, BodyError, ChunkedBody, FixedBody
+from .core.framing import Body, BodyError, ChunkedBody, Data, FixedBody
 from .core.request_head import RequestHead, parse_request_head
 from .core.wishes import plan_want
 from .sweeper import NEVER
@@ -177,10 +177,15 @@ class Downstream(asyncio.Protocol):
 
     # What an exchange calls
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Data) -> None:
         """Send bytes of the answer."""
         if self._transport is not None:
             self._transport.write(data)
+
+    def writelines(self, pieces: tuple[Data, ...]) -> None:
+        """Send bytes of the answer, not joined, in one system call."""
+        if self._transport is not None:
+            self._transport.writelines(pieces)
 
     def pause_body(self) -> None:
         """Stop reading the request body."""
@@ -352,7 +357,7 @@ class Downstream(asyncio.Protocol):
             self._start_with_body(exchange, self._body)
 
     def _start_with_body(self, exchange: Exchange, body: Body) -> None:
-        data = b""
+        data: Data = b""
         self._state = _BODY
         if self._buffer:
             try:
@@ -372,7 +377,7 @@ class Downstream(asyncio.Protocol):
         assert body is not None
         assert exchange is not None
         try:
-            data = body.feed(data)
+            piece = body.feed(data)
         except BodyError as error:
             self._fail_body(RequestError(BAD_BODY, str(error)))
             return
@@ -382,7 +387,7 @@ class Downstream(asyncio.Protocol):
             self.deadline = NEVER
         elif not self._paused:
             self.deadline = self._plane.now() + self._plane.settings.body_timeout_s
-        exchange.handle_request_body(data, ended=body.ended)
+        exchange.handle_request_body(piece, ended=body.ended)
 
     def _fail_body(self, error: RequestError) -> None:
         """The body will never be complete: answer if nothing was answered yet, and close."""

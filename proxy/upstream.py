@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final, cast
 
 from .core.errors import BAD_RESPONSE, UPSTREAM_RESET, UPSTREAM_TIMEOUT, ResponseError
-from .core.framing import Body, BodyError, ChunkedBody, FixedBody, UntilClose
+from .core.framing import COPIED_BYTES_MAX, Body, BodyError, ChunkedBody, Data, FixedBody, UntilClose
 from .core.response_head import SWITCHING_PROTOCOLS, parse_response_head
 from .sweeper import NEVER
 
@@ -72,7 +72,7 @@ class Upstream(asyncio.Protocol):
         self._reusable = False
         self.deadline = NEVER
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Data) -> None:
         """Send bytes of the request."""
         if self.transport is not None:
             self.transport.write(data)
@@ -257,22 +257,23 @@ class Upstream(asyncio.Protocol):
                 return
             raw = data if end == len(data) else data[:end]
             head = parse_response_head(raw)
-            rest = b"" if end == len(data) else data[end:]
             if head.status >= 200 or head.status == SWITCHING_PROTOCOLS:
                 break
             if not exchange.handle_informational(head):
                 raise ResponseError("too many informational answers")
             if self._exchange is not exchange:
                 return
-            data = rest
+            data = data[end:]
         self._buffer = b""
         if head.status == SWITCHING_PROTOCOLS:
             self._state = _IDLE
-            exchange.handle_response(head, rest, ended=False)
+            exchange.handle_response(head, data[end:], ended=False)
+        elif len(data) - end > COPIED_BYTES_MAX and not head.chunked and not head.replay_json:
+            self._take_head(exchange, head, memoryview(data)[end:])
         else:
-            self._take_head(exchange, head, rest)
+            self._take_head(exchange, head, b"" if end == len(data) else data[end:])
 
-    def _take_head(self, exchange: Exchange, head: ResponseHead, rest: bytes) -> None:
+    def _take_head(self, exchange: Exchange, head: ResponseHead, rest: Data) -> None:
         self._reusable = head.keep_alive
         length = head.content_length
         to_head = exchange.head.method == b"HEAD"
@@ -285,16 +286,19 @@ class Upstream(asyncio.Protocol):
             exchange.handle_response(head, rest, ended=True)
             return
         body: Body
+        data: Data = b""
         if head.chunked:
             body = ChunkedBody(bound_overhead=False)
+            data = body.feed(bytes(rest)) if rest else b""
         elif length > 0:
             body = FixedBody(length)
+            data = body.feed(rest)
         else:
             body = UntilClose()
+            data = body.feed(rest)
             self._reusable = False
         self._body = body
         self._state = _BODY
-        data = body.feed(rest) if rest else b""
         if body.ended:
             self._end(rest=bool(body.rest))
         else:
@@ -314,7 +318,7 @@ class Upstream(asyncio.Protocol):
         assert body is not None
         assert exchange is not None
         try:
-            data = body.feed(data)
+            piece = body.feed(data)
         except BodyError as error:
             self._lose(BAD_RESPONSE, str(error))
             return
@@ -322,7 +326,7 @@ class Upstream(asyncio.Protocol):
             self._end(rest=bool(body.rest))
         else:
             self.deadline = self._loop.time() + self.pool.settings.stream_timeout_s
-        exchange.handle_response_body(data, ended=body.ended)
+        exchange.handle_response_body(piece, ended=body.ended)
 
     def _discard_body(self, data: bytes) -> None:
         body = self._body

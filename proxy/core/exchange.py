@@ -37,7 +37,7 @@ from .errors import (
     prefers_plain,
     render_error,
 )
-from .framing import LAST_CHUNK, encode_chunk
+from .framing import COPIED_BYTES_MAX, LAST_CHUNK, encode_chunk
 from .request_head import IDEMPOTENT, WITH_BODY
 from .response_head import SWITCHING_PROTOCOLS
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from routing.table import Service
     from routing.target import Target
 
+    from .framing import Data
     from .plane import Client, Machine, Plane
     from .request_head import RequestHead
     from .response_head import ResponseHead
@@ -132,7 +133,7 @@ class Exchange:
         self.queued_at = 0.0  # and the next: set while queued
         self.deadline = 0.0
         # The request body.
-        self.kept: list[bytes] | None = None  # all of it so far, while it can be sent again
+        self.kept: list[Data] | None = None  # all of it so far, while it can be sent again
         self.body_bytes = 0
         self.body_lost = False  # some of it is no longer kept
         self.body_ended = False
@@ -141,7 +142,7 @@ class Exchange:
         self.informational = 0
         self.status = 0
         self.chunk_response = False
-        self.instruction: list[bytes] | None = None  # pieces of a JSON replay
+        self.instruction: list[Data] | None = None  # pieces of a JSON replay
         # Replays.
         self.replays = 0
         self.replay: Replay | None = None  # the one being carried out; None again once it reached a machine
@@ -152,7 +153,7 @@ class Exchange:
 
     # From the client
 
-    def start(self, body: bytes, ended: bool) -> None:
+    def start(self, body: Data, ended: bool) -> None:
         """Take up the request with the first bytes of its body. Call once."""
         self.plane.metrics.in_flight += 1
         self.body_ended = ended
@@ -161,7 +162,7 @@ class Exchange:
             self.body_bytes = len(body)
         self._attempt()
 
-    def handle_request_body(self, data: bytes, ended: bool) -> None:
+    def handle_request_body(self, data: Data, ended: bool) -> None:
         """Take more of the request body; `data` may be empty when `ended`."""
         self.body_ended = ended
         if data:
@@ -426,22 +427,25 @@ class Exchange:
             self.client.write(head.status_line + lines + b"\r\n")
         return True
 
-    def handle_response(self, head: ResponseHead, body: bytes, ended: bool) -> None:
+    def handle_response(self, head: ResponseHead, body: Data, ended: bool) -> None:
         """Take the final head with the first bytes of its body, as decoded."""
         if head.replays is not None or head.replay_json:
             self._take_replay(head, body, ended)
             return
         if head.status == SWITCHING_PROTOCOLS:
-            self._switch_protocols(head, body)
+            self._switch_protocols(head, bytes(body))
             return
         self.phase = _RELAYING
         self.status = head.status
         data = self._render_response(head)
-        if body:
-            data += encode_chunk(body) if self.chunk_response else body
-        if ended and self.chunk_response:
-            data += LAST_CHUNK
-        self.client.write(data)
+        if self.chunk_response:
+            data += encode_chunk(body) if body else b""
+            data += LAST_CHUNK if ended else b""
+            self.client.write(data)
+        elif len(body) <= COPIED_BYTES_MAX:
+            self.client.write(data + body)
+        else:
+            self.client.writelines((data, body))
         if ended:
             self._complete()
 
@@ -478,7 +482,7 @@ class Exchange:
         left = self.head.content_length - self.body_bytes
         return not self.head.chunked and left <= self.plane.settings.discard_bytes_max
 
-    def handle_response_body(self, data: bytes, ended: bool) -> None:
+    def handle_response_body(self, data: Data, ended: bool) -> None:
         """Take more of the answer's body, as decoded; `data` may be empty when `ended`."""
         if self.phase is _READING_REPLAY:
             self._collect_replay(data, ended)
@@ -558,7 +562,7 @@ class Exchange:
 
     # Replays
 
-    def _take_replay(self, head: ResponseHead, body: bytes, ended: bool) -> None:
+    def _take_replay(self, head: ResponseHead, body: Data, ended: bool) -> None:
         if self.fallback_used:
             self._leave_machine()
             self._fail(BAD_REPLAY, "a request that came back as a fallback cannot be replayed")
@@ -578,7 +582,7 @@ class Exchange:
             else:
                 self._replay(replay)
 
-    def _collect_replay(self, data: bytes, ended: bool) -> None:
+    def _collect_replay(self, data: Data, ended: bool) -> None:
         pieces = self.instruction
         assert pieces is not None
         pieces.append(data)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from routing.target import Target
 
     from .exchange import Exchange
+    from .framing import Data
     from .queue import Queue
     from .request_id import RequestIds
 
@@ -29,8 +30,11 @@ class Client(Protocol):
 
     port: int  # the public port that it came in on
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Data) -> None:
         """Send bytes of the answer."""
+
+    def writelines(self, pieces: tuple[Data, ...]) -> None:
+        """Send bytes of the answer that are too large to be joined first; in one system call."""
 
     def pause_body(self) -> None:
         """Stop reading the request body until `resume_body`."""
@@ -56,7 +60,7 @@ class Machine(Protocol):
     def begin(self, exchange: Exchange) -> None:
         """Deliver what comes from now on to this exchange, as the answer to one request."""
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Data) -> None:
         """Send bytes of the request."""
 
     def await_response(self) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from proxy.core.errors import CONNECT_REFUSED, UPSTREAM_RESET, UPSTREAM_TIMEOUT
 from proxy.core.exchange import Exchange
+from proxy.core.framing import COPIED_BYTES_MAX
 from proxy.core.plane import Plane
 from proxy.core.queue import Queue
 from proxy.core.request_head import parse_request_head
@@ -83,6 +84,10 @@ class World:
         self.answer += data
         self.log.append("answer")
 
+    def writelines(self, pieces) -> None:
+        self.answer += b"".join(pieces)
+        self.log.append("answer uncopied")
+
     def pause_body(self) -> None:
         self.log.append("pause body")
 
@@ -128,6 +133,19 @@ def test_a_get_in_one_write_each_way() -> None:
     assert world.take() == ["answer", "release", "finish keep"]
     assert world.in_flight() == 0
     assert world.answer.endswith(b"\r\n\r\nok")
+
+
+@pytest.mark.parametrize(
+    ("size", "how"), [(COPIED_BYTES_MAX, "answer"), (COPIED_BYTES_MAX + 1, "answer uncopied")]
+)
+def test_a_large_body_is_not_joined_to_its_head(size: int, how: str) -> None:
+    world = World("m1", idle=True)
+    exchange = world.exchange(GET)
+    world.take()
+    head = parse_response_head(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+    exchange.handle_response(head, memoryview(b"x" * size), ended=True)
+    assert world.take() == [how, "release", "finish keep"]
+    assert world.answer.endswith(b"\r\n\r\n" + b"x" * size)
 
 
 def test_a_failed_connection_is_tried_elsewhere_until_nobody_is_left() -> None:
