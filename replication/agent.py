@@ -535,8 +535,10 @@ class Agent:
             self._sync_moved.clear()
             delay_s = (self._schedule.next_at() - self._now_ms()) / 1000
             if delay_s > 0:
+                # Not wait_for: in Python 3.11 it loses a cancellation that comes together with the event.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._sync_moved.wait(), delay_s)
+                    async with asyncio.timeout(delay_s):
+                        await self._sync_moved.wait()
                 continue
             reachable = [site for site, member in self._swim.members.items() if member.is_reachable]
             peer = self._schedule.choose(reachable, self._now_ms())
