@@ -27,7 +27,7 @@ QUERIES = {
     "only existence": "SELECT id FROM a WHERE EXISTS (SELECT 1 FROM b WHERE b.aid = a.id)",
     "not in": "SELECT id, z FROM b WHERE aid NOT IN (SELECT id FROM a)",
     "count": "SELECT count(*) FROM b",
-    "aggregates": "SELECT count(x), sum(x), min(y), max(id), group_concat(DISTINCT x) FROM a",
+    "aggregates": "SELECT count(x), sum(x), min(y), max(id), count(DISTINCT x) FROM a",
     "group": "SELECT aid, count(*), total(z) FROM b GROUP BY aid",
     "having": "SELECT x, count(*) FROM a GROUP BY x HAVING count(*) > 1",
     "distinct": "SELECT DISTINCT x FROM a",
@@ -168,13 +168,16 @@ class World:
 
     def write(self, who, batch):
         self.now += 100.0
-        self.is_noted = who == "unheard"
+        was_noted, self.is_noted = self.is_noted, who == "unheard"
         wall_ms = 1_000_000 + int(self.now * 1000)
         if who == "local":
             return [self.store.execute(batch, wall_ms)[1]]
         if who == "peer":
             _, commit = self.peer.execute(batch, wall_ms)
-            return [self.store.apply(commit.changesets, wall_ms).commit] if commit else []
+            if commit is None:
+                self.is_noted = was_noted  # the replica was not asked to do anything, so it captured nothing
+                return []
+            return [self.store.apply(commit.changesets, wall_ms).commit]
         self.foreign.execute("BEGIN IMMEDIATE")
         for sql, values in batch:
             self.foreign.execute(sql, values)
