@@ -11,7 +11,7 @@ import sqlite3
 import time
 from typing import TYPE_CHECKING
 
-from isthmus.admin.metrics import Sample, WorkerTotals
+from isthmus.admin.metrics import WorkerTotals
 from isthmus.admin.server import AdminServer
 from isthmus.admin.views import Views
 from isthmus.checks import Checker
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from replication.core.change import Commit
+    from replication.metrics import Sample
 
 log = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from isthmus.registry import Database
+    from replication.metrics import Sample
 
 log = logging.getLogger(__name__)
 
-Sample = tuple[str, tuple[tuple[str, str], ...], float]
 
 METRICS = {
     "isthmus_checks_total": ("counter", "Probes of machines by result"),

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
     from pathlib import Path
 
+    from replication.metrics import Sample
+
 log = logging.getLogger(__name__)
 
-Sample = tuple[str, tuple[tuple[str, str], ...], float]
 
 # A worker that was away for fewer commits than this resumes without reading the file again.
 COMMITS_KEPT = 4096

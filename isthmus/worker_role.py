@@ -24,7 +24,7 @@ from routing.table import RoutingTable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from isthmus.admin.metrics import Sample
+    from replication.metrics import Sample
 
 
 def proxy_settings(config: Config) -> ProxySettings:

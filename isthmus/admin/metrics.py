@@ -20,7 +20,8 @@ from isthmus import checks
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-Sample = tuple[str, tuple[tuple[str, str], ...], float]
+    from replication.metrics import Sample
+
 Key = tuple[str, tuple[tuple[str, str], ...]]
 
 OWN_METRICS: Mapping[str, tuple[str, str]] = {

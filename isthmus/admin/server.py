@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
 
     from isthmus.admin.views import Views
+    from replication.metrics import Sample
     from replication.subscriptions import Subscriptions
 
 log = logging.getLogger(__name__)
 
-Sample = tuple[str, tuple[tuple[str, str], ...], float]
 Body = TypeVar("Body")
 
 # The page brings everything with it, talks to this node alone, and is shown in no frame, where another page

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -7,8 +9,11 @@ import proxy.metrics
 import replication.metrics
 import replication.subscriptions
 from isthmus import checks
-from isthmus.admin.metrics import OWN_METRICS, Sample, WorkerTotals, expose, known_metrics
+from isthmus.admin.metrics import OWN_METRICS, WorkerTotals, expose, known_metrics
 from proxy.metrics import ProxyMetrics
+
+if TYPE_CHECKING:
+    from replication.metrics import Sample
 
 REQUESTS = "isthmus_requests_total"
 IN_FLIGHT = "isthmus_requests_in_flight"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
     from pathlib import Path
 
+    from replication.metrics import Sample
+
 
 def commit(seq: int, rows: int = 1, filler: str = "") -> Commit:
     changes = (RowChange("apps", (f"a{seq}-{i}",), (f"a{seq}-{i}", filler, None)) for i in range(rows))
@@ -48,7 +50,7 @@ class Worker:
             raise self.apply_errors.pop(0)
         self.applied.append(change)
 
-    def samples(self) -> Iterable[feed.Sample]:
+    def samples(self) -> Iterable[Sample]:
         return [("isthmus_requests_total", (("app", "a"),), float(len(self.applied)))]
 
     @property
