@@ -7,12 +7,14 @@ range that its class declares, or raises `WireError`; it never raises anything e
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import msgpack
 
 from replication.core.change import EncodedChangeset
-from replication.core.clock import SiteId
+from replication.core.clock import HLC_MAX, Hlc, SiteId
+from replication.core.fields import WireError as WireError  # noqa: PLC0414  part of this module's interface
+from replication.core.fields import blob, by_site, optional, read_flag, read_row, read_site, rows, text, whole
 from replication.core.member import (
     INCARNATION_MAX,
     NAME_CHARS_MAX,
@@ -21,7 +23,7 @@ from replication.core.member import (
     Update,
     is_address_literal,
 )
-from replication.errors import ReplicationError
+from replication.core.vivaldi import DIMENSIONS, REACH_MS, Coordinate
 
 PROTOCOL_VERSION = 1
 
@@ -38,17 +40,43 @@ SITES_MAX = 16_384
 RANGES_MAX = 4_096
 ITEMS_MAX = 16_384
 CLUSTER_CHARS_MAX = 64
+# What one transaction may be when it travels in parts; who takes it in decides how much of that it wants.
+PAYLOAD_BYTES_MAX = 2**32
+# A part is one frame: small enough that probes and pushes on the same link do not wait for long.
+PART_BYTES_MAX = 256 * 1024
+TABLE_CHARS_MAX = 255
+KEY_BYTES_MAX = 1024 * 1024
+DIGEST_ROWS_MAX = 2**20
+DIGEST_BYTES_MIN, DIGEST_BYTES_MAX = 8, 32
+# Third-hand coordinates that are older than a day are of no use; the age saturates there.
+AGE_S_MAX = 86_400
+
+NEVER = Hlc(0)
 
 Range = tuple[int, int]
 ChangesetId = tuple[SiteId, int]
+DigestRange = tuple[bytes, int, bytes]
 
 
-class WireError(ReplicationError):
-    """The peer sent bytes that are not a message; `reason` is one of few words, fit for a metric's label."""
+class Heartbeat(NamedTuple):
+    """A site's word about itself, at a time of its own clock.
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    All its changesets up to `hlc` are its versions up to `version`, and of every other member it has all
+    that was written up to `complete_hlc`.
+    """
+
+    site: SiteId
+    version: int
+    hlc: Hlc
+    complete_hlc: Hlc
+
+
+class Whereabouts(NamedTuple):
+    """Where a member is on the map of round trips, and how long ago it said so."""
+
+    site: SiteId
+    coordinate: Coordinate
+    age_s: int
 
 
 # --- messages -----------------------------------------------------------------------------------------
@@ -62,15 +90,17 @@ class Ping:
     target: SiteId
     sender: MemberInfo
     updates: tuple[Update, ...] = ()
+    coordinate: Coordinate | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """The answer to a Ping, also when it was relayed."""
+    """The answer to a Ping, also when it was relayed; `coordinate` is where the sender of the Ack is."""
 
     number: int
     sender: MemberInfo
     updates: tuple[Update, ...] = ()
+    coordinate: Coordinate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +166,7 @@ class Members:
     """A node's member list, exchanged when it syncs."""
 
     updates: tuple[Update, ...]
+    whereabouts: tuple[Whereabouts, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +205,15 @@ class SyncOpen:
 
 @dataclass(frozen=True, slots=True)
 class SyncState:
-    """What the asked node has seen, and from which version on its log can serve each site."""
+    """What the asked node has seen, and from which version on its log can serve each site.
+
+    It no longer holds the tombstones of what was deleted up to `collected`; 0 when it holds all.
+    """
 
     session: int
     seen: dict[SiteId, tuple[Range, ...]]
     floors: dict[SiteId, int]
+    collected: Hlc = NEVER
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +225,14 @@ class SyncBusy:
 
 @dataclass(frozen=True, slots=True)
 class SyncAsk:
-    """Asks for ranges of versions (site, first, last) out of the log."""
+    """Asks for ranges of versions (site, first, last) out of the log.
+
+    `offset` is how much of the payload of the very first version is there already.
+    """
 
     session: int
     needs: tuple[tuple[SiteId, int, int], ...]
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,92 +266,109 @@ class SnapshotChunk:
     chunk: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Large:
+    """Names changesets (site, version, bytes) that are there to be pulled, as they are too large to push."""
+
+    ids: tuple[tuple[SiteId, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SyncPart:
+    """Some bytes of one payload that does not fit a SyncChanges; parts come in order."""
+
+    session: int
+    site: SiteId
+    version: int
+    total_bytes: int
+    offset: int
+    data: bytes
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.data) <= min(PART_BYTES_MAX, self.total_bytes - self.offset):
+            raise WireError("part")
+
+
+@dataclass(frozen=True, slots=True)
+class DigestAsk:
+    """Asks for the digests of a table's rows behind a key, one for every `rows_max` rows at most."""
+
+    session: int
+    table: str
+    after: bytes | None
+    rows_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class DigestRanges:
+    """Digests of successive ranges of rows (upper key, rows, digest); `is_last` at the table's end."""
+
+    session: int
+    ranges: tuple[DigestRange, ...]
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StatesAsk:
+    """Asks for the rows with lower < key <= upper, as SnapshotChunks and a SyncDone; None is no bound."""
+
+    session: int
+    table: str
+    lower: bytes | None
+    upper: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Beats:
+    """Heartbeats of any sites, passed on."""
+
+    beats: tuple[Heartbeat, ...]
+
+
 Datagram = Ping | Ack | PingRequest | Nack | Join | Rumors
 Frame = (
     Hello | StreamPing | StreamAck | Members | Push | IHave | Graft | Prune
     | SyncOpen | SyncState | SyncBusy | SyncAsk | SyncChanges | SyncDone | SnapshotAsk | SnapshotChunk
+    | Large | SyncPart | DigestAsk | DigestRanges | StatesAsk | Beats
 )  # fmt: skip
 Message = Datagram | Frame
 
 # --- fields: how each type is checked on the way in and flattened on the way out ----------------------
 
-T = TypeVar("T")
-Reader = Callable[[Any], Any]
-Writer = Callable[[Any], Any]
-
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    read: Reader
-    write: Writer
+    read: Callable[[Any], Any]
+    write: Callable[[Any], Any]
 
 
 def _same(value: Any) -> Any:
     return value
 
 
-def _uint(limit: int) -> Reader:
-    def read(value: Any) -> int:
-        # `type(…) is` because True is an int to isinstance.
-        if type(value) is not int or not 0 <= value < limit:
-            raise WireError("field")
-        return value
-
-    return read
-
-
-def _bytes(value: Any) -> bytes:
-    if type(value) is not bytes:
-        raise WireError("field")
-    return value
-
-
-def _site(value: Any) -> SiteId:
-    if type(value) is not bytes or len(value) != 16:
-        raise WireError("field")
-    return SiteId(value)
-
-
-def _text(limit: int) -> Reader:
-    def read(value: Any) -> str:
-        if type(value) is not str or not 0 < len(value) <= limit or not value.isprintable():
-            raise WireError("field")
-        return value
-
-    return read
-
-
-def _flag(value: Any) -> bool:
-    if type(value) is not bool:
-        raise WireError("field")
-    return value
-
-
-def _row(value: Any, arity: int) -> tuple[Any, ...]:
-    if type(value) is not tuple or len(value) != arity:
-        raise WireError("field")
-    return value
-
-
-def _rows(value: Any, limit: int) -> tuple[Any, ...]:
-    if type(value) is not tuple or len(value) > limit:
-        raise WireError("field")
-    return value
-
-
-_read_incarnation = _uint(INCARNATION_MAX)
-_read_version = _uint(VERSION_MAX)
-_read_name = _text(NAME_CHARS_MAX)
-_read_host = _text(45)  # the longest IPv6 literal
-_read_port = _uint(65_536)
+_read_incarnation = whole(0, INCARNATION_MAX - 1)
+_read_version = whole(0, VERSION_MAX - 1)
+_read_number = whole(1, VERSION_MAX - 1)  # of a changeset: a version that exists
+_read_name = text(NAME_CHARS_MAX)
+_read_host = text(45)  # the longest IPv6 literal
+_read_port = whole(0, 65_535)
+_read_state = whole(0, len(MemberState) - 1)
+_read_hlc = whole(0, HLC_MAX)
+_read_payload = blob(FRAME_BYTES_MAX)
+_read_payload_bytes = whole(0, PAYLOAD_BYTES_MAX)
+_read_age_s = whole(0, AGE_S_MAX)
+# A coordinate travels in whole microseconds, and its error in thousandths: no NaN, and half the bytes.
+_read_reach_us = whole(-int(REACH_MS * 1000), int(REACH_MS * 1000))
+_read_key = blob(KEY_BYTES_MAX)
+_read_digest = blob(DIGEST_BYTES_MAX, DIGEST_BYTES_MIN)
 
 
 def _read_info(value: Any) -> MemberInfo:
-    site, name, host, port, incarnation = _row(value, 5)
+    site, name, host, port, incarnation = read_row(value, 5)
     host = _read_host(host)
     if not is_address_literal(host) or _read_port(port) == 0:
         raise WireError("address")
-    return MemberInfo(_site(site), _read_name(name), host, port, _read_incarnation(incarnation))
+    return MemberInfo(read_site(site), _read_name(name), host, port, _read_incarnation(incarnation))
 
 
 def _write_info(info: MemberInfo) -> tuple[Any, ...]:
@@ -320,106 +376,147 @@ def _write_info(info: MemberInfo) -> tuple[Any, ...]:
 
 
 def _read_update(value: Any) -> Update:
-    info, state = _row(value, 2)
-    if type(state) is not int or not 0 <= state < len(MemberState):
-        raise WireError("field")
-    return Update(_read_info(info), MemberState(state))
-
-
-def _read_updates(value: Any) -> tuple[Update, ...]:
-    return tuple(_read_update(item) for item in _rows(value, ITEMS_MAX))
+    info, state = read_row(value, 2)
+    return Update(_read_info(info), MemberState(_read_state(state)))
 
 
 def _write_updates(updates: tuple[Update, ...]) -> list[Any]:
     return [(_write_info(update.info), int(update.state)) for update in updates]
 
 
-def _read_changeset(value: Any) -> EncodedChangeset:
-    site, version, payload = _row(value, 3)
-    if _read_version(version) == 0:
+def _read_coordinate(value: Any) -> Coordinate:
+    *vector, height, error = (_read_reach_us(item) / 1000 for item in read_row(value, DIMENSIONS + 2))
+    if height < 0 or error < 0:
         raise WireError("field")
-    return EncodedChangeset(_site(site), version, _bytes(payload))
+    return Coordinate(tuple(vector), height, error)
+
+
+def _write_coordinate(place: Coordinate | None) -> list[int] | None:
+    if place is None:
+        return None
+    return [round(value * 1000) for value in (*place.vector, place.height, place.error)]
+
+
+def _read_whereabouts(value: Any) -> Whereabouts:
+    site, place, age_s = read_row(value, 3)
+    return Whereabouts(read_site(site), _read_coordinate(place), _read_age_s(age_s))
+
+
+def _write_whereabouts(value: tuple[Whereabouts, ...]) -> list[Any]:
+    return [(item.site, _write_coordinate(item.coordinate), item.age_s) for item in value]
+
+
+def _read_changeset(value: Any) -> EncodedChangeset:
+    site, version, payload = read_row(value, 3)
+    return EncodedChangeset(read_site(site), _read_number(version), _read_payload(payload))
 
 
 def _write_changeset(changeset: EncodedChangeset) -> tuple[Any, ...]:
     return (changeset.site, changeset.version, changeset.payload)
 
 
-def _read_ids(value: Any) -> tuple[ChangesetId, ...]:
-    pairs = (_row(item, 2) for item in _rows(value, ITEMS_MAX))
-    return tuple((_site(site), _read_version(version)) for site, version in pairs)
+def _read_id(value: Any) -> ChangesetId:
+    site, version = read_row(value, 2)
+    return (read_site(site), _read_version(version))
+
+
+def _read_large(value: Any) -> tuple[SiteId, int, int]:
+    site, version, size = read_row(value, 3)
+    return (read_site(site), _read_number(version), _read_payload_bytes(size))
 
 
 def _read_need(value: Any) -> tuple[SiteId, int, int]:
-    site, first, last = _row(value, 3)
+    site, first, last = read_row(value, 3)
     if not 0 < _read_version(first) <= _read_version(last):
         raise WireError("field")
-    return (_site(site), first, last)
+    return (read_site(site), first, last)
+
+
+def _read_range(value: Any) -> Range:
+    first, last = read_row(value, 2)
+    return (_read_version(first), _read_version(last))
 
 
 def _read_ranges(value: Any) -> tuple[Range, ...]:
     """Check that the ranges are in order and apart, so that nobody downstream needs to."""
     end = 0
-    ranges = []
-    for item in _rows(value, RANGES_MAX):
-        first, last = _row(item, 2)
-        if not end < _read_version(first) <= _read_version(last):
+    ranges = rows(_read_range, RANGES_MAX)(value)
+    for first, last in ranges:
+        if not end < first <= last:
             raise WireError("ranges")
         end = last
-        ranges.append((first, last))
-    return tuple(ranges)
+    return ranges
 
 
-def _read_by_site(read: Callable[[Any], T]) -> Callable[[Any], dict[SiteId, T]]:
-    def read_map(value: Any) -> dict[SiteId, T]:
-        if type(value) is not dict or len(value) > SITES_MAX:
-            raise WireError("field")
-        return {_site(site): read(item) for site, item in value.items()}
-
-    return read_map
+def _read_digest_range(value: Any) -> DigestRange:
+    upper, count, digest = read_row(value, 3)
+    return (_read_key(upper), whole(0, DIGEST_ROWS_MAX)(count), _read_digest(digest))
 
 
-_UINT32 = _Field(_uint(2**32), _same)
+def _read_beat(value: Any) -> Heartbeat:
+    site, version, hlc, complete = read_row(value, 4)
+    if _read_hlc(complete) > _read_hlc(hlc):
+        raise WireError("field")
+    return Heartbeat(read_site(site), _read_version(version), hlc, complete)
+
+
+def _plain(read: Callable[[Any], Any]) -> _Field:
+    return _Field(read, _same)
+
+
+def _many(read: Callable[[Any], Any], write: Callable[[Any], Any] = _same) -> _Field:
+    return _Field(rows(read, ITEMS_MAX), write)
+
+
+_UINT32 = _plain(whole(0, 2**32 - 1))
 _SESSION = _UINT32
-_SITE = _Field(_site, _same)
+_FLAG = _plain(read_flag)
+_SITE = _plain(read_site)
 _INFO = _Field(_read_info, _write_info)
-_UPDATES = _Field(_read_updates, _write_updates)
-_IDS = _Field(_read_ids, _same)
-_SEEN = _Field(_read_by_site(_read_ranges), _same)
+_UPDATES = _many(_read_update, _write_updates)
+_COORDINATE = _Field(optional(_read_coordinate), _write_coordinate)
+_IDS = _many(_read_id)
+_SEEN = _plain(by_site(_read_ranges, SITES_MAX))
 _CHANGESET = _Field(_read_changeset, _write_changeset)
-_CHANGESETS = _Field(
-    lambda value: tuple(_read_changeset(item) for item in _rows(value, ITEMS_MAX)),
-    lambda value: [_write_changeset(item) for item in value],
-)
-_NEEDS = _Field(lambda value: tuple(_read_need(item) for item in _rows(value, ITEMS_MAX)), _same)
+_CHANGESETS = _many(_read_changeset, lambda value: [_write_changeset(item) for item in value])
+_PAYLOAD = _plain(_read_payload)
+_PAYLOAD_BYTES = _plain(_read_payload_bytes)
+_TABLE = _plain(text(TABLE_CHARS_MAX))
+_KEY = _plain(optional(_read_key))
 
 
 class _Registry:
     """One table of kinds: the number on the wire, the class, and how its fields are read and written."""
 
     TABLE: ClassVar[dict[type[Any], tuple[_Field, ...]]] = {
-        Ping: (_UINT32, _SITE, _INFO, _UPDATES),
-        Ack: (_UINT32, _INFO, _UPDATES),
+        Ping: (_UINT32, _SITE, _INFO, _UPDATES, _COORDINATE),
+        Ack: (_UINT32, _INFO, _UPDATES, _COORDINATE),
         PingRequest: (_UINT32, _INFO, _INFO, _UPDATES),
         Nack: (_UINT32, _INFO, _UPDATES),
         Join: (_INFO, _UPDATES),
         Rumors: (_INFO, _UPDATES),
-        Hello: (_Field(_text(CLUSTER_CHARS_MAX), _same), _INFO, _Field(_flag, _same)),
+        Hello: (_plain(text(CLUSTER_CHARS_MAX)), _INFO, _FLAG),
         StreamPing: (_UINT32,),
         StreamAck: (_UINT32,),
-        Members: (_UPDATES,),
+        Members: (_UPDATES, _many(_read_whereabouts, _write_whereabouts)),
         Push: (_CHANGESET,),
         IHave: (_IDS,),
         Graft: (_IDS,),
         Prune: (),
         SyncOpen: (_SESSION, _SEEN),
-        SyncState: (_SESSION, _SEEN, _Field(_read_by_site(_read_version), _same)),
+        SyncState: (_SESSION, _SEEN, _plain(by_site(_read_version, SITES_MAX)), _plain(_read_hlc)),
         SyncBusy: (_SESSION,),
-        SyncAsk: (_SESSION, _NEEDS),
+        SyncAsk: (_SESSION, _many(_read_need), _PAYLOAD_BYTES),
         SyncChanges: (_SESSION, _CHANGESETS),
-        SyncDone: (_SESSION, _Field(_flag, _same)),
+        SyncDone: (_SESSION, _FLAG),
         SnapshotAsk: (_SESSION,),
-        SnapshotChunk: (_SESSION, _Field(_bytes, _same)),
+        SnapshotChunk: (_SESSION, _PAYLOAD),
+        Large: (_many(_read_large),),
+        SyncPart: (_SESSION, _SITE, _plain(_read_number), _PAYLOAD_BYTES, _PAYLOAD_BYTES, _PAYLOAD),
+        DigestAsk: (_SESSION, _TABLE, _KEY, _plain(whole(1, DIGEST_ROWS_MAX))),
+        DigestRanges: (_SESSION, _many(_read_digest_range), _FLAG),
+        StatesAsk: (_SESSION, _TABLE, _KEY, _KEY),
+        Beats: (_many(_read_beat),),
     }
     # A kind's number is its place in the table: new kinds go to the end, retired ones leave a hole.
     KINDS: ClassVar[list[type[Any]]] = list(TABLE)

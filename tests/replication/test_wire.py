@@ -10,17 +10,20 @@ from hypothesis import strategies as st
 
 from replication.core import wire
 from replication.core.change import EncodedChangeset
-from replication.core.clock import SiteId
+from replication.core.clock import HLC_MAX, Hlc, SiteId
 from replication.core.member import INCARNATION_MAX, MemberInfo, MemberState, Update
+from replication.core.vivaldi import REACH_MS, Coordinate
 
 SITE = SiteId(b"s" * 16)
 INFO = MemberInfo(SITE, "ams-1", "fdaa::3", 7946, 41)
 UPDATE = Update(INFO, MemberState.SUSPECT)
 CHANGESET = EncodedChangeset(SITE, 7, b"payload")
+PLACE = Coordinate((1.5, -REACH_MS, 0.001, 0.0), 0.25, 0.125)
+BEAT = wire.Heartbeat(SITE, 7, Hlc(9 << 16), Hlc(8 << 16))
 
 DATAGRAMS = [
     wire.Ping(1, SITE, INFO, (UPDATE,)),
-    wire.Ack(2**32 - 1, INFO),
+    wire.Ack(2**32 - 1, INFO, coordinate=PLACE),
     wire.PingRequest(3, INFO, INFO, (UPDATE, UPDATE)),
     wire.Nack(4, INFO),
     wire.Join(INFO, (UPDATE,)),
@@ -30,19 +33,25 @@ FRAMES = [
     wire.Hello("isthmus", INFO, lasting=True),
     wire.StreamPing(1),
     wire.StreamAck(1),
-    wire.Members((UPDATE,)),
+    wire.Members((UPDATE,), (wire.Whereabouts(SITE, PLACE, 7),)),
     wire.Push(CHANGESET),
     wire.IHave(((SITE, 1), (SITE, 2))),
     wire.Graft(((SITE, 1),)),
     wire.Prune(),
     wire.SyncOpen(1, {SITE: ((1, 5), (7, 7))}),
-    wire.SyncState(1, {SITE: ((1, 5),)}, {SITE: 3}),
+    wire.SyncState(1, {SITE: ((1, 5),)}, {SITE: 3}, Hlc(5)),
     wire.SyncBusy(1),
-    wire.SyncAsk(1, ((SITE, 6, 9),)),
+    wire.SyncAsk(1, ((SITE, 6, 9),), 512),
     wire.SyncChanges(1, (CHANGESET,)),
     wire.SyncDone(1, complete=False),
     wire.SnapshotAsk(1),
     wire.SnapshotChunk(1, b"chunk"),
+    wire.Large(((SITE, 1, 2**32),)),
+    wire.SyncPart(1, SITE, 2, 10, 7, b"end"),
+    wire.DigestAsk(1, "machines", None, 1_000),
+    wire.DigestRanges(1, ((b"k", 9, b"8 bytes."), (b"l", 0, b"8 bytes.")), is_last=True),
+    wire.StatesAsk(1, "machines", b"k", None),
+    wire.Beats((BEAT,)),
 ]
 
 
@@ -98,7 +107,37 @@ LONG = b"\x01" * 17
         (wire.SyncOpen(1, {}), "seen", {b"short": ((1, 5),)}),
         (wire.SyncOpen(1, {}), "seen", [SITE]),
         (wire.SyncAsk(1, ()), "needs", ((SITE, 3, 2),)),
+        (wire.SyncAsk(1, ()), "offset", -1),
+        (wire.SyncState(1, {}, {}), "collected", HLC_MAX + 1),
         (wire.SyncDone(1, complete=True), "complete", 1),
+        (wire.Large(()), "ids", ((SITE, 0, 1),)),
+        (wire.Large(()), "ids", ((SITE, 1, wire.PAYLOAD_BYTES_MAX + 1),)),
+        (wire.SyncPart(1, SITE, 2, 10, 7, b"end"), "version", 0),
+        (wire.SyncPart(1, SITE, 2, 10, 7, b"end"), "data", b"past the end"),
+        (wire.SyncPart(1, SITE, 2, 10, 7, b"end"), "data", b""),
+        (wire.SyncPart(1, SITE, 2, 10, 7, b"end"), "offset", 8),
+        (wire.SyncPart(1, SITE, 2, 2**30, 0, b"all"), "data", bytes(wire.PART_BYTES_MAX + 1)),
+        (wire.DigestAsk(1, "t", None, 1), "rows_max", 0),
+        (wire.DigestAsk(1, "t", None, 1), "rows_max", wire.DIGEST_ROWS_MAX + 1),
+        (wire.DigestAsk(1, "t", None, 1), "table", ""),
+        (wire.DigestAsk(1, "t", None, 1), "table", "t" * (wire.TABLE_CHARS_MAX + 1)),
+        (wire.DigestAsk(1, "t", None, 1), "after", "text"),
+        (wire.DigestAsk(1, "t", None, 1), "after", bytes(wire.KEY_BYTES_MAX + 1)),
+        (wire.DigestRanges(1, (), is_last=True), "ranges", ((b"k", 1, b"short"),)),
+        (wire.DigestRanges(1, (), is_last=True), "ranges", ((b"k", 1, bytes(33)),)),
+        (wire.DigestRanges(1, (), is_last=True), "ranges", ((b"k", -1, bytes(8)),)),
+        (wire.DigestRanges(1, (), is_last=True), "ranges", ((None, 1, bytes(8)),)),
+        (wire.Beats(()), "beats", ((SITE, 1, 5, 6),)),
+        (wire.Beats(()), "beats", ((SITE, 1, HLC_MAX + 1, 6),)),
+        (wire.Beats(()), "beats", ((SITE, 1, 5),)),
+        (wire.Members(()), "whereabouts", ((SITE, None, 0),)),
+        (wire.Members(()), "whereabouts", ((SITE, (0, 0, 0, 0, 0, 0), -1),)),
+        (wire.Members(()), "whereabouts", ((SITE, (0, 0, 0, 0, -1, 0), 0),)),
+        (wire.Members(()), "whereabouts", ((SITE, (0, 0, 0, 0, 0, -1), 0),)),
+        (wire.Members(()), "whereabouts", ((SITE, (0.5, 0, 0, 0, 0, 0), 0),)),
+        (wire.Members(()), "whereabouts", ((SITE, (float("nan"), 0, 0, 0, 0, 0), 0),)),
+        (wire.Members(()), "whereabouts", ((SITE, (10_000_001, 0, 0, 0, 0, 0), 0),)),
+        (wire.Members(()), "whereabouts", ((SITE, (0, 0, 0, 0, 0), 0),)),
         (wire.Members(()), "updates", (((), 0),)),
         (wire.Members(()), "updates", (((SITE, "a", "127.0.0.1", 1, INCARNATION_MAX), 0),)),
         (wire.Members(()), "updates", (((SITE, "a", "127.0.0.1", 1, -1), 0),)),
@@ -145,6 +184,71 @@ def test_a_field_of_the_wrong_type_or_range_is_refused(message, field, value):
 def test_bytes_that_are_no_message_are_refused(data):
     with pytest.raises(wire.WireError):
         wire.decode_frame(data)
+
+
+def test_a_part_that_no_peer_would_take_is_not_made():
+    with pytest.raises(wire.WireError, match="part"):
+        wire.SyncPart(1, SITE, 2, 10, 7, b"past the end")
+
+
+uint32s = st.integers(0, 2**32 - 1)
+sites = st.binary(min_size=16, max_size=16).map(SiteId)
+versions = st.integers(1, wire.VERSION_MAX - 1)
+hlcs = st.integers(0, HLC_MAX)
+keys = st.none() | st.binary(max_size=40)
+tables = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=20)
+reaches = st.integers(0, int(REACH_MS * 1000)).map(lambda value: value / 1000)
+places = st.builds(
+    Coordinate,
+    st.tuples(*[st.tuples(reaches, st.sampled_from([-1, 1])).map(lambda p: p[0] * p[1])] * 4),
+    reaches,
+    reaches,
+)
+beats = st.builds(
+    lambda site, version, times: wire.Heartbeat(site, version, Hlc(max(times)), Hlc(min(times))),
+    sites,
+    versions,
+    st.tuples(hlcs, hlcs),
+)
+built = st.one_of(
+    st.builds(wire.Large, st.lists(st.tuples(sites, versions, uint32s), max_size=5).map(tuple)),
+    st.builds(
+        lambda session, site, version, before, data, after: wire.SyncPart(
+            session, site, version, before + len(data) + after, before, data
+        ),
+        uint32s,
+        sites,
+        versions,
+        st.integers(0, 2**30),
+        st.binary(min_size=1, max_size=40),
+        st.integers(0, 2**30),
+    ),
+    st.builds(wire.DigestAsk, uint32s, tables, keys, st.integers(1, wire.DIGEST_ROWS_MAX)),
+    st.builds(
+        wire.DigestRanges,
+        uint32s,
+        st.lists(
+            st.tuples(st.binary(max_size=40), st.integers(0, 2**20), st.binary(min_size=8, max_size=32))
+        ).map(tuple),
+        st.booleans(),
+    ),
+    st.builds(wire.StatesAsk, uint32s, tables, keys, keys),
+    st.builds(wire.Beats, st.lists(beats, max_size=5).map(tuple)),
+    st.builds(
+        wire.Members,
+        st.just(()),
+        st.lists(st.builds(wire.Whereabouts, sites, places, st.integers(0, wire.AGE_S_MAX)), max_size=5).map(
+            tuple
+        ),
+    ),
+    st.builds(wire.SyncAsk, uint32s, st.just(((SITE, 6, 9),)), uint32s),
+    st.builds(wire.SyncState, uint32s, st.just({SITE: ((1, 5),)}), st.just({}), hlcs),
+)
+
+
+@given(built)
+def test_any_values_in_range_come_back_as_they_went(message):
+    assert wire.decode_frame(wire.encode(message)) == message
 
 
 def test_size_is_checked_before_anything_is_decoded():
