@@ -2,6 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# What a changeset's own content can make SQLite say; anything else is trouble with the file.
+POISON: Final = (
+    sqlite3.IntegrityError,
+    sqlite3.DataError,
+    sqlite3.InterfaceError,
+    sqlite3.ProgrammingError,
+    OverflowError,
+    ValueError,
+)
+_BUSY_CODES: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+# The disk is full, fails, or was made read-only: what is there can still be read, and it may pass.
+_READ_ONLY_CODES: Final = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+)
+
 
 class ReplicationError(Exception):
     """Base of all that this package raises on purpose."""
@@ -27,5 +52,31 @@ class StoreError(ReplicationError):
     """The database file cannot be used: not ours, damaged, or full."""
 
 
+class ReadOnlyError(StoreError):
+    """The disk is full or fails: nothing can be written until that is over; reads go on."""
+
+
 class SnapshotError(ReplicationError):
     """A snapshot is truncated, malformed or from too far in the future; nothing of it was applied."""
+
+
+def is_trouble(error: sqlite3.Error) -> bool:
+    """True when the file, not the statement, is what failed."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    return code not in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH)
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Raise this package's errors for SQLite's."""
+    try:
+        yield
+    except POISON:
+        raise
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        if code in _BUSY_CODES:
+            raise BusyError("another process is writing to the database file") from error
+        if code in _READ_ONLY_CODES:
+            raise ReadOnlyError(str(error)) from error
+        raise StoreError(str(error)) from error

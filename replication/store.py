@@ -28,7 +28,7 @@ from .core.change import Changeset, Commit, EncodedChangeset, SqlValue
 from .core.clock import MAX_DRIFT_MS, SITE_BYTES, Clock, Hlc, HybridClock, SiteId, compute_ms
 from .core.codec import CodecError, decode_changeset, encode_changeset, pack, unpack
 from .core.versions import VersionRanges
-from .errors import BusyError, SnapshotError, StatementError, StoreError
+from .errors import POISON, SnapshotError, StatementError, StoreError, is_trouble, translated
 from .identity import Opened, prepare_identity, read_boot, read_home
 from .merging import TableMerge, check_change, offer_change, offer_states
 from .snapshot import Head, TableStates, compute_digest, compute_latest, read_snapshot, write_snapshot
@@ -48,17 +48,6 @@ VERSION_BITS: Final = 40
 _WRITES = re.compile(
     r"(?:\s+|--[^\n]*\n|/\*.*?\*/)*(INSERT|UPDATE|DELETE|REPLACE|WITH)\b", re.IGNORECASE | re.DOTALL
 )
-# What a changeset's own content can make SQLite say; anything else is trouble with the file.
-_POISON: Final = (
-    sqlite3.IntegrityError,
-    sqlite3.DataError,
-    sqlite3.InterfaceError,
-    sqlite3.ProgrammingError,
-    OverflowError,
-    ValueError,
-)
-_BUSY_CODES: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-
 Statement = tuple[str, "Sequence[SqlValue] | Mapping[str, SqlValue]"]
 
 
@@ -142,7 +131,7 @@ class Store:
         A file that must not go on as the site that it was becomes the one that make_site names.
         """
         try:
-            with _translated():
+            with translated():
                 connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
                 connection.execute("PRAGMA journal_mode = WAL")
                 # The identity that the coming commits are made under must outlive a power failure.
@@ -180,6 +169,27 @@ class Store:
             rows, own = self._capture_noted(wall_ms)
             commit = self._conclude(rows, own)
         return affected, commit
+
+    def execute_many(
+        self, calls: Iterable[Sequence[Statement]], wall_ms: int
+    ) -> tuple[list[list[int] | StatementError], Commit | None]:
+        """Run the statements of several callers in one transaction and one changeset.
+
+        Return rows affected, or the error, of each caller: all statements of a caller take effect or none.
+        Raises StatementError, with nothing changed for anybody, when one has rolled back for all.
+        """
+        with self._transaction():
+            outcomes = [self._run_apart(statements) for statements in calls]
+            rows, own = self._capture_noted(wall_ms)
+            commit = self._conclude(rows, own)
+        return outcomes, commit
+
+    def probe(self) -> None:
+        """Write a page and give back what the WAL holds of the disk; raises StoreError, BusyError."""
+        with self._transaction():
+            self.connection.execute("UPDATE _repl_state SET seq = seq")
+        with self._sound():
+            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def release(self) -> None:
         """Let a database that was put back write again: all versions that it had given out are here."""
@@ -359,7 +369,7 @@ class Store:
                         rows += self._merge_parked(part, wall_ms)
                 self._adopt_seen(seen)
                 return self._conclude(rows, own)
-        except (CodecError, *_POISON) as error:
+        except (CodecError, *POISON) as error:
             raise SnapshotError(str(error)) from error
 
     def digest(self, table: str) -> bytes:
@@ -384,7 +394,7 @@ class Store:
     @contextlib.contextmanager
     def _sound(self) -> Iterator[None]:
         """Look at memory and file only when nothing of a failed transaction is left in them."""
-        with _translated():
+        with translated():
             self._recover()
             yield
 
@@ -395,6 +405,7 @@ class Store:
         if self.connection.in_transaction:  # SQLite has rolled back by itself when the disk is full
             self.connection.execute("ROLLBACK")
         self._load()
+        self._data_version = -1  # what others wrote may have been looked at and not captured
         self._is_stale = False
 
     def _load(self) -> None:
@@ -417,13 +428,29 @@ class Store:
         try:
             cursor = self.connection.execute(sql, values)
         except (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError) as error:
-            if isinstance(error, sqlite3.OperationalError) and _is_trouble(error):
+            if isinstance(error, sqlite3.OperationalError) and is_trouble(error):
                 raise
             raise StatementError(index, str(error)) from error
         if cursor.description is not None:
             cursor.close()
             raise StatementError(index, "the statement returns rows; use a query")
+        if cursor.rowcount >= 0:
+            return cursor.rowcount
+        # The driver does not count for a statement that begins with WITH.
         return int(self.connection.execute("SELECT changes()").fetchone()[0])
+
+    def _run_apart(self, statements: Sequence[Statement]) -> list[int] | StatementError:
+        outcome: list[int] | StatementError
+        self.connection.execute("SAVEPOINT caller")
+        try:
+            outcome = [self._run(index, sql, values) for index, (sql, values) in enumerate(statements)]
+        except StatementError as error:
+            if not self.connection.in_transaction:  # OR ROLLBACK: what others wrote is gone with it
+                raise
+            self.connection.execute("ROLLBACK TO caller")
+            outcome = error
+        self.connection.execute("RELEASE caller")
+        return outcome
 
     def _noted_tables(self) -> list[Table]:
         if not self._has_pending:
@@ -469,7 +496,7 @@ class Store:
             return [], parked
         try:
             return self._merge_at_once(sound), parked
-        except _POISON as error:
+        except POISON as error:
             if len(sound) == 1:
                 parked.append((sound[0][0], str(error)))
                 return [], parked
@@ -478,7 +505,7 @@ class Store:
         for entry in sound:
             try:
                 rows += self._merge_at_once([entry])
-            except _POISON as error:
+            except POISON as error:
                 parked.append((entry[0], str(error)))
         return rows, parked
 
@@ -543,7 +570,7 @@ class Store:
             self.connection.execute("UPDATE _repl_state SET merging = 1")
             yield
             self.connection.execute("UPDATE _repl_state SET merging = 0")
-        except _POISON:
+        except POISON:
             self.connection.execute("ROLLBACK TO merging")
             self._sites.reload()
             raise
@@ -618,23 +645,3 @@ def _log_range(ordinal: int, first: int, last: int | None) -> tuple[int, int]:
 
 def _is_disjoint(ranges: VersionRanges, first: int, last: int) -> bool:
     return all(high < first or low > last for low, high in ranges)
-
-
-def _is_trouble(error: sqlite3.Error) -> bool:
-    """True when the file, not the statement, is what failed."""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-    return code not in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH)
-
-
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    """Raise this package's errors for SQLite's."""
-    try:
-        yield
-    except _POISON:
-        raise
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        if code in _BUSY_CODES:
-            raise BusyError("another process is writing to the database file") from error
-        raise StoreError(str(error)) from error
