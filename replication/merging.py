@@ -10,7 +10,7 @@ offered the same states.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .core.change import RowChange, TableChange
 from .core.codec import CodecError, pack, unpack
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .core.change import Key, Row
     from .core.clock import Clock
     from .snapshot import TableStates
-    from .tables import Sites, Table
+    from .tables import RecordFields, Sites, Table
 
 
 class _State:
@@ -38,6 +38,16 @@ class _State:
         self.values: list[Any] | Row | None = None  # without the key; None while those in the file stand
 
 
+class _Plan(NamedTuple):
+    """What becomes of a row; rows of one transaction that meet rows of another share it."""
+
+    mine: Record
+    theirs: Record
+    joined: Record
+    take: Take
+    taken: tuple[tuple[int, int], ...]  # where SOME values go, and where they come from
+
+
 class TableMerge:
     """Merges states into one table; made for one batch."""
 
@@ -45,6 +55,8 @@ class TableMerge:
         self._table = table
         self._sites = sites
         self._states: dict[Key, _State] = {}
+        self._known: dict[tuple[Any, ...], Record] = {}  # by what the file has; many rows have the same
+        self._plan: _Plan | None = None  # the latest: what follows it is often alike
         self.rows: list[RowChange] = []
 
     def prepare(self, keys: Sequence[Key]) -> None:
@@ -53,7 +65,11 @@ class TableMerge:
         unknown = list(dict.fromkeys(pk for pk in keys if pk not in states))
         width = self._table.key_width
         for found in self._table.lookup(unknown):
-            states[found[:width]] = _State(self._sites.decode(found[width:-1]), found[-1])
+            fields = found[width:-1]
+            record = self._known.get(fields)
+            if record is None:
+                record = self._known[fields] = self._sites.decode(fields)
+            states[found[:width]] = _State(record, found[-1])
 
     def offer(self, pk: Key, theirs: Record, values: Row, columns: Sequence[str] | None = None) -> None:
         """Join one state; its key must have been prepared.
@@ -71,30 +87,41 @@ class TableMerge:
             elif theirs.base is not None or theirs.cells:
                 state.values = self._overlay(self._defaults(), values, columns, theirs)
             return
+        plan = self._plan
+        if plan is None or plan.mine is not mine or plan.theirs is not theirs:
+            plan = self._plan = self._make_plan(mine, theirs, columns)
+        if plan.take is Take.NONE:
+            return
+        if plan.take is Take.ALL:
+            state.values = values
+        elif plan.take is Take.SOME:
+            merged = list(self._load(pk, state))
+            for target, source in plan.taken:
+                merged[target] = values[source]
+            state.values = merged
+        if plan.joined.dead:
+            state.values = self._keep_limbo(pk, state, plan.joined)
+        state.record = plan.joined
+
+    def _make_plan(self, mine: Record, theirs: Record, columns: Sequence[str] | None) -> _Plan:
+        """Decide, column by column where it takes that, whose values a joined row has."""
         joined = join(mine, theirs)
         take = plan_values(mine, theirs, joined)
-        if take is Take.NONE:
-            return
-        if take is Take.ALL and columns is None:
-            state.values = values
-        elif take is not Take.CLOCKS:
-            state.values = self._mix(pk, state, theirs, values, columns)
-        if joined.dead:
-            state.values = self._keep_limbo(pk, state, joined)
-        state.record = joined
-
-    def _mix(
-        self, pk: Key, state: _State, theirs: Record, values: Row, columns: Sequence[str] | None
-    ) -> list[Any]:
-        """Return the values of a joined row: each column's from who wrote it last."""
-        mine = state.record
-        assert mine is not None  # there is nothing to mix with otherwise
-        merged = list(self._load(pk, state))
+        if take is Take.NONE or take is Take.CLOCKS or (take is Take.ALL and columns is None):
+            return _Plan(mine, theirs, joined, take, ())
         names = self._table.schema.values
-        for name, value in zip(names if columns is None else columns, values, strict=True):
-            if is_theirs(mine, theirs, name):
-                merged[names.index(name)] = value
-        return merged
+        taken = tuple(
+            (names.index(name), source)
+            for source, name in enumerate(names if columns is None else columns)
+            if is_theirs(mine, theirs, name)
+        )
+        if not taken:
+            take = Take.CLOCKS
+        elif taken == tuple((index, index) for index in range(len(names))):
+            take = Take.ALL
+        else:
+            take = Take.SOME
+        return _Plan(mine, theirs, joined, take, taken)
 
     def _keep_limbo(self, pk: Key, state: _State, record: Record) -> Row | list[Any]:
         """Return what remains of a dead row's values: those later than its deletion."""
@@ -140,6 +167,8 @@ class TableMerge:
         rows: list[Row] = []
         gone: list[Key] = []
         records: list[tuple[Any, ...]] = []
+        latest: Record | None = None  # which fields stand for; rows that share a plan share it
+        fields: RecordFields | None = None
         for pk, state in self._states.items():
             record, before = state.record, state.before
             if record is None or record == before:
@@ -156,7 +185,9 @@ class TableMerge:
                 if was_alive:
                     gone.append(pk)
                     self.rows.append(RowChange(schema.name, pk, None))
-            records.append((*pk, *self._sites.encode(record), limbo))
+            if fields is None or record is not latest:
+                latest, fields = record, self._sites.encode(record)
+            records.append((*pk, *fields, limbo))
         self._table.delete_rows(gone)
         self._table.write_rows(rows)
         self._table.write_records(records)
@@ -210,12 +241,13 @@ def offer_change(merge: TableMerge, table: Table, change: TableChange, clock: Cl
         base = None
         cells = dict.fromkeys(columns, clock)
     is_full = len(columns) == len(schema.values)
+    known = created_now  # the record of the row before, the same one where rows were created together
     for row, created in zip(rows, change.created, strict=True):
         values = row[width:]
         if created is not None:
-            merge.offer(
-                row[:width], Record(created, False, base, cells), values, None if is_full else columns
-            )
+            if known is created_now or known.life != created:
+                known = Record(created, False, base, cells)
+            merge.offer(row[:width], known, values, None if is_full else columns)
         elif is_full:
             merge.offer(row[:width], created_now, values)
         else:

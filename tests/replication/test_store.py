@@ -153,9 +153,17 @@ def test_executes_single_writes_only(make, sql):
 
 def test_counts_the_rows_of_each_statement(make):
     a = make()
-    statements = ["INSERT INTO t (k) VALUES (1), (2)", "WITH x AS (SELECT 1) DELETE FROM t WHERE k > 0"]
-    affected, commit = a.execute([(sql, {}) for sql in statements], NOW)
-    assert affected == [2, 2]
+    counts = {
+        "INSERT INTO t (k) VALUES (1), (2)": 2,
+        "INSERT OR IGNORE INTO t (k) VALUES (1), (3)": 1,
+        "INSERT INTO t (k, v) VALUES (1, 'x'), (4, 'x') ON CONFLICT DO UPDATE SET v = 'y'": 2,
+        "REPLACE INTO t (k) VALUES (1)": 1,
+        "UPDATE t SET v = 1 WHERE k > 9": 0,
+        "WITH x AS (SELECT 9) UPDATE t SET v = 1 WHERE k > 9": 0,
+        "/* all */ WITH x AS (SELECT 1) DELETE FROM t WHERE k > 0": 4,
+    }
+    affected, commit = a.execute([(sql, {}) for sql in counts], NOW)
+    assert affected == list(counts.values())
     assert commit is None
 
 
@@ -221,6 +229,27 @@ def test_columns_merge_one_by_one_and_may_come_before_their_row(make):
     b.apply(one.changesets, NOW + 9)
     assert rows(c, QUOTED) == [("k", 2, "y")]
     assert_equal(a, b, c)
+
+
+def test_an_insert_that_comes_after_updates_of_all_its_columns_changes_no_row(make):
+    a, b = make("a"), make("b")
+    created = write(a, f"INSERT INTO {QUOTED} VALUES ('k', 1, 'x'), ('l', 1, 'x')")
+    updated = write(a, f"""UPDATE {QUOTED} SET "a""b" = 2, "c'd" = 'y'""")
+    assert len(b.apply(updated.changesets, NOW).commit.changes) == 2
+    assert b.apply(created.changesets, NOW).commit.changes == ()
+    assert_equal(a, b)
+
+
+def test_rows_that_were_written_together_are_merged_each_on_its_own(make):
+    a, b = make("a"), make("b")
+    created = write(a, f"INSERT INTO {QUOTED} VALUES ('k', 1, 'x'), ('l', 1, 'x'), ('m', 1, 'x')")
+    b.apply(created.changesets, NOW)
+    theirs = write(b, f"""UPDATE {QUOTED} SET "c'd" = 'b' WHERE "se lect" = 'l'""", at=NOW + 9)
+    ours = write(a, f"""UPDATE {QUOTED} SET "a""b" = "se lect", "c'd" = 'a'""", at=NOW + 5)
+    b.apply(ours.changesets, NOW + 9)
+    a.apply(theirs.changesets, NOW + 9)
+    assert rows(a, QUOTED) == [("k", "k", "a"), ("l", "l", "b"), ("m", "m", "a")]
+    assert_equal(a, b)
 
 
 def test_columns_of_a_deleted_row_do_not_shine_through_its_successor(make):
