@@ -211,8 +211,9 @@ def check_change(table: Table | None, change: TableChange) -> Table:
     if table is None:
         raise CodecError(f"unknown table {change.table}")
     schema = table.schema
-    if change.by_column is not (schema.mode is MergeMode.COLUMN):
-        raise CodecError(f"table {change.table} merges by {schema.mode.value} here, not there")
+    if change.by_column and schema.mode is MergeMode.ROW:
+        # The other way round is sound: a whole row is a value for each of its columns.
+        raise CodecError(f"table {change.table} merges by row here, by column there")
     if change.key_columns != schema.pk:
         raise CodecError(f"table {change.table} has key {schema.pk} here, {change.key_columns} there")
     for column in change.columns:

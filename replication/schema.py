@@ -2,8 +2,9 @@
 
 The schema is a file of plain CREATE TABLE and CREATE INDEX statements. SQLite itself parses it, in an empty
 database in memory; what it says there is what counts. A comment `-- merge: column` directly before a
-table makes its columns merge one by one; otherwise a row is one value. This module does not know the database
-file, nor what the tables are for.
+table makes its columns merge one by one; otherwise a row is one value. `-- renamed from: NAME` before a table or
+a column, and `-- dropped: TABLE` or `-- dropped: TABLE.COLUMN`, say what older files and older nodes have. This
+module does not know the database file, nor what the tables are for.
 
 Invariant: a Schema holds only tables on which any order of changes can be merged: no constraint spans rows.
 """
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 RESERVED: Final = ("_repl_", "sqlite_")
 _DIRECTIVE = re.compile(r"^\s*--\s*merge:\s*(\S+)\s*$", re.MULTILINE)
+_RENAMED = re.compile(r"^\s*--\s*renamed\s+from:\s*(\S.*?)\s*$", re.MULTILINE)
+_DROPPED = re.compile(r"^\s*--\s*dropped:\s*(\S.*?)\s*$", re.MULTILINE)
 _LEADING = re.compile(r"(?:\s+|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*", re.DOTALL)
 _STATEMENT = re.compile(r"CREATE\s+(TABLE|INDEX)\b", re.IGNORECASE)
 # What SQL has by way of tokens, as far as it takes to find the commas between column definitions.
@@ -56,8 +59,9 @@ class TableSchema:
     """One replicated table.
 
     columns are in the order of the schema file, without generated ones. stored is the order in which rows
-    travel: key columns first. definitions has the text of each column as it was declared, defaults the value
-    of each where nothing is given, as the column would store it.
+    travel: key columns first. definitions has the text of each column as it was declared, constraints those of
+    the table; defaults has the value of each column where nothing is given, as the column would store it.
+    former_names are what the table was called before, former_columns what its columns were: old to new.
     """
 
     name: str
@@ -67,6 +71,9 @@ class TableSchema:
     create_sql: str
     stored: tuple[str, ...]
     definitions: dict[str, str]
+    constraints: tuple[str, ...]
+    former_names: tuple[str, ...]
+    former_columns: dict[str, str]
     defaults: dict[str, SqlValue]
     key_types: tuple[str, ...]
     is_rowid_key: bool
@@ -82,10 +89,11 @@ class TableSchema:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """All replicated tables, and the indexes on them."""
+    """All replicated tables, the indexes on them, and what was dropped: (table, column), or (table, "")."""
 
     tables: dict[str, TableSchema]
     indexes: dict[str, str]
+    dropped: frozenset[tuple[str, str]] = frozenset()
 
     @classmethod
     def parse(cls, sql: str) -> Schema:
@@ -96,14 +104,16 @@ class Schema:
         scratch = sqlite3.connect(":memory:", isolation_level=None)
         try:
             scratch.execute("PRAGMA ignore_check_constraints = ON")
-            modes: dict[str, MergeMode] = {}
+            heads: dict[str, tuple[MergeMode, tuple[str, ...]]] = {}
+            dropped: set[tuple[str, str]] = set()
             for line, head, statement in _split(sql):
                 known = _table_names(scratch)
                 _create(scratch, line, statement)
                 for name in _table_names(scratch) - known:
-                    modes[name] = _read_mode(head, line)
+                    heads[name] = (_read_mode(head, line), tuple(_RENAMED.findall(head)))
+                dropped.update(_read_dropped(head))
             tables = {
-                name: _introspect(scratch, name, create_sql, modes[name])
+                name: _introspect(scratch, name, create_sql, *heads[name])
                 for name, create_sql in scratch.execute(
                     "SELECT name, sql FROM sqlite_master WHERE type = 'table' ORDER BY rowid"
                 ).fetchall()
@@ -115,7 +125,8 @@ class Schema:
             )
         finally:
             scratch.close()
-        return cls(tables, indexes)
+        _check_names(tables, dropped)
+        return cls(tables, indexes, frozenset(dropped))
 
 
 def _split(sql: str) -> Iterator[tuple[int, str, str]]:
@@ -165,20 +176,50 @@ def _read_mode(head: str, line: int) -> MergeMode:
         raise SchemaError(f"line {line}: merge is row or column, not {directives[-1]!r}") from None
 
 
+def _read_dropped(head: str) -> Iterator[tuple[str, str]]:
+    for name in _DROPPED.findall(head):
+        table, _, column = name.partition(".")
+        yield table, column
+
+
+def _check_names(tables: dict[str, TableSchema], dropped: set[tuple[str, str]]) -> None:
+    """Refuse a name that would stand for two things: what comes from older nodes must have one meaning."""
+    meanings: dict[tuple[str, str], str] = {}
+
+    def claim(table: str, column: str, meaning: str) -> None:
+        other = meanings.setdefault((table, column), meaning)
+        if other != meaning:
+            name = f"{table}.{column}" if column else table
+            raise SchemaError(f"{name} is {other} and {meaning}")
+
+    for table in tables.values():
+        claim(table.name, "", "a table")
+        for column in table.columns:
+            claim(table.name, column, "a column")
+    for table in tables.values():
+        for name in table.former_names:
+            claim(name, "", f"a former name of {table.name}")
+        for was, now in table.former_columns.items():
+            claim(table.name, was, f"a former name of {table.name}.{now}")
+    for name, column in dropped:
+        claim(name, column, "dropped")
+
+
 def read_columns(connection: sqlite3.Connection, table: str) -> dict[str, tuple[Any, ...]]:
     """Return what SQLite says of each column: type, NOT NULL, default, place in the key, kind."""
     rows = connection.execute(f"PRAGMA table_xinfo({quote(table)})").fetchall()
     return {row[1]: row[2:] for row in rows}
 
 
-def _introspect(scratch: sqlite3.Connection, name: str, create_sql: str, mode: MergeMode) -> TableSchema:
+def _introspect(
+    scratch: sqlite3.Connection, name: str, create_sql: str, mode: MergeMode, former_names: tuple[str, ...]
+) -> TableSchema:
     info = read_columns(scratch, name)
     columns = tuple(column for column, (*_, hidden) in info.items() if hidden == 0)
     by_place = sorted((place, column) for column, (_, _, _, place, _) in info.items() if place)
     pk = tuple(column for _, column in by_place)
     stored = pk + tuple(column for column in columns if column not in pk)
-    texts = _split_definitions(create_sql)
-    definitions = dict(zip(info, texts, strict=False))
+    texts, formers = _split_definitions(name, create_sql)
     is_rowid_key = _check_keys(scratch, name, info, pk)
     _check_values(name, create_sql, info, pk, mode)
     return TableSchema(
@@ -188,7 +229,10 @@ def _introspect(scratch: sqlite3.Connection, name: str, create_sql: str, mode: M
         mode=mode,
         create_sql=create_sql,
         stored=stored,
-        definitions=definitions,
+        definitions=dict(zip(info, texts, strict=False)),
+        constraints=tuple(texts[len(info) :]),
+        former_names=former_names,
+        former_columns={was: column for column, names in zip(info, formers, strict=False) for was in names},
         defaults=_read_defaults(scratch, name, info, pk),
         key_types=tuple(info[column][0] for column in pk),
         is_rowid_key=is_rowid_key,
@@ -255,9 +299,13 @@ def _check_values(
             )
 
 
-def _split_definitions(create_sql: str) -> list[str]:
-    """Return the texts between the commas of CREATE TABLE: the columns, then the table's constraints."""
+def _split_definitions(name: str, create_sql: str) -> tuple[list[str], list[list[str]]]:
+    """Return the texts between the commas of CREATE TABLE: the columns, then the table's constraints.
+
+    With them, the former names that a comment on a line before each says.
+    """
     parts: list[str] = []
+    formers: list[list[str]] = []
     current: list[str] = []
     depth = 0
     for token in _TOKEN.findall(create_sql):
@@ -266,12 +314,17 @@ def _split_definitions(create_sql: str) -> list[str]:
             break
         if depth == 1 and token in ("(", ","):
             parts.append("")
+            formers.append([])
             current = []
             continue
-        if depth >= 1 and parts and not token.startswith(("--", "/*")):
+        if parts and (renamed := _RENAMED.match(token)) is not None:
+            if parts[-1] or "\n" not in current:
+                raise SchemaError(f"table {name}: {token.strip()!r} needs a line of its own before the column")
+            formers[-1].append(renamed[1])
+        elif depth >= 1 and parts and not token.startswith(("--", "/*")):
             current.append(token)
             parts[-1] = "".join(current).strip()
-    return parts
+    return parts, formers
 
 
 def _read_defaults(

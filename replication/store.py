@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from . import sidetables
 from .capture import TableCapture
+from .changelog import ChangeLog
 from .core.change import Changeset, Commit, EncodedChangeset, SqlValue
 from .core.clock import MAX_DRIFT_MS, SITE_BYTES, Clock, Hlc, HybridClock, SiteId, compute_ms
 from .core.codec import CodecError, decode_changeset, encode_changeset, pack, unpack
@@ -31,6 +32,7 @@ from .core.versions import VersionRanges
 from .errors import POISON, SnapshotError, StatementError, StoreError, is_trouble, translated
 from .identity import Opened, prepare_identity, read_boot, read_home
 from .merging import TableMerge, check_change, offer_change, offer_states
+from .names import Names
 from .snapshot import Head, TableStates, compute_digest, compute_latest, read_snapshot, write_snapshot
 from .tables import Sites, Table, read_lossy
 
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
 BUSY_TIMEOUT_MS: Final = 5_000
 # Statements per table and a few of the store's own; preparing one again costs more than running it.
 CACHED_STATEMENTS: Final = 512
-VERSION_BITS: Final = 40
+# The log may take this part of what all else in the file takes: the replicated tables and their clock records.
+# Beyond that it costs more than the snapshots that it saves; it is about a quarter of the bare tables.
+LOG_SHARE: Final = 1 / 5
 _WRITES = re.compile(
     r"(?:\s+|--[^\n]*\n|/\*.*?\*/)*(INSERT|UPDATE|DELETE|REPLACE|WITH)\b", re.IGNORECASE | re.DOTALL
 )
@@ -86,11 +90,13 @@ class Store:
         self._sites = Sites(connection)
         self._seen: dict[SiteId, VersionRanges] = {}
         self._touched: dict[SiteId, None] = {}  # sites whose ranges the transaction has changed
+        self._names = Names.of_schema(schema)
         self._tables = {name: Table(connection, table) for name, table in schema.tables.items()}
         checks = ", ".join(table.has_pending for table in self._tables.values())
         self._has_pending = f"SELECT {checks}" if checks else ""
         self._data_version = -1
         self._is_stale = False  # while a failed transaction is not undone: memory may be wrong
+        self._log = ChangeLog(connection, self._sites)
         self._load()
 
     @classmethod
@@ -236,7 +242,7 @@ class Store:
             rows, own = self._capture_noted(wall_ms)
             merged, parked = self._merge_encoded(changesets, wall_ms)
             self._park(parked)
-            self._log(changesets)
+            self._log.append(changesets)
             for encoded in changesets:
                 self._mark_seen(encoded.site, encoded.version, encoded.version)
             commit = self._conclude(rows + merged, own + changesets)
@@ -271,51 +277,40 @@ class Store:
 
     def log_floor(self, site: SiteId) -> int:
         """Return the version from which on all that was seen of a site is in the log."""
-        ordinal = self._sites.find(site)
-        if ordinal is None:
-            return 1
         with self._sound():
-            found = self.connection.execute(
-                "SELECT min(id) FROM _repl_log WHERE id BETWEEN ? AND ?", _log_range(ordinal, 1, None)
-            ).fetchone()[0]
-        if found is None:
+            floor = self._log.floor(site)
+        if floor is None:
             seen = self._seen.get(site)
             return 1 if seen is None else seen.last + 1
-        return int(found) & ((1 << VERSION_BITS) - 1)
+        return floor
 
     def read_log(self, site: SiteId, first: int, last: int, max_bytes: int) -> list[EncodedChangeset]:
         """Return logged changesets in order of version, at least one if any, then up to the size."""
-        ordinal = self._sites.find(site)
-        if ordinal is None or first > last:
-            return []
-        entries: list[EncodedChangeset] = []
-        size = 0
         with self._sound():
-            cursor = self.connection.execute(
-                "SELECT id, payload FROM _repl_log WHERE id BETWEEN ? AND ? ORDER BY id",
-                _log_range(ordinal, first, last),
-            )
-            for number, payload in cursor:
-                size += len(payload)
-                if entries and size > max_bytes:
-                    break
-                entries.append(EncodedChangeset(site, number & ((1 << VERSION_BITS) - 1), payload))
-            cursor.close()
-        return entries
+            return self._log.read(site, first, last, max_bytes)
 
     def prune_log(self, keep: Mapping[SiteId, int]) -> int:
         """Drop log entries below the version given for their site; return how many."""
-        dropped = 0
         with self._transaction():
-            for site, version in keep.items():
-                ordinal = self._sites.find(site)
-                if ordinal is None or version <= 1:
-                    continue
-                cursor = self.connection.execute(
-                    "DELETE FROM _repl_log WHERE id BETWEEN ? AND ?", _log_range(ordinal, 1, version - 1)
-                )
-                dropped += cursor.rowcount
-        return dropped
+            return sum(self._log.drop(site, version - 1) for site, version in keep.items())
+
+    def trim_log(self, versions_max: int, bytes_min: int) -> int:
+        """Drop the oldest log entries of each site beyond so many, and of the busiest sites those that make
+        the log larger than LOG_SHARE allows; return how many. It may always have bytes_min.
+        """
+        with self._sound():
+            bytes_max = max(bytes_min, int(LOG_SHARE * (self._used_bytes() - self._log.size_bytes)))
+            if not self._log.is_above(versions_max, bytes_max):
+                return 0
+        with self._transaction():
+            return self._log.trim(versions_max, bytes_max)
+
+    def _used_bytes(self) -> int:
+        """Return the size of the pages that hold something."""
+        (size,) = self.connection.execute("PRAGMA page_size").fetchone()
+        (pages,) = self.connection.execute("PRAGMA page_count").fetchone()
+        (free,) = self.connection.execute("PRAGMA freelist_count").fetchone()
+        return int((pages - free) * size)
 
     # Whole replicas
 
@@ -386,6 +381,7 @@ class Store:
                 self.connection.execute("BEGIN IMMEDIATE")
                 yield
                 self.connection.execute("COMMIT")
+                self._log.commit()
             except BaseException:
                 self._is_stale = True
                 self._recover()
@@ -404,6 +400,7 @@ class Store:
             return
         if self.connection.in_transaction:  # SQLite has rolled back by itself when the disk is full
             self.connection.execute("ROLLBACK")
+        self._log.rollback()
         self._load()
         self._data_version = -1  # what others wrote may have been looked at and not captured
         self._is_stale = False
@@ -477,7 +474,7 @@ class Store:
         self._version += 1
         payload = encode_changeset(Changeset(hlc, tuple(changes)))
         own = EncodedChangeset(self.site, self._version, payload)
-        self._log([own])
+        self._log.append([own])
         self._mark_seen(self.site, self._version, self._version)
         return rows, [own]
 
@@ -510,7 +507,7 @@ class Store:
         return rows, parked
 
     def _check(self, encoded: EncodedChangeset, wall_ms: int) -> Changeset:
-        changeset = decode_changeset(encoded.payload)
+        changeset = self._names.translate(decode_changeset(encoded.payload))
         if self._clock.is_too_far_ahead(changeset.hlc, wall_ms):
             raise CodecError(f"its clock is {compute_ms(changeset.hlc) - wall_ms} ms ahead")
         for change in changeset.changes:
@@ -541,12 +538,15 @@ class Store:
         latest = max((compute_latest(state.record) for state in part.states), default=Hlc(0))
         if self._clock.is_too_far_ahead(latest, wall_ms):
             raise CodecError(f"its clock is {compute_ms(latest) - wall_ms} ms ahead")
-        table = self._tables.get(part.table)
+        renamed = self._names.translate_states(part)
+        if renamed is None:
+            return []
+        table = self._tables.get(renamed.table)
         if table is None:
             raise CodecError(f"unknown table {part.table}")
         with self._merging():
             merge = TableMerge(table, self._sites)
-            offer_states(merge, table, part)
+            offer_states(merge, table, renamed)
             merge.flush()
         self._clock.observe(latest)
         return merge.rows
@@ -587,15 +587,6 @@ class Store:
             ],
         )
 
-    def _log(self, changesets: Sequence[EncodedChangeset]) -> None:
-        self.connection.executemany(
-            "INSERT OR REPLACE INTO _repl_log VALUES (?, ?)",
-            [
-                (self._sites.get_ordinal(encoded.site) << VERSION_BITS | encoded.version, encoded.payload)
-                for encoded in changesets
-            ],
-        )
-
     def _mark_seen(self, site: SiteId, first: int, last: int) -> None:
         self._seen.setdefault(site, VersionRanges()).add(first, last)
         self._touched[site] = None
@@ -611,10 +602,7 @@ class Store:
             ]
             if unlogged:
                 # The log has a hole now; what is below it cannot be served without it.
-                self.connection.execute(
-                    "DELETE FROM _repl_log WHERE id BETWEEN ? AND ?",
-                    _log_range(self._sites.get_ordinal(site), 1, unlogged[-1]),
-                )
+                self._log.drop(site, unlogged[-1])
             for first, last in theirs:
                 self._mark_seen(site, first, last)
 
@@ -635,12 +623,6 @@ class Store:
         if not rows and not changesets:
             return None
         return Commit(self.seq, tuple(rows), tuple(changesets))
-
-
-def _log_range(ordinal: int, first: int, last: int | None) -> tuple[int, int]:
-    base = ordinal << VERSION_BITS
-    largest = (1 << VERSION_BITS) - 1
-    return base | min(max(first, 0), largest), base | min(largest if last is None else last, largest)
 
 
 def _is_disjoint(ranges: VersionRanges, first: int, last: int) -> bool:
