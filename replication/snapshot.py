@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .tables import Sites, Table
 
 SNAPSHOT_FORMAT: Final = 1
+DIGEST_BYTES: Final = 16
 # Bytes of a row, and of a value, beside text and blobs: guesses from above, for the size of chunks.
 _ROW_OVERHEAD_BYTES: Final = 96
 _VALUE_OVERHEAD_BYTES: Final = 9
@@ -60,11 +61,15 @@ Part = Head | TableStates | list[EncodedChangeset]
 
 
 def read_states(
-    table: Table, sites: Sites, connection: sqlite3.Connection | None = None
+    table: Table,
+    sites: Sites,
+    connection: sqlite3.Connection | None = None,
+    lower: Key | None = None,
+    upper: Key | None = None,
 ) -> Iterator[RowState]:
-    """Yield the states of a table's rows, by key."""
+    """Yield the states of a table's rows, by key: those behind lower, up to upper."""
     width = table.key_width
-    for found in table.read_states(connection):
+    for found in table.read_states(connection, lower, upper):
         record = sites.decode(found[width : width + 6])
         limbo, exists, values = found[width + 6], found[width + 7], found[width + 8 :]
         if record.dead:
@@ -79,11 +84,51 @@ def read_states(
 
 
 def compute_digest(table: Table, sites: Sites) -> bytes:
-    """Return a hash of all rows of a table and their clocks, equal on replicas that know the same."""
-    digest = hashlib.blake2b(digest_size=16)
-    for pk, (life, dead, base, cells), values in read_states(table, sites):
-        digest.update(pack((pk, life, dead, base, sorted(cells.items()), values)))
-    return digest.digest()
+    """Return a hash of all live rows of a table and their clocks, equal on replicas that know the same."""
+    digest = Digest(table)
+    for state in read_states(table, sites):
+        digest.add(state)
+    return digest.read()
+
+
+class Digest:
+    """A hash of live rows and their clocks, in the order of their keys.
+
+    Dead rows have no part in it: replicas forget them at different times. One that is dead here and alive
+    there shows all the same. Nor have columns at the end that are at their default: a replica whose schema
+    does not have them yet knows as much.
+    """
+
+    __slots__ = ("_defaults", "_hash", "rows")
+
+    def __init__(self, table: Table) -> None:
+        self.rows = 0  # live rows that were added
+        self._hash = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        self._defaults = [table.schema.defaults[column] for column in table.schema.values]
+
+    def add(self, state: RowState) -> None:
+        """Add the next row."""
+        pk, (life, dead, base, cells), values = state
+        if dead or values is None:
+            return
+        width = len(values)
+        while width and _is_same(values[width - 1], self._defaults[width - 1]):
+            width -= 1
+        if width < len(values):
+            values = values[:width]
+        self.rows += 1
+        if cells:
+            self._hash.update(pack((pk, life, base, values, sorted(cells.items()))))
+        else:
+            self._hash.update(pack((pk, life, base, values)))
+
+    def read(self) -> bytes:
+        """Return the hash of what was added."""
+        return self._hash.digest()
+
+
+def _is_same(value: object, other: object) -> bool:
+    return value == other and type(value) is type(other)
 
 
 def write_snapshot(
@@ -97,23 +142,27 @@ def write_snapshot(
     count = 1
     yield pack((SNAPSHOT_FORMAT, "head", [(site, ranges.encode()) for site, ranges in seen.items()]))
     for table in tables:
-        batch: list[RowState] = []
-        size = 0
-        for state in read_states(table, sites, connection):
-            batch.append(state)
-            size += _estimate_bytes(state)
-            if size >= max_chunk_bytes:
-                yield _pack_states(table, batch)
-                count += 1
-                batch = []
-                size = 0
-        if batch:
-            yield _pack_states(table, batch)
+        for chunk in pack_states(table, read_states(table, sites, connection), max_chunk_bytes):
+            yield chunk
             count += 1
     for site, version, payload in connection.execute("SELECT site, version, payload FROM _repl_parked"):
         yield pack((SNAPSHOT_FORMAT, "parked", [(sites.get_site(site), version, payload)]))
         count += 1
     yield pack((SNAPSHOT_FORMAT, "end", count))
+
+
+def pack_states(table: Table, states: Iterable[RowState], max_chunk_bytes: int) -> Iterator[bytes]:
+    """Yield chunks of about the size, at least one: a table that is empty is told of too."""
+    batch: list[RowState] = []
+    size = 0
+    for state in states:
+        if size >= max_chunk_bytes:
+            yield _pack_states(table, batch)
+            batch = []
+            size = 0
+        batch.append(state)
+        size += _estimate_bytes(state)
+    yield _pack_states(table, batch)
 
 
 def _estimate_bytes(state: RowState) -> int:
@@ -156,6 +205,19 @@ def read_snapshot(chunks: Iterable[bytes]) -> Iterator[Part]:
             raise CodecError(f"malformed chunk: {error}") from error
     if not is_complete:
         raise CodecError("the snapshot is not complete")
+
+
+def read_states_chunk(chunk: bytes) -> TableStates:
+    """Return the states of one chunk of `pack_states`; raise CodecError for anything else."""
+    fields = unpack(chunk)
+    try:
+        if fields[:2] != (SNAPSHOT_FORMAT, "rows"):
+            raise CodecError("not a chunk of rows")
+        part = _decode_part("rows", fields[2:])
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CodecError(f"malformed chunk: {error}") from error
+    assert isinstance(part, TableStates)  # the kind was asked for
+    return part
 
 
 def _decode_part(kind: object, fields: tuple[Any, ...]) -> Part:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Keys looked up by one statement. Few different sizes, so that statements stay in the connection's cache.
 LOOKUP_SIZES: Final = (256, 32, 1)
+# Rows read at once where a whole table is gone through: what is held in memory.
+PAGE_ROWS: Final = 512
 
 RecordFields = tuple[int | None, int | None, int | None, int | None, int | None, bytes | None]
 
@@ -161,20 +163,35 @@ class Table:
             f"FROM {self._pending} AS p LEFT JOIN {self._name} AS t ON {row_is_pending} "
             f"LEFT JOIN {self._clock} AS c ON {clock_is_pending}"
         )
-        stored = ", ".join(f"t.{quote(column)}" for column in schema.stored)
-        # Rows as of the last capture: those that nobody has touched since, and the old images of the others.
-        captured = (
-            f"SELECT {stored} FROM {self._name} AS t "
-            f"WHERE NOT EXISTS (SELECT 1 FROM {self._pending} AS p WHERE {row_is_pending}) "
-            f"UNION ALL SELECT {keys}{olds} FROM {self._pending} AS p WHERE p.existed"
+        # A row as of the last capture is what its note remembers, or what it is if there is no note. The plus
+        # takes the key's type from the comparison: keys in notes have none, and their index needs it so.
+        is_noted = " AND ".join(f"p.{key(column)} = +c.{key(column)}" for column in schema.pk)
+        noted = f"p.{key(schema.pk[0])} IS NULL"
+        captured = "".join(
+            f", CASE WHEN {noted} THEN t.{quote(column)} ELSE p.{old(column)} END" for column in schema.values
         )
-        clock_keys = ", ".join(f"c.{key(column)}" for column in schema.pk)
-        names = ", ".join(map(quote, schema.stored))
-        # A clock record without a row and without a deletion: the row was taken away behind our back.
+        self._clock_keys = ", ".join(f"c.{key(column)}" for column in schema.pk)
         self._read_states = (
-            f"WITH _repl_captured ({names}) AS ({captured}) SELECT {clock_keys}, {records}, "
-            f"t.{quote(schema.pk[0])} IS NOT NULL{news} "
-            f"FROM {self._clock} AS c LEFT JOIN _repl_captured AS t ON {clock_is_row} ORDER BY {clock_keys}"
+            f"SELECT {self._clock_keys}, {records}, "
+            f"CASE WHEN {noted} THEN t.{quote(schema.pk[0])} IS NOT NULL ELSE p.existed END{captured} "
+            f"FROM {self._clock} AS c LEFT JOIN {self._name} AS t ON {clock_is_row} "
+            f"LEFT JOIN {self._pending} AS p ON {is_noted}"
+        )
+        self._read_records = f"SELECT {self._clock_keys}, {records} FROM {self._clock} AS c"
+        self._delete_clock = f"DELETE FROM {self._clock} WHERE " + " AND ".join(
+            f"{key(column)} = ?" for column in schema.pk
+        )
+        row_keys = ", ".join(f"t.{quote(column)}" for column in schema.pk)
+        self._strays = (
+            f"SELECT {row_keys}, 0 FROM {self._name} AS t WHERE NOT EXISTS "
+            f"(SELECT 1 FROM {self._clock} AS c WHERE {clock_is_row} AND c.dead IS NULL) AND NOT EXISTS "
+            f"(SELECT 1 FROM {self._pending} AS p WHERE "
+            + " AND ".join(f"p.{key(column)} = +t.{quote(column)}" for column in schema.pk)
+            + ")"
+        )
+        self._row_keys = row_keys
+        self._note_strays = (
+            f"INSERT INTO {self._pending} ({', '.join(map(key, schema.pk))}, existed) {self._strays}"
         )
 
     def read_pending(self) -> list[Any]:
@@ -190,13 +207,50 @@ class Table:
         rows = fetch_all(self._connection, self._select, pk)
         return rows[0] if rows else None
 
-    def read_states(self, connection: sqlite3.Connection | None = None) -> Iterator[Any]:
-        """Yield key, record fields, limbo, exists and values of each row as captured, by key."""
-        source = connection or self._connection
-        cursor = source.execute(self._read_states)
-        cursor.arraysize = 512
-        while rows := cursor.fetchmany():
-            yield from rows
+    def read_states(
+        self,
+        connection: sqlite3.Connection | None = None,
+        lower: Key | None = None,
+        upper: Key | None = None,
+    ) -> Iterator[Any]:
+        """Yield key, record fields, limbo, exists and values of each row as captured, by key.
+
+        Keys are behind lower and up to upper. A page is read at a time, and nothing is held between pages.
+        """
+        yield from self._read_pages(self._read_states, connection or self._connection, lower, upper)
+
+    def read_records(self, lower: Key | None, upper: Key | None) -> Iterator[Any]:
+        """Yield key, record fields and limbo of all that has a record, by key, within bounds as above."""
+        yield from self._read_pages(self._read_records, self._connection, lower, upper)
+
+    def _read_pages(
+        self, sql: str, source: sqlite3.Connection, lower: Key | None, upper: Key | None
+    ) -> Iterator[Any]:
+        while True:
+            where, values = self._between(self._clock_keys, lower, upper)
+            page = fetch_all(
+                source, f"{sql} WHERE {where} ORDER BY {self._clock_keys} LIMIT {PAGE_ROWS}", values
+            )
+            yield from page
+            if len(page) < PAGE_ROWS:
+                return
+            lower = page[-1][: self.key_width]
+
+    def _between(self, keys: str, lower: Key | None, upper: Key | None) -> tuple[str, Key]:
+        """Return what holds of keys behind lower and up to upper, and what to bind."""
+        marks = ", ".join("?" * self.key_width)
+        bounds = [f"({keys}) {sign} ({marks})" for sign, at in ((">", lower), ("<=", upper)) if at is not None]
+        return " AND ".join(bounds) or "1", (lower or ()) + (upper or ())
+
+    def has_strays(self, lower: Key | None, upper: Key | None) -> bool:
+        """True when there are rows without a live record that no trigger has noted."""
+        where, values = self._between(self._row_keys, lower, upper)
+        return bool(fetch_all(self._connection, f"SELECT EXISTS ({self._strays} AND {where})", values)[0][0])
+
+    def note_strays(self, lower: Key | None, upper: Key | None) -> None:
+        """Note such rows as a trigger would have."""
+        where, values = self._between(self._row_keys, lower, upper)
+        self._connection.execute(f"{self._note_strays} AND {where}", values)
 
     def lookup(self, keys: Sequence[Key]) -> Iterator[Any]:
         """Yield key, record fields and limbo of those keys that have a record."""
@@ -239,3 +293,8 @@ class Table:
         """Put clock records, given as key, record fields and limbo."""
         if records:
             self._connection.executemany(self._put_clock, records)
+
+    def delete_records(self, keys: Sequence[Key]) -> None:
+        """Drop clock records by key."""
+        if keys:
+            self._connection.executemany(self._delete_clock, keys)
