@@ -1,31 +1,48 @@
 """The store on a thread of its own, and a second, read-only connection for queries.
 
-Decides what a query may do and how long. Knows nothing of peers. Invariant: commits are handed out on
-the event loop in the order in which they were made, also when whoever asked for one has gone away.
+Decides what a query may do and how long, which writes share a transaction, and when the node is read-only.
+Knows nothing of peers. Invariant: commits are handed out on the event loop in the order in which they were
+made, also when whoever asked for one has gone away.
 """
 
 import asyncio
 import fcntl
+import logging
 import os
 import sqlite3
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import aiosqlite
 
 from replication.core.change import Commit, SqlValue
-from replication.errors import BusyError, ReplicationError, StoreError
+from replication.errors import BusyError, ReadOnlyError, ReplicationError, StoreError
 from replication.schema import Schema
-from replication.store import Store
+from replication.store import Store, Synchronous
 from replication.tables import read_lossy
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Params = Sequence[SqlValue] | Mapping[str, SqlValue]
 Statement = tuple[str, Params]
 
+# What shares a transaction. Beyond some dozens there is little left to share; the time is for slow
+# statements, as the first caller's answer waits for the last one.
+BATCH_CALLS = 128
+BATCH_S = 0.01
+# How soon a read-only node is writable again after its disk is, and how much room there must be: with less,
+# it would be full again after a few writes.
+PROBE_S = 1.0
+PROBE_BYTES = 1 << 20
 # How often SQLite asks whether a query has had its time: every 1000 steps costs under a percent.
 _PROGRESS_STEPS = 1_000
 
@@ -45,6 +62,26 @@ class QueryResult:
 
     columns: list[str]
     rows: list[tuple[SqlValue, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Rows affected by each statement, and the version of the changeset that holds what they changed.
+
+    The version is None when nothing changed; it may be that of others who wrote at the same time.
+    """
+
+    rows_affected: list[int]
+    version: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Somebody who waits for a write."""
+
+    statements: Sequence[Statement]
+    wall_ms: int
+    done: asyncio.Future[Written]
 
 
 class _StoreConnection(aiosqlite.Connection):
@@ -90,18 +127,25 @@ class Database:
         writer: _StoreConnection,
         reader: aiosqlite.Connection,
         lock: int,
+        folder: Path,
         publish: Callable[[Commit], None],
         *,
         rows_max: int,
         timeout_ms: float,
     ) -> None:
+        # Why nothing can be written, and since when: set by a call that failed, cleared by a probe.
+        self.trouble: str | None = None
         self._writer = writer
         self._reader = reader
         self._lock = lock  # file descriptor, held until close
+        self._folder = folder
         self._publish = publish
         self._rows_max = rows_max
         self._timeout_s = timeout_ms / 1000
         self._loop = asyncio.get_running_loop()
+        self._waiting: deque[_Call] = deque()
+        self._writing: asyncio.Task[None] | None = None  # while there are calls to write
+        self._probing: asyncio.Task[None] | None = None  # from the first trouble on
 
     @classmethod
     async def open(
@@ -112,10 +156,11 @@ class Database:
         *,
         rows_max: int,
         timeout_ms: float,
+        synchronous: Synchronous = "normal",
     ) -> "Database":
         """Open or create the file; raises StoreError, SchemaError. `publish` is called on the event loop."""
         lock = lock_file(path)
-        writer = _StoreConnection(lambda: Store.open(path, schema))
+        writer = _StoreConnection(lambda: Store.open(path, schema, synchronous=synchronous))
         try:
             await writer.open()
             try:
@@ -130,10 +175,14 @@ class Database:
             if isinstance(error, sqlite3.Error):
                 raise StoreError(f"{path}: {error}") from error
             raise
-        return cls(writer, reader, lock, publish, rows_max=rows_max, timeout_ms=timeout_ms)
+        return cls(writer, reader, lock, path.parent, publish, rows_max=rows_max, timeout_ms=timeout_ms)
 
     async def close(self) -> None:
         """Finish what was begun, then close both connections."""
+        if self._probing is not None:
+            self._probing.cancel()
+        if self._writing is not None:
+            await self._writing
         try:
             await self._reader.close()
         finally:
@@ -144,7 +193,11 @@ class Database:
 
     async def run(self, act: Callable[[Store], T]) -> T:
         """Run something that makes no commit."""
-        return await self._writer.run(act)
+        try:
+            return await self._writer.run(act)
+        except ReadOnlyError as error:
+            self._note_trouble(error)
+            raise
 
     async def commit(self, act: Callable[[Store], T], commit_of: Callable[[T], Commit | None]) -> T:
         """Run something that may commit, and publish the commit from the thread that made it."""
@@ -157,7 +210,79 @@ class Database:
                 self._loop.call_soon_threadsafe(self._publish, commit)
             return result
 
-        return await self._writer.run(run)
+        return await self.run(run)
+
+    # --- writes ---------------------------------------------------------------------------------------
+
+    async def execute(self, statements: Sequence[Statement], wall_ms: int) -> Written:
+        """Run statements that write: all take effect or none, in a transaction that others may share.
+
+        Raises StatementError, BusyError, StoreError; ReadOnlyError without a try while there is trouble.
+        """
+        if self.trouble is not None:
+            raise ReadOnlyError(self.trouble)
+        call = _Call(statements, wall_ms, self._loop.create_future())
+        self._waiting.append(call)
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write_waiting())
+        return await call.done
+
+    async def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                count = min(len(self._waiting), BATCH_CALLS)
+                await self._write([self._waiting.popleft() for _ in range(count)])
+        finally:
+            self._writing = None
+
+    async def _write(self, calls: Sequence[_Call]) -> None:
+        """Write as many as there is time for in one transaction; the rest waits on."""
+        outcomes: Sequence[list[int] | Exception]
+        try:
+            outcomes, version, _ = await self.commit(partial(_execute, calls), itemgetter(2))
+        except Exception as error:  # noqa: BLE001 - it is the callers'
+            if len(calls) > 1 and not isinstance(error, BusyError | ReadOnlyError):
+                # One of them has failed for all, by OR ROLLBACK or in what became of its rows.
+                for call in calls:
+                    await self._write([call])
+                return
+            outcomes, version = [error] * len(calls), None
+        for call, outcome in zip(calls, outcomes, strict=False):
+            if call.done.cancelled():
+                continue
+            if isinstance(outcome, Exception):
+                call.done.set_exception(outcome)
+            else:
+                call.done.set_result(Written(outcome, version))
+        self._waiting.extendleft(reversed(calls[len(outcomes) :]))
+
+    # --- trouble --------------------------------------------------------------------------------------
+
+    def _note_trouble(self, error: ReadOnlyError) -> None:
+        if self.trouble is None:
+            self.trouble = f"{error}, since {datetime.now(UTC).isoformat(timespec='seconds')}"
+            log.error("the database takes no writes, reads go on: %s", error)
+            self._probing = asyncio.create_task(self._probe())
+
+    async def _probe(self) -> None:
+        """Try until the disk takes writes."""
+        while self.trouble is not None:
+            await asyncio.sleep(PROBE_S)
+            try:
+                await self._writer.run(self._probe_once)
+            except (ReplicationError, OSError) as error:
+                log.debug("the database takes no writes yet: %s", error)
+            else:
+                self.trouble = None
+                log.warning("the database takes writes again")
+
+    def _probe_once(self, store: Store) -> None:
+        # A page may fit where more would not.
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            file.write(bytes(PROBE_BYTES))
+        store.probe()
+
+    # --- queries --------------------------------------------------------------------------------------
 
     async def query(self, sql: str, params: Params = ()) -> QueryResult:
         """Return the rows that a read-only statement finds; raises QueryError."""
@@ -194,9 +319,34 @@ class Database:
         return str(error)
 
 
+def _execute(
+    calls: Sequence[_Call], store: Store
+) -> tuple[Sequence[list[int] | Exception], int | None, Commit | None]:
+    """Return what became of the first calls, as far as the time went, the version and the commit."""
+    outcomes: Sequence[list[int] | Exception]
+    if len(calls) == 1:
+        affected, commit = store.execute(calls[0].statements, calls[0].wall_ms)
+        outcomes = [affected]
+    else:
+        outcomes, commit = store.execute_many(_take_in_time(calls), calls[0].wall_ms)
+    own = [item.version for item in commit.changesets if item.site == store.site] if commit else []
+    return outcomes, own[-1] if own else None, commit
+
+
+def _take_in_time(calls: Sequence[_Call]) -> Iterator[Sequence[Statement]]:
+    deadline = time.monotonic() + BATCH_S
+    for call in calls:
+        yield call.statements
+        if time.monotonic() > deadline:
+            return
+
+
 def is_transient(error: BaseException) -> bool:
-    """Return whether the same call may succeed a moment later: somebody else holds the write lock."""
-    return isinstance(error, BusyError) or (
+    """Return whether the same call may succeed later: the lock or the disk may be free then.
+
+    Neither is news: a disk that takes no writes was logged when it began.
+    """
+    return isinstance(error, BusyError | ReadOnlyError) or (
         isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
     )
 

@@ -8,8 +8,8 @@ Invariant: a version is seen if and only if its effect (or its parked payload) i
 of site and version is never used for two changesets.
 
 Durability: WAL with synchronous=NORMAL. After kill -9 nothing committed is lost. After a power failure the
-last commits may be; what peers sent is simply fetched again. Own versions could be handed out twice then, so
-a file that was not closed and is opened after a reboot goes on under a new site identity.
+last commits may be, unless it is FULL; what peers sent is simply fetched again. Own versions could be handed
+out twice then, so a file that was not closed and is opened after a reboot goes on under a new site identity.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import re
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Literal, Self
 
 from . import sidetables
 from .capture import TableCapture
@@ -52,6 +52,7 @@ LOG_SHARE: Final = 1 / 5
 _WRITES = re.compile(
     r"(?:\s+|--[^\n]*\n|/\*.*?\*/)*(INSERT|UPDATE|DELETE|REPLACE|WITH)\b", re.IGNORECASE | re.DOTALL
 )
+Synchronous = Literal["normal", "full"]
 Statement = tuple[str, "Sequence[SqlValue] | Mapping[str, SqlValue]"]
 
 
@@ -107,18 +108,22 @@ class Store:
         *,
         max_drift_ms: int = MAX_DRIFT_MS,
         site: SiteId | None = None,
+        synchronous: Synchronous = "normal",
     ) -> Store:
         """Open or create a replica and bring it to the schema.
 
-        site is for a new file; without it a random one is made. Raises SchemaError when the schema would
-        destroy data, StoreError when the file cannot be used, BusyError when another process holds it.
+        site is for a new file; without it a random one is made. synchronous is SQLite's. Raises SchemaError
+        when the schema would destroy data, StoreError when the file cannot be used, BusyError when another
+        process holds it.
         """
         name = os.fspath(path)
         connection = sqlite3.connect(
             name, isolation_level=None, check_same_thread=False, cached_statements=CACHED_STATEMENTS
         )
         opened = Opened(read_boot(), read_home(name))
-        return cls.adopt(connection, name, schema, opened, max_drift_ms=max_drift_ms, site=site)
+        store = cls.adopt(connection, name, schema, opened, max_drift_ms=max_drift_ms, site=site)
+        connection.execute(f"PRAGMA synchronous = {synchronous}")
+        return store
 
     @classmethod
     def adopt(
@@ -191,11 +196,15 @@ class Store:
         return outcomes, commit
 
     def probe(self) -> None:
-        """Write a page and give back what the WAL holds of the disk; raises StoreError, BusyError."""
+        """Give back what the WAL holds of the disk, and write a page; raises StoreError, BusyError."""
+        with self._sound():
+            self.connection.execute("PRAGMA busy_timeout = 0")  # not worth a wait for readers
+            try:
+                self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            finally:
+                self.connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         with self._transaction():
             self.connection.execute("UPDATE _repl_state SET seq = seq")
-        with self._sound():
-            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def release(self) -> None:
         """Let a database that was put back write again: all versions that it had given out are here."""

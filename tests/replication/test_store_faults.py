@@ -1,5 +1,7 @@
 """A store whose file fails in the middle of something."""
 
+import sqlite3
+
 import pytest
 
 from replication.core.clock import SiteId
@@ -104,4 +106,21 @@ def test_what_could_not_be_rolled_back_is_not_served():
             break
     assert [entry.version for entry in store.read_log(store.site, 1, 9, 999)] == [1]
     assert not store.connection.in_transaction
+    store.close()
+
+
+def test_what_another_wrote_is_looked_at_again_when_its_capture_failed(tmp_path):
+    store = Store.open(tmp_path / "a.db", SCHEMA)
+    store.foreign_writes()
+    other = sqlite3.connect(tmp_path / "a.db", isolation_level=None)
+    other.execute(INSERT, (1,))
+    other.close()
+    assert store.foreign_writes()
+    fail_after(store, 40, lasting=False)
+    with pytest.raises(StoreError):
+        store.capture(NOW)
+    store.connection.set_progress_handler(None, 0)
+    assert store.foreign_writes()
+    assert store.capture(NOW).changesets
+    assert not store.foreign_writes()
     store.close()
