@@ -62,13 +62,14 @@ class Heartbeat(NamedTuple):
     """A site's word about itself, at a time of its own clock.
 
     All its changesets up to `hlc` are its versions up to `version`, and of every other member it has all
-    that was written up to `complete_hlc`.
+    that was written up to `complete_hlc`; `roll` is a digest of which members those are.
     """
 
     site: SiteId
     version: int
     hlc: Hlc
     complete_hlc: Hlc
+    roll: int
 
 
 class Whereabouts(NamedTuple):
@@ -356,6 +357,7 @@ _read_state = whole(0, len(MemberState) - 1)
 _read_hlc = whole(0, HLC_MAX)
 _read_payload = blob(FRAME_BYTES_MAX)
 _read_payload_bytes = whole(0, PAYLOAD_BYTES_MAX)
+_read_roll = whole(0, 2**32 - 1)
 _read_age_s = whole(0, AGE_S_MAX)
 # A coordinate travels in whole microseconds, and its error in thousandths: no NaN, and half the bytes.
 _read_reach_us = whole(-int(REACH_MS * 1000), int(REACH_MS * 1000))
@@ -454,10 +456,10 @@ def _read_digest_range(value: Any) -> DigestRange:
 
 
 def _read_beat(value: Any) -> Heartbeat:
-    site, version, hlc, complete = read_row(value, 4)
+    site, version, hlc, complete, roll = read_row(value, 5)
     if _read_hlc(complete) > _read_hlc(hlc):
         raise WireError("field")
-    return Heartbeat(read_site(site), _read_version(version), hlc, complete)
+    return Heartbeat(read_site(site), _read_version(version), hlc, complete, _read_roll(roll))
 
 
 def _plain(read: Callable[[Any], Any]) -> _Field:

@@ -19,7 +19,7 @@ INFO = MemberInfo(SITE, "ams-1", "fdaa::3", 7946, 41)
 UPDATE = Update(INFO, MemberState.SUSPECT)
 CHANGESET = EncodedChangeset(SITE, 7, b"payload")
 PLACE = Coordinate((1.5, -REACH_MS, 0.001, 0.0), 0.25, 0.125)
-BEAT = wire.Heartbeat(SITE, 7, Hlc(9 << 16), Hlc(8 << 16))
+BEAT = wire.Heartbeat(SITE, 7, Hlc(9 << 16), Hlc(8 << 16), 2**32 - 1)
 
 DATAGRAMS = [
     wire.Ping(1, SITE, INFO, (UPDATE,)),
@@ -127,9 +127,10 @@ LONG = b"\x01" * 17
         (wire.DigestRanges(1, (), is_last=True), "ranges", ((b"k", 1, bytes(33)),)),
         (wire.DigestRanges(1, (), is_last=True), "ranges", ((b"k", -1, bytes(8)),)),
         (wire.DigestRanges(1, (), is_last=True), "ranges", ((None, 1, bytes(8)),)),
-        (wire.Beats(()), "beats", ((SITE, 1, 5, 6),)),
-        (wire.Beats(()), "beats", ((SITE, 1, HLC_MAX + 1, 6),)),
-        (wire.Beats(()), "beats", ((SITE, 1, 5),)),
+        (wire.Beats(()), "beats", ((SITE, 1, 5, 6, 0),)),
+        (wire.Beats(()), "beats", ((SITE, 1, HLC_MAX + 1, 6, 0),)),
+        (wire.Beats(()), "beats", ((SITE, 1, 5, 5, 2**32),)),
+        (wire.Beats(()), "beats", ((SITE, 1, 5, 5),)),
         (wire.Members(()), "whereabouts", ((SITE, None, 0),)),
         (wire.Members(()), "whereabouts", ((SITE, (0, 0, 0, 0, 0, 0), -1),)),
         (wire.Members(()), "whereabouts", ((SITE, (0, 0, 0, 0, -1, 0), 0),)),
@@ -194,7 +195,7 @@ def test_a_part_that_no_peer_would_take_is_not_made():
 uint32s = st.integers(0, 2**32 - 1)
 sites = st.binary(min_size=16, max_size=16).map(SiteId)
 versions = st.integers(1, wire.VERSION_MAX - 1)
-hlcs = st.integers(0, HLC_MAX)
+hlcs = st.integers(0, HLC_MAX).map(Hlc)
 keys = st.none() | st.binary(max_size=40)
 tables = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=20)
 reaches = st.integers(0, int(REACH_MS * 1000)).map(lambda value: value / 1000)
@@ -205,10 +206,11 @@ places = st.builds(
     reaches,
 )
 beats = st.builds(
-    lambda site, version, times: wire.Heartbeat(site, version, Hlc(max(times)), Hlc(min(times))),
+    lambda site, version, times, roll: wire.Heartbeat(site, version, max(times), min(times), roll),
     sites,
     versions,
     st.tuples(hlcs, hlcs),
+    uint32s,
 )
 built = st.one_of(
     st.builds(wire.Large, st.lists(st.tuples(sites, versions, uint32s), max_size=5).map(tuple)),
