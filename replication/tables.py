@@ -78,7 +78,14 @@ class Sites:
             life_hlc = life.hlc
             life_site = self.get_ordinal(life.site)
         if cells:
-            blob = pack({name: (clock.hlc, self.get_ordinal(clock.site)) for name, clock in cells.items()})
+            # Columns are usually written several at once: their clock is named once, before their names.
+            groups: dict[Clock, list[Any]] = {}
+            for name, clock in cells.items():
+                group = groups.get(clock)
+                if group is None:
+                    group = groups[clock] = [clock.hlc, self.get_ordinal(clock.site)]
+                group.append(name)
+            blob = pack(list(groups.values()))
         return hlc, site, life_hlc, life_site, 1 if dead else None, blob
 
     def decode(self, fields: Sequence[Any]) -> Record:
@@ -90,11 +97,14 @@ class Sites:
             life = base
         else:
             life = Clock(life_hlc, self._by_ordinal[life_site])
-        cells: Mapping[str, Clock] = NO_CELLS
+        cells: Mapping[str, Clock] | dict[str, Clock] = NO_CELLS
         if blob is not None:
-            cells = {
-                name: Clock(Hlc(at), self._by_ordinal[where]) for name, (at, where) in unpack(blob).items()
-            }
+            found = unpack(blob)
+            if isinstance(found, dict):  # as before 0.2
+                found = [(at, where, name) for name, (at, where) in found.items()]
+            cells = {}
+            for at, where, *names in found:
+                cells |= dict.fromkeys(names, Clock(Hlc(at), self._by_ordinal[where]))
         return Record(life, dead is not None, base, cells)
 
 
@@ -222,6 +232,22 @@ class Table:
     def read_records(self, lower: Key | None, upper: Key | None) -> Iterator[Any]:
         """Yield key, record fields and limbo of all that has a record, by key, within bounds as above."""
         yield from self._read_pages(self._read_records, self._connection, lower, upper)
+
+    def read_dead(self, lower: Key | None, records_max: int) -> tuple[list[Any], Key | None]:
+        """Return the records (as above) of dead rows among the next so many, and the last key of these.
+
+        The key is None when there is nothing behind them.
+        """
+        where, values = self._between(self._clock_keys, lower, None)
+        last = fetch_all(
+            self._connection,
+            f"SELECT {self._clock_keys} FROM {self._clock} AS c WHERE {where} "
+            f"ORDER BY {self._clock_keys} LIMIT 1 OFFSET {records_max - 1}",
+            values,
+        )
+        upper = last[0] if last else None
+        where, values = self._between(self._clock_keys, lower, upper)
+        return fetch_all(self._connection, f"{self._read_records} WHERE {where} AND c.dead", values), upper
 
     def _read_pages(
         self, sql: str, source: sqlite3.Connection, lower: Key | None, upper: Key | None
