@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 VERSION_BITS: Final = 40
 _VERSION_MAX: Final = (1 << VERSION_BITS) - 1
-# What an entry takes of pages of 4 KiB: it lies whole in one, beside as many as it has room for, or is too large
-# and leaves half of its last one empty. A few bytes are its key. The same as compute_cost.
+# What an entry takes of pages of 4 KiB: it lies whole in one, beside as many as there is room for, or is too
+# large and leaves half of its last one empty. A few bytes are its key. The same as compute_cost.
 _COST: Final = (
-    "CASE WHEN length(payload) > 4060 THEN length(payload) + 2048 ELSE 4096 / (4096 / (length(payload) + 16)) END"
+    "CASE WHEN length(payload) > 4060 THEN length(payload) + 2048 "
+    "ELSE 4096 / (4096 / (length(payload) + 16)) END"
 )
 
 
@@ -160,7 +161,7 @@ def compute_cost(payload_bytes: int) -> int:
 
 
 def compute_share(sizes: Sequence[int], bytes_max: int) -> int:
-    """Return how many bytes each may keep, so that all together keep no more than that; small ones keep all."""
+    """Return how many bytes each may keep, so that all together keep no more than bytes_max."""
     remaining = bytes_max
     for index, size in enumerate(sorted(sizes)):
         share = remaining // (len(sizes) - index)

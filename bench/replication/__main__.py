@@ -17,7 +17,17 @@ from typing import NamedTuple
 from bench.table import Target, compute_spread, describe_machine, print_table, show_number
 
 from .crsqlite import CrSqlite, UnavailableError
-from .ours import CELLS, MODES, Round, Sizes, measure_agent, run_round
+from .ours import (
+    CELLS,
+    MODES,
+    STEADY_CHANGES,
+    STEADY_ROWS,
+    Round,
+    Sizes,
+    measure_agent,
+    measure_steady,
+    run_round,
+)
 from .visible import WRITES, measure_visible
 
 SIZES = Sizes(rows=5000, batch=1000, singles=2000)
@@ -51,10 +61,10 @@ MEASURES = (
 )
 BYTES_LIMIT = {"row": 1.6, "column": 2.0}
 BYTES = (
-    ("replicated", "bytes on disk / plain table, log pruned"),
+    ("replicated", "bytes on disk / plain table, without the log"),
     ("two_columns", "the same after 2 columns of half of the rows changed"),
-    ("log", "the same with the log of all changes"),
 )
+STEADY = f"{STEADY_ROWS:,} rows, each changed {STEADY_CHANGES} times, all columns; with the log at its bound"
 NOTES = """
 isthmus writes to files (WAL, synchronous=NORMAL), cr-sqlite holds its tables in memory. A changeset that was
 merged is known by its site and version and is not looked at again; cr-sqlite leaves that to what is built on
@@ -182,6 +192,12 @@ def print_bytes(ours: Mapping[str, list[Round]], theirs: list[Round]) -> None:
             other = theirs[-1].bytes if theirs and key == "replicated" else None
             shown = f"{show_number(other['replicated'] / other['plain'])} ×" if other else ""
             rows.append([title, mode, f"{show_number(figure)} ×", *judge(figure, target, " ×"), shown])
+    for mode in MODES:
+        with tempfile.TemporaryDirectory() as folder:
+            replicated, plain = measure_steady(Path(folder), mode)
+        target = Target(BYTES_LIMIT[mode], at_least=False)
+        figure = replicated / plain
+        rows.append([STEADY, mode, f"{show_number(figure)} ×", *judge(figure, target, " ×"), ""])
     print()
     print_table([f"{SIZES.rows:,} rows of 10 columns", "by", "isthmus", "target", "", PEER], rows)
 

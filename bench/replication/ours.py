@@ -5,6 +5,7 @@ Databases are files, as in use. Invariant: what was merged is equal to its sourc
 """
 
 import asyncio
+import random
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,11 @@ WAITING = 512
 # How far behind the clock of one who writes the same rows is, so that all it writes loses.
 STALE_MS = 60_000
 LOG_BYTES_MAX = 1 << 30  # all of it
+LOG_VERSIONS_MAX = 100_000
+# Enough for the log to be small beside the table; in a smaller file it may have the bytes that it always may.
+STEADY_ROWS = 20_000
+STEADY_CHANGES = 5  # of each row
+STEADY_BATCH = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +105,11 @@ def run_round(folder: Path, mode: str, sizes: Sizes) -> Round:
 
         stale, _ = write(other, INSERT, inserts, sizes.batch, now_ms=wall_ms() - STALE_MS)
         old, result.cpu["local"] = write(source, INSERT, inserts, sizes.batch)
-        result.bytes["log"] = measure_file(source)
         fresh, _ = write(source, UPDATE, updates, sizes.batch)
         single, result.cpu["local_single"] = write(source, INSERT, ones, 1)
 
         result.cpu["empty"] = measure(lambda: merge(target, old, 1))
-        result.bytes["replicated"] = measure_file(target, prune=source)
+        result.bytes["replicated"] = measure_file(target, source)
         result.cpu["duplicate"] = measure(lambda: merge(target, old, 1))
         result.cpu["overwrite"] = measure(lambda: merge(target, fresh, 1))
         result.cpu["single"] = measure(lambda: merge(target, single, 1))
@@ -174,13 +179,12 @@ def measure_two_columns(folder: Path, mode: str, sizes: Sizes) -> int:
         write(source, UPDATE_TWO, [(f"gru-{i}", i, i) for i in range(1, sizes.rows + 1, 2)], sizes.batch)
         last = source.seen()[source.site].last
         merge(target, source.read_log(source.site, 1, last, LOG_BYTES_MAX), 1)
-        return measure_file(target, prune=source)
+        return measure_file(target, source)
 
 
-def measure_file(store: Store, prune: Store | None = None) -> int:
-    """Return the bytes of the database; without the log of the given store's changesets."""
-    if prune is not None:
-        store.prune_log({prune.site: store.seen()[prune.site].last + 1})
+def measure_file(store: Store, source: Store) -> int:
+    """Return the bytes of the database without the log of the source's changesets."""
+    store.prune_log({source.site: store.seen()[source.site].last + 1})
     return compute_bytes(store.connection)
 
 
@@ -190,6 +194,30 @@ def compute_bytes(connection: sqlite3.Connection) -> int:
     (pages,) = connection.execute("PRAGMA page_count").fetchone()
     (size,) = connection.execute("PRAGMA page_size").fetchone()
     return int(pages) * int(size)
+
+
+def measure_steady(folder: Path, mode: str) -> tuple[int, int]:
+    """Return the size of a replica's file after many changes, with its log at its bound, and of a plain one.
+
+    Every row is changed several times, all columns at once, in random order; nothing is ever vacuumed.
+    """
+    rng = random.Random(STEADY_ROWS)
+    rows = [(i, *compute_row(i, 0)) for i in range(1, STEADY_ROWS + 1)]
+    changes = [
+        (*compute_row(i, g), i) for g in range(1, STEADY_CHANGES + 1) for i in range(1, STEADY_ROWS + 1)
+    ]
+    rng.shuffle(changes)
+    plain = folder / "steady-plain.db"
+    with closing(sqlite3.connect(plain)) as connection, connection:
+        connection.execute(TABLE)
+        connection.executemany(INSERT, rows)
+        connection.executemany(UPDATE, changes)
+    with closing(Store.open(folder / f"steady-{mode}.db", make_schema(mode))) as store:
+        for sql, values in ((INSERT, rows), (UPDATE, changes)):
+            for first in range(0, len(values), STEADY_BATCH):
+                write(store, sql, values[first : first + STEADY_BATCH], STEADY_BATCH)
+                store.trim_log(LOG_VERSIONS_MAX, 0)
+    return (folder / f"steady-{mode}.db").stat().st_size, plain.stat().st_size
 
 
 def measure_agent(folder: Path, mode: str, sizes: Sizes) -> dict[str, float]:
