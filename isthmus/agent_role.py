@@ -6,16 +6,19 @@ change that is not committed, because both follow the replication agent's commit
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 import time
 from typing import TYPE_CHECKING
 
+from isthmus.admin.keys import KeyRoutes
 from isthmus.admin.metrics import WorkerTotals
 from isthmus.admin.server import AdminServer
 from isthmus.admin.views import Views
 from isthmus.checks import Checker
-from isthmus.config import Config, format_address, parse_listen
+from isthmus.config import Config, ConfigError, format_address, parse_listen
+from isthmus.credentials import Credentials
 from isthmus.feed import FeedServer
 from isthmus.registry import Registry, RegistryError
 from isthmus.role import RefusedError
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def agent_settings(config: Config) -> AgentSettings:
+def agent_settings(config: Config, credentials: Credentials) -> AgentSettings:
     """Return what the replication agent needs to know of the configuration."""
     gossip = config.gossip
     return AgentSettings(
@@ -44,7 +47,8 @@ def agent_settings(config: Config) -> AgentSettings:
         bind=parse_listen(gossip.listen),
         advertise=parse_listen(gossip.advertise) if gossip.advertise else None,
         join=gossip.join,
-        keys=gossip.decoded_keys(),
+        keys=credentials.keys,
+        tls=credentials.tls,
         cluster=gossip.cluster,
     )
 
@@ -53,11 +57,17 @@ class AgentRole:
     """One node's agent. The parts are built in `start`, in the order in which they need each other."""
 
     def __init__(self, config: Config) -> None:
+        """Build what needs no other part; raises RefusedError."""
         self._config = config
         self._table = RoutingTable(config.node)
         self._routes = RouteFeed(self._table, config.database)
         self._totals = WorkerTotals()
-        self._agent = Agent(agent_settings(config), routing_schema(), on_commit=self._handle_commit)
+        try:
+            self._credentials = Credentials(config.gossip)
+            settings = agent_settings(config, self._credentials)
+        except (ConfigError, ReplicationError) as error:
+            raise RefusedError(f"the agent cannot start: {error}") from error
+        self._agent = Agent(settings, routing_schema(), on_commit=self._handle_commit)
         self._checker = Checker(self._agent, config.node)
         self._subscriptions = Subscriptions(config.database, routing_schema())
         self._feed: FeedServer | None = None
@@ -87,8 +97,9 @@ class AgentRole:
         await self._subscriptions.start()
         registry = Registry(self._agent, config.node, config.region, own)
         views = Views(config, self._agent, self._table, self._feed)
+        keys = KeyRoutes(self._credentials, self._agent.replace_keys)
         self._admin = AdminServer(
-            config.admin, views, registry, self._samples, self._agent, self._subscriptions
+            config.admin, views, registry, self._samples, self._agent, self._subscriptions, keys
         )
         await self._admin.start()
         own.add(self._admin.address)  # the system may have chosen its port
@@ -106,6 +117,11 @@ class AgentRole:
         if self._feed is not None:
             await self._feed.stop()
 
+    def reload(self) -> None:
+        """Read keys and certificates again; what is wrong with them is logged and shown."""
+        with contextlib.suppress(ConfigError):
+            self._credentials.reload(self._agent.replace_keys)
+
     def _handle_commit(self, commit: Commit) -> None:
         if not commit.changes:
             return  # everything in it had been overwritten already
@@ -121,5 +137,6 @@ class AgentRole:
         yield from self._agent.samples()
         yield from self._checker.samples()
         yield from self._subscriptions.samples()
+        yield from self._credentials.samples()
         if self._feed is not None:
             yield "isthmus_feed_followers", (), float(len(self._feed.followers))

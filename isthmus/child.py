@@ -18,7 +18,8 @@ import signal
 import socket
 import struct
 import sys
-from typing import Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import uvloop
@@ -26,6 +27,9 @@ import uvloop
 from isthmus.config import Config
 from isthmus.logs import setup_logging
 from isthmus.role import RefusedError, Role
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BEAT_S = 1.0
 
@@ -73,20 +77,20 @@ def main() -> int:
     # The supervisor asks a stalled child for its stacks before it ends it.
     faulthandler.register(signal.SIGUSR1)
     # Importing here keeps a worker from loading what only the agent needs.
-    role: Role
+    make_role: Callable[[], Role]
     if task.role == "agent":
         from isthmus.agent_role import AgentRole  # noqa: PLC0415 — see above
 
-        role = AgentRole(task.config)
+        make_role = partial(AgentRole, task.config)
     else:
         from isthmus.worker_role import WorkerRole  # noqa: PLC0415 — see above
 
-        role = WorkerRole(task.config, task.index)
+        make_role = partial(WorkerRole, task.config, task.index)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_live(role, channel))
+        return runner.run(_live(make_role, channel))
 
 
-async def _live(role: Role, channel: socket.socket) -> int:
+async def _live(make_role: Callable[[], Role], channel: socket.socket) -> int:
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -94,6 +98,8 @@ async def _live(role: Role, channel: socket.socket) -> int:
     reader, writer = await asyncio.open_connection(sock=channel)
     lifeline = asyncio.create_task(_watch_parent(reader, stopping))
     try:
+        role = make_role()
+        loop.add_signal_handler(signal.SIGHUP, role.reload)
         addresses = await role.start()
     except RefusedError as error:
         writer.write(msgspec.json.encode(Report(refused=str(error))) + b"\n")

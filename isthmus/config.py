@@ -198,32 +198,57 @@ class GossipConfig(_Section, frozen=True):
     join: tuple[str, ...] = ()
     cluster: Annotated[str, Meta(min_length=1, max_length=CLUSTER_CHARS_MAX)] = "isthmus"
     keys: Annotated[tuple[str, ...], Meta(max_length=KEYS_MAX)] = ()
+    keys_file: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_ca: str = ""
 
     def __post_init__(self) -> None:
         _check("listen", parse_listen, self.listen)
         if self.advertise:
             _check("advertise", _parse_peer, self.advertise)
         _check("join", _parse_peer, *self.join)
-        _check("keys", _decode_key, *self.keys)
+        _check("keys", decode_key, *self.keys)
+        if self.keys and self.keys_file:
+            raise _ValueOfKeyError("keys_file", "gossip.keys is set as well; keep one of the two")
         host, _ = parse_listen(self.listen)
-        if not self.keys and not is_loopback(host):
-            raise _ValueOfKeyError(
-                "listen",
-                f"{self.listen} is open to others: set gossip.keys (`isthmus key` makes one), "
-                "or listen on 127.0.0.1",
-            )
+        if not self.sealed:
+            self._check_unsealed(host)
+        for key in ("tls_cert", "tls_key", "tls_ca"):
+            if not getattr(self, key) and (self.tls_cert or self.tls_key or self.tls_ca):
+                raise _ValueOfKeyError(key, "tls_cert, tls_key and tls_ca go together")
         if not self.advertise and is_wildcard(host):
             raise _ValueOfKeyError(
                 "listen",
                 f"{self.listen} is no address that others could be told: set gossip.advertise to one",
             )
 
+    def _check_unsealed(self, host: str) -> None:
+        """Raise unless all gossip stays on this machine; TLS does not help, as datagrams have none."""
+        if not is_loopback(host):
+            raise _ValueOfKeyError(
+                "listen",
+                f"{self.listen} is open to others: set gossip.keys (`isthmus key` makes one), "
+                "or listen on 127.0.0.1",
+            )
+        if self.advertise and not is_loopback(parse_listen(self.advertise)[0]):
+            raise _ValueOfKeyError(
+                "advertise",
+                f"{self.advertise} is where others are: set gossip.keys (`isthmus key` makes one)",
+            )
+
+    @property
+    def sealed(self) -> bool:
+        """True when gossip is sealed with a cluster key."""
+        return bool(self.keys or self.keys_file)
+
     def decoded_keys(self) -> tuple[bytes, ...]:
-        """Return the cluster keys as 32 bytes each, the sealing one first."""
-        return tuple(_decode_key(key) for key in self.keys)
+        """Return the keys that the configuration itself holds as 32 bytes each, the sealing one first."""
+        return tuple(decode_key(key) for key in self.keys)
 
 
-def _decode_key(text: str) -> bytes:
+def decode_key(text: str) -> bytes:
+    """Return the 32 bytes of a cluster key in base64; raises ValueError."""
     try:
         key = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):

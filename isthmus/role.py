@@ -14,6 +14,9 @@ class Role(Protocol):
     async def start(self) -> dict[str, str]:
         """Begin, and return the addresses that it listens on by name. Raises RefusedError."""
 
+    def reload(self) -> None:
+        """Read again what may change while it runs; what is wrong with it is logged, and nothing changes."""
+
     async def stop(self) -> None:
         """End gracefully."""
 

@@ -48,6 +48,7 @@ async def _run(config: Config, announce: Callable[[NodeInfo], None]) -> None:
         try:
             agent = AgentRole(config)
             addresses = await agent.start()
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, agent.reload)
             undo.push_async_callback(agent.stop)
             worker = WorkerRole(with_addresses(config, addresses), 0)
             await worker.start()

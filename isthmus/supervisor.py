@@ -96,6 +96,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         info_file = Path(self._config.data) / "node.json"
         keepers = []
         try:
@@ -122,6 +123,12 @@ class Supervisor:
             os.close(self._lock)
         if self._failure:
             raise ConfigError(self._failure)
+
+    def _reload(self) -> None:
+        """Have the children read again what may change; one that is starting reads it anyway."""
+        for child in self._children:
+            if child.process is not None and child.ready.is_set():
+                _signal(child.process, signal.SIGHUP)
 
     async def _first_start(self, child: _Child) -> None:
         """Wait until the child serves, refuses, or takes too long."""

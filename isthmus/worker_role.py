@@ -84,6 +84,9 @@ class WorkerRole:
         await self._server.start(host, port, reuse_port=True)
         return {}
 
+    def reload(self) -> None:
+        """Do nothing: what a worker is told does not change while it runs."""
+
     async def stop(self) -> None:
         """Let requests in flight finish within the drain time, then close."""
         await self._server.drain(self._config.proxy.drain_ms / 1000)

@@ -78,6 +78,8 @@ class Handshake(Protocol):
 class Seal(Protocol):
     """All that the transport needs to keep strangers out."""
 
+    secret: bool  # whether it hides and proves anything; if not, its bytes must not leave this machine
+
     def seal_datagram(self, data: bytes) -> bytes:
         """Return the bytes to send."""
 
@@ -89,6 +91,12 @@ class Seal(Protocol):
 
     def accept(self) -> Handshake:
         """Start a stream as the one who is connected to."""
+
+    def holds(self, box: StreamBox) -> bool:
+        """Return whether the key that a stream was made with is still in use."""
+
+    def watch(self, on_replaced: Callable[[], None]) -> None:
+        """Have a callback called after the keys were replaced."""
 
 
 def make_seal(keys: Sequence[bytes], cluster: str) -> Seal:
@@ -138,7 +146,9 @@ class _Sender:
 
 
 class KeyRing:
-    """Seals with the first key, opens with any; `replace` rotates without breaking open streams."""
+    """Seals with the first key, opens with any; streams live for as long as their key is in the ring."""
+
+    secret = True
 
     def __init__(
         self, keys: Sequence[bytes], cluster: str, *, random: Callable[[int], bytes] = os.urandom
@@ -146,20 +156,30 @@ class KeyRing:
         self._cluster = cluster
         self._random = random
         self._senders: OrderedDict[bytes, _Sender] = OrderedDict()
+        self._watchers: list[Callable[[], None]] = []
         self._keys: tuple[bytes, ...] = ()
+        self._session = b""
+        self._aead: ChaCha20Poly1305  # set by `replace`, as is the counter
         self.replace(keys)
 
     def replace(self, keys: Sequence[bytes]) -> None:
         """Adopt a key ring; sessions sealed with a key that is gone stop being opened."""
         if not 0 < len(keys) <= KEYS_MAX or any(len(key) != KEY_BYTES for key in keys):
             raise ValueError(f"a key ring holds 1 to {KEYS_MAX} keys of {KEY_BYTES} bytes")
+        if self._keys[:1] != tuple(keys[:1]):
+            if self._session:
+                # What we sealed in the session that ends must not come back to us as somebody else's.
+                spent = ReplayWindow(newest=2**64 + REPLAY_WINDOW)
+                self._senders[self._session] = _Sender(self._keys[0], self._aead, spent)
+            self._session = self._random(SESSION_BYTES)
+            self._counter = 0
+            self._aead = _derive(keys[0], self._session, "datagram v1", self._cluster)
         self._keys = tuple(keys)
-        self._session = self._random(SESSION_BYTES)
-        self._counter = 0
-        self._aead = _derive(self._keys[0], self._session, "datagram v1", self._cluster)
         # Replay windows of senders that stay readable are kept, or a rotation would let old datagrams in.
         for session in [session for session, sender in self._senders.items() if sender.key not in keys]:
             del self._senders[session]
+        for on_replaced in self._watchers:
+            on_replaced()
 
     def seal_datagram(self, data: bytes) -> bytes:
         """Return the bytes to send."""
@@ -209,6 +229,14 @@ class KeyRing:
         """Start a stream as the one who is connected to."""
         return _Accept(self._keys, self._cluster, self._random(SALT_BYTES))
 
+    def holds(self, box: StreamBox) -> bool:
+        """Return whether the key that a stream was made with is still in the ring."""
+        return isinstance(box, _Box) and box.key in self._keys
+
+    def watch(self, on_replaced: Callable[[], None]) -> None:
+        """Have a callback called after each `replace`."""
+        self._watchers.append(on_replaced)
+
 
 def _open(aead: ChaCha20Poly1305, counter: int, body: bytes, header: bytes | None) -> bytes:
     try:
@@ -244,6 +272,7 @@ class _Dial:
         if not hmac.compare_digest(proof, _proof(self._key, salts, "accept v1", self._cluster)):
             raise SealError("tag")
         return _Box(
+            self._key,
             sealer=_derive(self._key, salts, "stream v1 dialer", self._cluster),
             opener=_derive(self._key, salts, "stream v1 accepter", self._cluster),
         )
@@ -270,6 +299,7 @@ class _Accept:
         salts = salt + self._salt
         self._answer = STREAM_MAGIC + self._salt + _proof(key, salts, "accept v1", self._cluster)
         return _Box(
+            key,
             sealer=_derive(key, salts, "stream v1 accepter", self._cluster),
             opener=_derive(key, salts, "stream v1 dialer", self._cluster),
         )
@@ -280,7 +310,8 @@ class _Box:
 
     overhead_bytes = TAG_BYTES
 
-    def __init__(self, sealer: ChaCha20Poly1305, opener: ChaCha20Poly1305) -> None:
+    def __init__(self, key: bytes, sealer: ChaCha20Poly1305, opener: ChaCha20Poly1305) -> None:
+        self.key = key  # of the ring, from which both others derive
         self._sealer, self._opener = sealer, opener
         self._sealed = 0
         self._opened = 0
@@ -302,6 +333,8 @@ class _Box:
 
 class PlainSeal:
     """No secrecy: keeps clusters apart by name and nothing more, so it is for loopback only."""
+
+    secret = False
 
     def __init__(self, cluster: str) -> None:
         self._mark = hashlib.sha256(cluster.encode()).digest()[:8]
@@ -325,6 +358,13 @@ class PlainSeal:
     def accept(self) -> Handshake:
         """Start a stream as the one who is connected to."""
         return _PlainHandshake(self._mark)
+
+    def holds(self, box: StreamBox) -> bool:  # noqa: ARG002 - there is no key that could go
+        """Return True."""
+        return True
+
+    def watch(self, on_replaced: Callable[[], None]) -> None:
+        """Do nothing: there are no keys, and none can come."""
 
 
 class _PlainHandshake:

@@ -1,7 +1,7 @@
 """What an agent is told when it starts.
 
 Decides which combinations are safe to start with. Knows nothing of files or the environment.
-Invariant: an agent without keys is reached from this machine only.
+Invariant: an agent without keys is reached from this machine only, and reaches no other.
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from replication.core.sync import SyncSettings
 from replication.core.wire import CLUSTER_CHARS_MAX
 from replication.errors import ReplicationError
 from replication.seal import KEY_BYTES, KEYS_MAX
+from replication.tls import StreamTls
 
 
 class SettingsError(ReplicationError, ValueError):
@@ -59,6 +60,7 @@ class AgentSettings:
     advertise: Address | None = None  # what others are told; needed when binding to all addresses
     join: tuple[str, ...] = ()  # "host:port"; a name stands for all its addresses
     keys: tuple[bytes, ...] = ()  # the first seals, any opens
+    tls: StreamTls | None = None  # around streams; datagrams have the keys alone
     cluster: str = "isthmus"
     swim: SwimSettings = field(default_factory=SwimSettings)
     plumtree: PlumtreeSettings = field(default_factory=PlumtreeSettings)
@@ -86,10 +88,9 @@ class AgentSettings:
             raise SettingsError(f"cluster: 1 to {CLUSTER_CHARS_MAX} printable characters")
         if len(self.keys) > KEYS_MAX or any(len(key) != KEY_BYTES for key in self.keys):
             raise SettingsError(f"keys: at most {KEYS_MAX}, of {KEY_BYTES} bytes each")
-        if not self.keys and not is_loopback(self.bind[0]):
-            raise SettingsError(
-                f"without a cluster key the agent binds to loopback only, not to {self.bind[0]}"
-            )
+        for host, _ in (self.bind, self.advertise or self.bind):
+            if not self.keys and not is_loopback(host):
+                raise SettingsError(f"without a cluster key the agent stays on loopback, not on {host}")
         if is_wildcard(self.bind[0]) and self.advertise is None:
             raise SettingsError(f"advertise: needed when binding to {self.bind[0]}")
         if self.advertise is not None and not 0 < self.advertise[1] < 65_536:

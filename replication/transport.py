@@ -1,10 +1,11 @@
 """Moves sealed bytes: one UDP socket, one TCP listener, and links dialled out.
 
-Decides whom to let in (by seal, cluster and first message) and how much may be in flight. Knows nothing
-of membership or changesets. Invariant: all traffic leaves from the bound address, so that a peer sees the
-address that it knows; and nothing is said to whoever does not hold a key.
+Decides whom to let in (by certificate, seal, cluster and first message) and how much may be in flight. Knows
+nothing of membership or changesets. Invariant: all traffic leaves from the bound address, so that a peer sees
+the address that it knows; nothing is said to whoever does not hold a key; and without a key, nothing is
+sent beyond this machine.
 
-A frame on a stream is a length of 4 bytes and a sealed record.
+A frame on a stream is a length of 4 bytes and a sealed record. With mutual TLS all of a stream is inside it.
 """
 
 import asyncio
@@ -12,8 +13,10 @@ import contextlib
 import errno
 import logging
 import socket
+import ssl
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Protocol, cast
 
 from replication.core.member import Address, MemberInfo
@@ -27,13 +30,17 @@ from replication.core.wire import (
     encode,
 )
 from replication.errors import ReplicationError
+from replication.lobby import Lobby
 from replication.seal import DATAGRAM_OVERHEAD_BYTES, HANDSHAKE_BYTES, Handshake, Seal, SealError, StreamBox
-from replication.settings import is_wildcard
+from replication.settings import is_loopback, is_wildcard
+from replication.tls import StreamTls
 
 log = logging.getLogger(__name__)
 
-# Strangers may hold this many connections, each for no longer than the handshake may take.
+# Peers that have shown a key may hold this many connections to us; strangers wait elsewhere, in the lobby.
 LINKS_ACCEPTED_MAX = 1_024
+# After the system has refused to accept a connection, for want of descriptors as a rule.
+_ACCEPT_PAUSE_S = 0.1
 # What may wait for a slow peer; above it pushes are dropped (sync brings them) and sessions wait.
 SEND_BYTES_MAX = 8 * 1024 * 1024
 # Where `drain` begins to wait: about what fills a path of 300 ms at 10 Mbit/s.
@@ -83,8 +90,8 @@ class Link:
         self.closed = asyncio.Event()
         self._reader = reader
         self._writer = writer
-        self._box = box
-        self._task: asyncio.Task[None] | None = None
+        self.box = box
+        self.authority = b""  # that of the TLS around it; set when it is opened
         writer.transport.set_write_buffer_limits(high=DRAIN_BYTES)
 
     def send(self, frame: bytes) -> bool:
@@ -92,7 +99,7 @@ class Link:
         waiting = self._writer.transport.get_write_buffer_size()
         if self._writer.is_closing() or (waiting and waiting + len(frame) > SEND_BYTES_MAX):
             return False
-        record = self._box.seal(frame)
+        record = self.box.seal(frame)
         self._writer.write(len(record).to_bytes(4, "big") + record)
         self.bytes_sent += len(record) + 4
         return True
@@ -104,11 +111,11 @@ class Link:
     async def receive(self, size_max: int) -> bytes:
         """Return the next frame; raises LinkError, SealError, IncompleteReadError."""
         size = int.from_bytes(await self._reader.readexactly(4), "big")
-        if size > size_max + self._box.overhead_bytes:
+        if size > size_max + self.box.overhead_bytes:
             raise LinkError("size")
         record = await self._reader.readexactly(size)
         self.bytes_received += size + 4
-        return self._box.open(record)
+        return self.box.open(record)
 
     def close(self) -> None:
         """Close at once; what was queued may be lost."""
@@ -133,6 +140,7 @@ class Transport(asyncio.DatagramProtocol):
         handler: Handler,
         *,
         handshake_timeout_s: float,
+        tls: StreamTls | None = None,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self.dropped: Counter[tuple[str, str]] = Counter()  # (datagram | stream, reason)
@@ -143,11 +151,16 @@ class Transport(asyncio.DatagramProtocol):
         self._hello = hello
         self._handler = handler
         self._handshake_timeout_s = handshake_timeout_s
+        self._tls = tls
+        self._lobby = Lobby()
         self._links: set[Link] = set()
-        self._tasks: set[asyncio.Task[None]] = set()  # of accepted connections and of links
+        self._accepted = 0  # links among them that others dialled
+        self._tasks: set[asyncio.Task[None]] = set()  # the listener, accepted connections, links
         self._sockets: tuple[socket.socket, ...] = ()  # TCP and UDP; set by `bind`
-        self._server: asyncio.Server | None = None
         self._udp: asyncio.DatagramTransport | None = None
+        seal.watch(self._close_revoked)
+        if tls is not None:
+            tls.watch(self._close_revoked)
 
     # --- life -----------------------------------------------------------------------------------------
 
@@ -157,25 +170,26 @@ class Transport(asyncio.DatagramProtocol):
         self.family, (host, port) = found[0][0], found[0][4][:2]
         self._sockets = _bind_both(self.family, str(host), int(port))
         self.address = self._sockets[0].getsockname()[:2]
+        if not self._may_reach(self.address[0]):  # a name that stands for more than it says
+            for sock in self._sockets:
+                sock.close()
+            raise OSError(errno.EACCES, f"without a cluster key, cannot bind gossip to {self.address[0]}")
 
     async def serve(self) -> None:
         """Begin to receive."""
         tcp, udp = self._sockets
         loop = asyncio.get_running_loop()
         self._udp, _ = await loop.create_datagram_endpoint(lambda: self, sock=udp)
-        self._server = await asyncio.start_server(self._accept, sock=tcp, backlog=128)
+        tcp.listen(128)
+        self._track(self._listen(tcp))
 
     async def stop(self) -> None:
         """Close everything and wait until it is."""
-        if self._server is not None:
-            self._server.close()
         await asyncio.gather(*(link.close_gently() for link in list(self._links)))
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._server is not None:
-            await self._server.wait_closed()
         if self._udp is not None:
             self._udp.close()
             await asyncio.sleep(0)  # the transport closes its socket in the next turn of the loop
@@ -195,6 +209,9 @@ class Transport(asyncio.DatagramProtocol):
     def send_datagram(self, to: Address, data: bytes) -> None:
         """Send, and forget."""
         if self._udp is None or self._udp.is_closing():
+            return
+        if not self._may_reach(to[0]):
+            self.counters["datagrams_unsent"] += 1
             return
         try:
             self._udp.sendto(self._seal.seal_datagram(data), to)
@@ -225,9 +242,19 @@ class Transport(asyncio.DatagramProtocol):
         """Dial a peer from the bound address; raises ReplicationError, OSError, TimeoutError."""
         local = None if is_wildcard(self.address[0]) else (self.address[0], 0)
         async with asyncio.timeout(self._handshake_timeout_s):
-            reader, writer = await asyncio.open_connection(*address, local_addr=local, family=self.family)
+            if not self._may_reach(address[0]):
+                raise LinkError("unsealed")
+            authority = self._authority
+            reader, writer = await asyncio.open_connection(
+                *address,
+                local_addr=local,
+                family=self.family,
+                ssl=None if self._tls is None else self._tls.client,
+            )
             try:
-                link = await self._open(reader, writer, self._seal.dial(), dialled=True, lasting=lasting)
+                link = await self._open(
+                    reader, writer, self._seal.dial(), authority, dialled=True, lasting=lasting
+                )
             except asyncio.IncompleteReadError:
                 # A key holder answers; this is what a closed door looks like.
                 writer.transport.abort()
@@ -235,39 +262,85 @@ class Transport(asyncio.DatagramProtocol):
             except BaseException:
                 writer.transport.abort()
                 raise
+        self._go_up(link)
         self._track(self._run(link))
         return link
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _listen(self, listener: socket.socket) -> None:
+        """Accept connections; each is looked at in a task of its own."""
+        loop = asyncio.get_running_loop()
+        accepted = 0
+        while True:
+            try:
+                sock, address = await loop.sock_accept(listener)
+            except OSError:
+                self.dropped["stream", "accept"] += 1
+                await asyncio.sleep(_ACCEPT_PAUSE_S)
+                continue
+            self._track(self._accept(sock, address[0])).add_done_callback(partial(_close_after, sock))
+            accepted += 1
+            if accepted % _FAIR_FRAMES == 0:
+                await asyncio.sleep(0)  # those that wait to be accepted do not suspend us
+
+    async def _accept(self, sock: socket.socket, host: str) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._tasks.add(task)
+        ticket = self._lobby.enter(host, partial(self._turn_away, task))
+        if ticket is None:
+            self.dropped["stream", "too_many"] += 1
+            return
+        writer: asyncio.StreamWriter | None = None
         try:
-            if len(self._tasks) > LINKS_ACCEPTED_MAX:
+            async with asyncio.timeout(self._handshake_timeout_s):
+                authority = self._authority
+                reader, writer = await self._wrap(sock)
+                link = await self._open(
+                    reader, writer, self._seal.accept(), authority, dialled=False, lasting=False
+                )
+            self._lobby.leave(ticket)
+            if self._accepted >= LINKS_ACCEPTED_MAX:
                 self.dropped["stream", "too_many"] += 1
                 return
-            async with asyncio.timeout(self._handshake_timeout_s):
-                link = await self._open(reader, writer, self._seal.accept(), dialled=False, lasting=False)
-            await self._run(link)
+            self._accepted += 1
+            self._go_up(link)
+            try:
+                await self._run(link)
+            finally:
+                self._accepted -= 1
         except (LinkError, SealError, WireError) as error:
             self.dropped["stream", error.reason] += 1
         except TimeoutError:
             self.dropped["stream", "timeout"] += 1
         except asyncio.IncompleteReadError:
             self.dropped["stream", "truncated"] += 1
+        except ssl.SSLError:
+            self.dropped["stream", "tls"] += 1
         except OSError:
             self.dropped["stream", "io"] += 1
-        except asyncio.CancelledError:
-            pass  # `stop` cancels; asyncio's own callback for accepted streams would log it as an error
         finally:
-            self._tasks.discard(task)
-            writer.transport.abort()
+            self._lobby.leave(ticket)
+            if writer is not None:
+                writer.transport.abort()
+
+    def _turn_away(self, task: asyncio.Task[None]) -> None:
+        self.dropped["stream", "crowded_out"] += 1
+        task.cancel()
+
+    async def _wrap(self, sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Return the two ends of an accepted connection, inside TLS if there is any; raises OSError."""
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(loop=loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        context = None if self._tls is None else self._tls.server
+        transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock, ssl=context)
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def _open(
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         handshake: Handshake,
+        authority: bytes,
         *,
         dialled: bool,
         lasting: bool,
@@ -293,13 +366,18 @@ class Transport(asyncio.DatagramProtocol):
             raise LinkError("self")
         if not dialled:
             link.send(encode(ours))
+        link.authority = authority
         link.peer = theirs.sender
         link.lasting = lasting if dialled else theirs.lasting
         return link
 
-    async def _run(self, link: Link) -> None:
+    def _go_up(self, link: Link) -> None:
         self._links.add(link)
         self._handler.handle_link_up(link)
+        if not self._is_current(link):  # revoked while hands were shaken
+            self._revoke(link)
+
+    async def _run(self, link: Link) -> None:
         frames = 0
         try:
             while True:
@@ -322,10 +400,33 @@ class Transport(asyncio.DatagramProtocol):
             link.closed.set()
             self._handler.handle_link_down(link)
 
-    def _track(self, coroutine: Coroutine[None, None, None]) -> None:
+    def _track(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    # --- who is still let in ----------------------------------------------------------------------------
+
+    @property
+    def _authority(self) -> bytes:
+        return b"" if self._tls is None else self._tls.authority
+
+    def _is_current(self, link: Link) -> bool:
+        return self._seal.holds(link.box) and link.authority == self._authority
+
+    def _close_revoked(self) -> None:
+        """Close the links that were made with what no longer opens a door; those who still may dial again."""
+        for link in self._links:
+            if not self._is_current(link):
+                self._revoke(link)
+
+    def _revoke(self, link: Link) -> None:
+        self.counters["links_revoked"] += 1
+        self._track(link.close_gently())
+
+    def _may_reach(self, host: str) -> bool:
+        return self._seal.secret or is_loopback(host)
 
 
 def _bind_both(family: socket.AddressFamily, host: str, port: int) -> tuple[socket.socket, socket.socket]:
@@ -353,6 +454,10 @@ def _bind_both(family: socket.AddressFamily, host: str, port: int) -> tuple[sock
             continue
         return tcp, udp
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _close_after(sock: socket.socket, _task: asyncio.Task[None]) -> None:
+    sock.close()
 
 
 def _tune(writer: asyncio.StreamWriter) -> None:

@@ -15,7 +15,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 import proxy.metrics
 import replication.metrics
 import replication.subscriptions
-from isthmus import checks
+from isthmus import checks, credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -38,6 +38,7 @@ def known_metrics() -> dict[str, tuple[str, str]]:
         **replication.metrics.METRICS,
         **replication.subscriptions.METRICS,
         **checks.METRICS,
+        **credentials.METRICS,
         **OWN_METRICS,
     }
 

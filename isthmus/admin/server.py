@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler
 
+    from isthmus.admin.keys import KeyRoutes
     from isthmus.admin.views import Views
     from replication.metrics import Sample
     from replication.subscriptions import Subscriptions
@@ -85,6 +86,7 @@ class AdminServer:
         samples: Callable[[], Iterable[Sample]],
         replica: Replica,
         subscriptions: Subscriptions,
+        keys: KeyRoutes,
     ) -> None:
         self._config = config
         self._views = views
@@ -92,6 +94,7 @@ class AdminServer:
         self._samples = samples
         self._database = DatabaseRoutes(replica)
         self._subscriptions = SubscriptionRoutes(subscriptions)
+        self._keys = keys
         self._runner: web.AppRunner | None = None
         self.address = config.listen
 
@@ -131,6 +134,7 @@ class AdminServer:
             web.post("/v1/machines/{machine}/{action}", self._change_machine),
             *self._database.routes(),
             *self._subscriptions.routes(),
+            *self._keys.routes(),
         ]
 
     async def _dashboard(self, _request: web.Request) -> web.Response:

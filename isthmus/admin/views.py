@@ -69,7 +69,7 @@ class Views:
             "workers": config.workers,
             "agent_pid": os.getpid(),
             "workers_following": self._feed.followers,
-            "sealed": bool(config.gossip.keys),
+            "sealed": config.gossip.sealed,
             "replication": self._agent.status(),
             "rejected_rows": rejected,
         }

@@ -112,7 +112,7 @@ def _front(args: argparse.Namespace) -> list[dict[str, Any]] | None:
 
 
 def _banner(config: Config, info: NodeInfo) -> str:
-    sealed = "sealed with the cluster key" if config.gossip.keys else "no cluster key, this machine only"
+    sealed = "sealed with the cluster key" if config.gossip.sealed else "no cluster key, this machine only"
     return (
         f"isthmus {__version__}   node {info.node}   region {info.region}\n"
         f"  proxy   http://{info.listen}\n"

@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import proxy.metrics
 import replication.metrics
 import replication.subscriptions
-from isthmus import checks
+from isthmus import checks, credentials
 from isthmus.admin.metrics import OWN_METRICS, WorkerTotals, expose, known_metrics
 from proxy.metrics import ProxyMetrics
 
@@ -112,6 +112,7 @@ def test_no_two_parts_describe_the_same_metric() -> None:
         replication.metrics.METRICS,
         replication.subscriptions.METRICS,
         checks.METRICS,
+        credentials.METRICS,
         OWN_METRICS,
     )
     assert sum(len(table) for table in tables) == len(known_metrics())

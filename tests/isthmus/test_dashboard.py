@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
+from isthmus.admin.keys import KeyRoutes
 from isthmus.admin.server import AdminServer
 from isthmus.config import AdminConfig
 
@@ -29,7 +30,8 @@ class FakeViews:
 @pytest.fixture
 async def url() -> AsyncIterator[str]:
     config = AdminConfig(listen="127.0.0.1:0", token=TOKEN)
-    server = AdminServer(config, FakeViews(), registry=None, samples=list, replica=None, subscriptions=None)
+    parts = {"registry": None, "samples": list, "replica": None, "subscriptions": None}
+    server = AdminServer(config, FakeViews(), keys=KeyRoutes(None, None), **parts)
     await server.start()
     yield f"http://{server.address}"
     await server.stop()

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from isthmus.admin.keys import KeyRoutes
 from isthmus.admin.metrics import known_metrics
 from isthmus.admin.server import AdminServer
 from isthmus.config import (
@@ -135,7 +136,13 @@ class _AnyView:
 
 
 def paths() -> set[str]:
-    parts = {"registry": None, "samples": list, "replica": None, "subscriptions": None}
+    parts = {
+        "registry": None,
+        "samples": list,
+        "replica": None,
+        "subscriptions": None,
+        "keys": KeyRoutes(None, None),
+    }
     server = AdminServer(AdminConfig(), _AnyView(), **parts)
     return {f"{route.method} {route.path}" for route in server._routes()}
 
