@@ -173,7 +173,8 @@ class TableMerge:
             record, before = state.record, state.before
             if record is None or record == before:
                 continue
-            was_alive = before is not None and not before.dead
+            # A row may be there without a record: somebody took that away behind our back.
+            was_alive = not before.dead if before is not None else self._is_leftover(pk, record)
             limbo = None
             if not record.dead:
                 if state.values is not None or not was_alive:
@@ -191,6 +192,9 @@ class TableMerge:
         self._table.delete_rows(gone)
         self._table.write_rows(rows)
         self._table.write_records(records)
+
+    def _is_leftover(self, pk: Key, record: Record) -> bool:
+        return record.dead and self._table.read_row(pk) is not None
 
     def _pack_limbo(self, pk: Key, state: _State, record: Record) -> bytes | None:
         if record.base is None and not record.cells:

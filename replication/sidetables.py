@@ -97,6 +97,23 @@ def is_held(connection: sqlite3.Connection) -> bool:
     return found is not None
 
 
+def read_collected(connection: sqlite3.Connection) -> int:
+    """Return the hybrid time up to which deletions may have been forgotten; 0 when none was."""
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = '_repl_collected'").fetchone() is None:
+        return 0
+    hlc: int = connection.execute("SELECT max(hlc) FROM _repl_collected").fetchone()[0]
+    return hlc
+
+
+def write_collected(connection: sqlite3.Connection, hlc: int) -> None:
+    """Keep that time. Its table is made when it is first needed: files of earlier versions lack it."""
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS _repl_collected "
+        "(id INTEGER PRIMARY KEY CHECK (id = 1), hlc INTEGER NOT NULL)"
+    )
+    connection.execute("INSERT OR REPLACE INTO _repl_collected VALUES (1, ?)", (hlc,))
+
+
 def create_common(connection: sqlite3.Connection) -> None:
     """Create what every replica has, within the caller's transaction."""
     for statement in _COMMON.split(";\n"):

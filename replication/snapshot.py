@@ -10,6 +10,8 @@ Invariant: what a snapshot says was seen is in it, either in rows or as parked c
 from __future__ import annotations
 
 import hashlib
+import sqlite3
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from .core.change import EncodedChangeset
@@ -18,9 +20,9 @@ from .core.codec import CodecError, SiteTable, check_rows, decode_clock, decode_
 from .core.merge import NO_CELLS, Record
 from .core.versions import VersionRanges
 from .schema import MergeMode
+from .tables import read_lossy
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from .core.change import Key, Row
@@ -129,6 +131,30 @@ class Digest:
 
 def _is_same(value: object, other: object) -> bool:
     return value == other and type(value) is type(other)
+
+
+def stream_snapshot(
+    path: str,
+    tables: Iterable[Table],
+    sites: Sites,
+    seen: Mapping[SiteId, VersionRanges],
+    max_chunk_bytes: int,
+) -> Iterator[bytes]:
+    """Return the chunks of a file as it is now, read as they are asked for on a connection of its own."""
+    reader = sqlite3.connect(
+        f"{Path(path).absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
+    )
+    reader.text_factory = read_lossy  # as in a capture: one text that is not UTF-8 must not stop it all
+    reader.execute("BEGIN")
+    reader.execute("SELECT seq FROM _repl_state").fetchone()  # the first read fixes the view
+    return _stream(reader, write_snapshot(reader, tables, sites, seen, max_chunk_bytes))
+
+
+def _stream(reader: sqlite3.Connection, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    try:
+        yield from chunks
+    finally:
+        reader.close()
 
 
 def write_snapshot(

@@ -19,22 +19,31 @@ import os
 import re
 import sqlite3
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self
 
 from . import sidetables
 from .capture import TableCapture
 from .changelog import ChangeLog
+from .collecting import Replacement
 from .core.change import Changeset, Commit, EncodedChangeset, SqlValue
-from .core.clock import MAX_DRIFT_MS, SITE_BYTES, Clock, Hlc, HybridClock, SiteId, compute_ms
+from .core.clock import MAX_DRIFT_MS, NEVER, SITE_BYTES, Clock, Hlc, HybridClock, SiteId, compute_ms
 from .core.codec import CodecError, decode_changeset, encode_changeset, pack, unpack
 from .core.versions import VersionRanges
 from .errors import POISON, SnapshotError, StatementError, StoreError, is_trouble, translated
 from .identity import Opened, prepare_identity, read_boot, read_home
 from .merging import TableMerge, check_change, offer_change, offer_states
 from .names import Names
-from .snapshot import Head, TableStates, compute_digest, compute_latest, read_snapshot, write_snapshot
-from .tables import Sites, Table, read_lossy
+from .parking import ParkedChangeset, Parking
+from .snapshot import (
+    Head,
+    TableStates,
+    compute_digest,
+    compute_latest,
+    read_snapshot,
+    stream_snapshot,
+    write_snapshot,
+)
+from .tables import Sites, Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -66,16 +75,6 @@ class ApplyResult:
     parked: int
 
 
-@dataclass(frozen=True, slots=True)
-class ParkedChangeset:
-    """A changeset that is held but could not be applied, and why."""
-
-    site: SiteId
-    version: int
-    reason: str
-    payload: bytes
-
-
 class Store:
     """One replica in one SQLite file. Synchronous; calls must not overlap."""
 
@@ -84,11 +83,14 @@ class Store:
         self.site = SiteId(b"")  # set by _load, from the file
         self.seq = 0  # set by _load and by each commit that changes rows
         self.is_held = False  # set by _load, cleared by release: versions of ours may be known to peers alone
+        self.collected_hlc = NEVER  # set by _load; deletions up to it may have been forgotten here
+        self.dropped_parked = 0  # parked changesets that were given up since the file was opened
         self._path = path
         self._clock = HybridClock(max_drift_ms=max_drift_ms)
         self._version = 0
         self._ordinal = 0
         self._sites = Sites(connection)
+        self._parking = Parking(connection, self._sites)
         self._seen: dict[SiteId, VersionRanges] = {}
         self._touched: dict[SiteId, None] = {}  # sites whose ranges the transaction has changed
         self._names = Names.of_schema(schema)
@@ -250,7 +252,7 @@ class Store:
         with self._transaction():
             rows, own = self._capture_noted(wall_ms)
             merged, parked = self._merge_encoded(changesets, wall_ms)
-            self._park(parked)
+            self._parking.put(parked)
             self._log.append(changesets)
             for encoded in changesets:
                 self._mark_seen(encoded.site, encoded.version, encoded.version)
@@ -258,24 +260,41 @@ class Store:
         return ApplyResult(commit, len(changesets) - len(parked), duplicates, len(parked))
 
     def parked(self) -> list[ParkedChangeset]:
-        """Return the changesets that are held but could not be applied."""
+        """Return the changesets that are held but could not be applied, the oldest first."""
         with self._sound():
-            found = self.connection.execute(
-                "SELECT site, version, reason, payload FROM _repl_parked"
-            ).fetchall()
-        return [ParkedChangeset(self._sites.get_site(row[0]), *row[1:]) for row in found]
+            return self._parking.read()
 
     def retry_parked(self, wall_ms: int) -> Commit | None:
         """Apply what can be applied by now: after a schema change, or when a far-off time has come."""
-        waiting = [EncodedChangeset(entry.site, entry.version, entry.payload) for entry in self.parked()]
+        waiting = [entry.encoded for entry in self.parked()]
         if not waiting:
             return None
         with self._transaction():
             rows, own = self._capture_noted(wall_ms)
             merged, parked = self._merge_encoded(waiting, wall_ms)
-            self.connection.execute("DELETE FROM _repl_parked")
-            self._park(parked)
+            self._parking.clear()
+            self._parking.put(parked)
             return self._conclude(rows + merged, own)
+
+    def drop_parked(self, site: SiteId, version: int) -> bool:
+        """Give up a changeset that is parked; return whether it was. It stays seen, and is passed on."""
+        with self._transaction():
+            return self._parking.remove(site, version)
+
+    def change(self, work: Callable[[], list[RowChange]], wall_ms: int | None = None) -> Commit | None:
+        """Run what changes rows and clock records themselves, in one transaction and unnoticed by triggers.
+
+        With wall_ms, what was noted is captured before. Raises SnapshotError, with nothing changed, when
+        SQLite refuses a value.
+        """
+        try:
+            with self._transaction():
+                rows, own = ([], []) if wall_ms is None else self._capture_noted(wall_ms)
+                with self._merging():
+                    rows += work()
+                return self._conclude(rows, own)
+        except POISON as error:
+            raise SnapshotError(str(error)) from error
 
     # What was seen, and the log
 
@@ -305,7 +324,8 @@ class Store:
 
     def trim_log(self, versions_max: int, bytes_min: int) -> int:
         """Drop the oldest log entries of each site beyond so many, and of the busiest sites those that make
-        the log larger than LOG_SHARE allows; return how many. It may always have bytes_min.
+        the log larger than LOG_SHARE allows; return how many. It may always have bytes_min. Pages that held
+        them are used again; called every few seconds, the file has few that hold nothing.
         """
         with self._sound():
             bytes_max = max(bytes_min, int(LOG_SHARE * (self._used_bytes() - self._log.size_bytes)))
@@ -316,10 +336,11 @@ class Store:
 
     def _used_bytes(self) -> int:
         """Return the size of the pages that hold something."""
-        (size,) = self.connection.execute("PRAGMA page_size").fetchone()
-        (pages,) = self.connection.execute("PRAGMA page_count").fetchone()
-        (free,) = self.connection.execute("PRAGMA freelist_count").fetchone()
-        return int((pages - free) * size)
+        pages, free, page_bytes = (
+            int(self.connection.execute(f"PRAGMA {name}").fetchone()[0])
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        return (pages - free) * page_bytes
 
     # Whole replicas
 
@@ -334,43 +355,38 @@ class Store:
                 self.connection, self._tables.values(), self._sites, self._seen, max_chunk_bytes
             )
             return iter(list(chunks))
-        reader = sqlite3.connect(
-            f"{Path(self._path).absolute().as_uri()}?mode=ro",
-            uri=True,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-        reader.text_factory = read_lossy  # as in a capture: one text that is not UTF-8 must not stop it all
-        reader.execute("BEGIN")
-        # The first read fixes the view; calls on the store do not overlap, so seen() is what that view has.
-        reader.execute("SELECT seq FROM _repl_state").fetchone()
-        return self._stream(reader, self.seen(), max_chunk_bytes)
+        # Calls on the store do not overlap, so seen() is what the view of the other connection has.
+        return stream_snapshot(self._path, self._tables.values(), self._sites, self.seen(), max_chunk_bytes)
 
-    def _stream(
-        self, reader: sqlite3.Connection, seen: Mapping[SiteId, VersionRanges], max_chunk_bytes: int
-    ) -> Iterator[bytes]:
-        try:
-            yield from write_snapshot(reader, self._tables.values(), self._sites, seen, max_chunk_bytes)
-        finally:
-            reader.close()
-
-    def apply_snapshot(self, chunks: Iterable[bytes], wall_ms: int) -> Commit | None:
+    def apply_snapshot(
+        self, chunks: Iterable[bytes], wall_ms: int, replace_before: Hlc = NEVER
+    ) -> Commit | None:
         """Merge a snapshot in one transaction, then count what it stands for as seen.
 
-        Raises SnapshotError, with nothing applied, when it is malformed, incomplete, needs another schema or
-        comes from too far in the future.
+        replace_before is the sender's collected_hlc: rows up to it that the sender has seen and does not have
+        were deleted, and are dropped (see collecting.py); it becomes ours too. Raises SnapshotError, with
+        nothing applied, when it is malformed, incomplete, needs another schema or comes from too far in the
+        future.
         """
         seen: dict[SiteId, VersionRanges] = {}
         try:
             with self._transaction():
                 rows, own = self._capture_noted(wall_ms)
+                replacement = Replacement(self, replace_before)
                 for part in read_snapshot(chunks):
                     if isinstance(part, Head):
                         seen = part.seen
+                        replacement.protect(self._seen, seen)
                     elif isinstance(part, TableStates):
-                        rows += self._merge_states(part, wall_ms)
+                        admitted = self.admit_states(part, wall_ms)
+                        if admitted is not None:
+                            with self._merging():
+                                rows += replacement.drop_unmentioned(*admitted)
+                                rows += _merge_states(*admitted, self._sites)
                     else:
                         rows += self._merge_parked(part, wall_ms)
+                with self._merging():
+                    rows += replacement.finish()
                 self._adopt_seen(seen)
                 return self._conclude(rows, own)
         except (CodecError, *POISON) as error:
@@ -381,6 +397,39 @@ class Store:
         return compute_digest(self._tables[table], self._sites)
 
     # Within a transaction
+
+    @property
+    def tables(self) -> Mapping[str, Table]:
+        """The replicated tables, for those who `change` them."""
+        return self._tables
+
+    @property
+    def sites(self) -> Sites:
+        """The file's numbers for sites."""
+        return self._sites
+
+    def admit_states(self, part: TableStates, wall_ms: int) -> tuple[Table, TableStates] | None:
+        """Return the table and the states as it has them; None when it was dropped here.
+
+        Raises CodecError for one that is unknown and for times too far ahead.
+        """
+        latest = max((compute_latest(state.record) for state in part.states), default=Hlc(0))
+        if self._clock.is_too_far_ahead(latest, wall_ms):
+            raise CodecError(f"its clock is {compute_ms(latest) - wall_ms} ms ahead")
+        renamed = self._names.translate_states(part)
+        if renamed is None:
+            return None
+        table = self._tables.get(renamed.table)
+        if table is None:
+            raise CodecError(f"unknown table {part.table}")
+        self._clock.observe(latest)
+        return table, renamed
+
+    def note_collected(self, hlc: Hlc) -> None:
+        """Remember that deletions up to a time may have been forgotten."""
+        if hlc > self.collected_hlc:
+            sidetables.write_collected(self.connection, hlc)
+            self.collected_hlc = hlc
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -427,6 +476,7 @@ class Store:
         }
         self._touched.clear()
         self.is_held = sidetables.is_held(self.connection)
+        self.collected_hlc = Hlc(sidetables.read_collected(self.connection))
 
     def _run(self, index: int, sql: str, values: Sequence[SqlValue] | Mapping[str, SqlValue]) -> int:
         if _WRITES.match(sql) is None:
@@ -543,23 +593,6 @@ class Store:
             self._clock.observe(changeset.hlc)
         return rows
 
-    def _merge_states(self, part: TableStates, wall_ms: int) -> list[RowChange]:
-        latest = max((compute_latest(state.record) for state in part.states), default=Hlc(0))
-        if self._clock.is_too_far_ahead(latest, wall_ms):
-            raise CodecError(f"its clock is {compute_ms(latest) - wall_ms} ms ahead")
-        renamed = self._names.translate_states(part)
-        if renamed is None:
-            return []
-        table = self._tables.get(renamed.table)
-        if table is None:
-            raise CodecError(f"unknown table {part.table}")
-        with self._merging():
-            merge = TableMerge(table, self._sites)
-            offer_states(merge, table, renamed)
-            merge.flush()
-        self._clock.observe(latest)
-        return merge.rows
-
     def _merge_parked(self, changesets: list[EncodedChangeset], wall_ms: int) -> list[RowChange]:
         """Take over what the sender of a snapshot could not apply: perhaps we can, or we park it too."""
         fresh = [
@@ -568,7 +601,7 @@ class Store:
             if not self._seen.get(encoded.site, VersionRanges()).contains(encoded.version)
         ]
         rows, parked = self._merge_encoded(fresh, wall_ms)
-        self._park(parked)
+        self._parking.put(parked)
         return rows
 
     @contextlib.contextmanager
@@ -586,15 +619,6 @@ class Store:
         finally:
             if self.connection.in_transaction:
                 self.connection.execute("RELEASE merging")
-
-    def _park(self, parked: Sequence[tuple[EncodedChangeset, str]]) -> None:
-        self.connection.executemany(
-            "INSERT OR REPLACE INTO _repl_parked VALUES (?, ?, ?, ?)",
-            [
-                (self._sites.get_ordinal(encoded.site), encoded.version, reason, encoded.payload)
-                for encoded, reason in parked
-            ],
-        )
 
     def _mark_seen(self, site: SiteId, first: int, last: int) -> None:
         self._seen.setdefault(site, VersionRanges()).add(first, last)
@@ -632,6 +656,13 @@ class Store:
         if not rows and not changesets:
             return None
         return Commit(self.seq, tuple(rows), tuple(changesets))
+
+
+def _merge_states(table: Table, part: TableStates, sites: Sites) -> list[RowChange]:
+    merge = TableMerge(table, sites)
+    offer_states(merge, table, part)
+    merge.flush()
+    return merge.rows
 
 
 def _is_disjoint(ranges: VersionRanges, first: int, last: int) -> bool:

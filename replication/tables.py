@@ -265,7 +265,8 @@ class Table:
     def _between(self, keys: str, lower: Key | None, upper: Key | None) -> tuple[str, Key]:
         """Return what holds of keys behind lower and up to upper, and what to bind."""
         marks = ", ".join("?" * self.key_width)
-        bounds = [f"({keys}) {sign} ({marks})" for sign, at in ((">", lower), ("<=", upper)) if at is not None]
+        given = ((">", lower), ("<=", upper))
+        bounds = [f"({keys}) {sign} ({marks})" for sign, at in given if at is not None]
         return " AND ".join(bounds) or "1", (lower or ()) + (upper or ())
 
     def has_strays(self, lower: Key | None, upper: Key | None) -> bool:

@@ -19,6 +19,8 @@ SITE_BYTES: Final = 16
 COUNTER_BITS: Final = 16
 # SQLite's integers are signed 64-bit: 47 bits remain for milliseconds, which lasts until the year 6429.
 HLC_MAX: Final = 2**63 - 1
+# Before all times: where a time says up to when, it is up to nothing.
+NEVER: Final = Hlc(0)
 # Five seconds are far above what NTP leaves between machines and far below what a person would not notice.
 MAX_DRIFT_MS: Final = 5_000
 

@@ -35,13 +35,13 @@ class _SeenBeforeCommit(Store):
         if not fresh:
             return ApplyResult(None, 0, len(batch), 0)
         with self._transaction():
-            self._log(fresh)
+            self._log.append(fresh)
             for item in fresh:
                 self._mark_seen(item.site, item.version, item.version)
             self._conclude([], [])
         with self._transaction():
             rows, parked = self._merge_encoded(fresh, wall_ms)
-            self._park(parked)
+            self._parking.put(parked)
             commit = self._conclude(rows, fresh)
         return ApplyResult(commit, len(fresh) - len(parked), len(batch) - len(fresh), len(parked))
 

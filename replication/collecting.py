@@ -1,0 +1,184 @@
+"""Decide when what is kept of deleted rows, and of changesets that could not be applied, can be forgotten.
+
+A tombstone is there for those who do not know of the deletion yet. Once every member has seen all that was
+written up to a time, the tombstones up to it can go. A replica that was away meanwhile does not count as a
+member: it takes a snapshot when it is back, and drops what the sender has seen but does not have any more
+(Replacement). When every member has passed a time is found out elsewhere.
+
+Invariant: a tombstone goes only when nothing that could bring its row back is still to come, from peers or
+out of what is parked.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from .core.change import RowChange
+from .core.clock import HLC_MAX, Hlc, hlc_from_ms
+from .core.codec import CodecError, decode_changeset
+from .core.versions import VersionRanges
+from .snapshot import compute_latest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .core.change import Key
+    from .core.clock import SiteId
+    from .core.merge import Record
+    from .snapshot import TableStates
+    from .store import Store
+    from .tables import Table
+
+# As much as a person can look through by hand would do; this is for a burst while a schema is on its way.
+PARKED_BYTES_MAX: Final = 64 * 1024 * 1024
+
+
+class Collector:
+    """Goes through the tables of a replica again and again, a part at a time."""
+
+    def __init__(self, store: Store, *, keep_ms: int, parked_bytes_max: int = PARKED_BYTES_MAX) -> None:
+        self._store = store
+        self._keep_ms = keep_ms
+        self._parked_bytes_max = parked_bytes_max
+        self._waiting: list[str] = []  # tables still to go through in this pass
+        self._after: Key | None = None  # up to where the first of these is done
+        self._parked_hlc = Hlc(HLC_MAX)  # the oldest that was parked when this pass began
+
+    def run(self, stable_hlc: Hlc, wall_ms: int, limit: int) -> int:
+        """Look at so many records, from where the last call ended; return how many tombstones were dropped.
+
+        stable_hlc is a time up to which every member has seen all changesets of all members. What is younger
+        than keep_ms stays in any case. Each pass begins with what is parked.
+        """
+        bound = min(stable_hlc, hlc_from_ms(max(0, wall_ms - self._keep_ms)))
+        store = self._store
+        if not self._waiting:
+            self._waiting = list(store.tables)
+            self._after = None
+            self._parked_hlc = self._drop_parked(bound)
+        bound = min(bound, Hlc(self._parked_hlc - 1))
+        dropped = 0
+        while self._waiting and limit > 0:
+            table = store.tables.get(self._waiting[0])
+            if table is not None:
+                looked_at, gone = self._drop_tombstones(table, bound, limit)
+                limit -= looked_at
+                dropped += gone
+            if table is None or self._after is None:
+                self._waiting.pop(0)
+                self._after = None
+        return dropped
+
+    def _drop_tombstones(self, table: Table, bound: Hlc, limit: int) -> tuple[int, int]:
+        """Look at the next records of a table; return how many there can have been, and were dropped."""
+        store = self._store
+        dead, self._after = table.read_dead(self._after, limit)
+        width = table.key_width
+        gone: list[Key] = []
+        latest = Hlc(0)
+        for found in dead:
+            # Values written after the deletion, by who did not know of it, wait for an insert that lies
+            # between. They may go too: once all clocks are stable, no such insert can come.
+            at = compute_latest(store.sites.decode(found[width:-1]))
+            if at <= bound:
+                gone.append(found[:width])
+                latest = max(latest, at)
+
+        def work() -> list[RowChange]:
+            table.delete_records(gone)
+            store.note_collected(latest)
+            return []
+
+        if gone:
+            store.change(work)
+        return limit if self._after is not None else max(1, len(dead)), len(gone)
+
+    def _drop_parked(self, bound: Hlc) -> Hlc:
+        """Give up parked changesets that are too old or too many; return the time of the oldest that stays.
+
+        One that cannot be read has no time; it goes when there is too much, or by hand.
+        """
+        store = self._store
+        oldest = Hlc(HLC_MAX)
+        kept_bytes = 0
+        for entry in reversed(store.parked()):
+            hlc = _read_hlc(entry.payload)
+            kept_bytes += len(entry.payload)
+            if (hlc is not None and hlc <= bound) or kept_bytes > self._parked_bytes_max:
+                store.drop_parked(entry.site, entry.version)
+                store.dropped_parked += 1
+            elif hlc is not None:
+                oldest = min(oldest, hlc)
+        return oldest
+
+
+def _read_hlc(payload: bytes) -> Hlc | None:
+    try:
+        return decode_changeset(payload).hlc
+    except CodecError:
+        return None
+
+
+class Replacement:
+    """Drops what the sender of a snapshot has seen and does not have: it was deleted, and that forgotten.
+
+    Parts must be told of in the order in which they come; keys grow from part to part of a table. Does
+    nothing when nothing was forgotten, that is, with a time of 0.
+    """
+
+    def __init__(self, store: Store, before: Hlc) -> None:
+        self._store = store
+        self._before = before
+        self._reached: dict[str, Key | None] = {}
+        # By site, the time of the first changeset that the sender has not seen.
+        self._unknown_from: dict[SiteId, Hlc] = {}
+
+    def protect(self, mine: Mapping[SiteId, VersionRanges], theirs: Mapping[SiteId, VersionRanges]) -> None:
+        """Take note of what is here and was not seen by the sender: rows of these changesets stay."""
+        if not self._before:
+            return
+        for site, ranges in mine.items():
+            missing = theirs.get(site, VersionRanges()).missing(ranges.last)
+            if missing:
+                logged = self._store.read_log(site, missing[0][0], missing[0][0], 1)
+                hlc = _read_hlc(logged[0].payload) if logged else None
+                self._unknown_from[site] = hlc or Hlc(0)
+
+    def drop_unmentioned(self, table: Table, part: TableStates) -> list[RowChange]:
+        """Drop rows between the keys of a part that are not in it; return what went."""
+        name = table.schema.name
+        lower = self._reached.setdefault(name, None)
+        if not self._before or not part.states:
+            return []
+        self._reached[name] = upper = part.states[-1].pk
+        return self._drop(table, lower, upper, {state.pk for state in part.states})
+
+    def finish(self) -> list[RowChange]:
+        """Drop rows behind the last part of each table; return what went."""
+        if not self._before:
+            return []
+        rows: list[RowChange] = []
+        for name, reached in self._reached.items():
+            rows += self._drop(self._store.tables[name], reached, None, set())
+        self._store.note_collected(self._before)
+        return rows
+
+    def _drop(
+        self, table: Table, lower: Key | None, upper: Key | None, mentioned: set[Key]
+    ) -> list[RowChange]:
+        width = table.key_width
+        gone: list[Key] = []
+        for found in table.read_records(lower, upper):
+            pk = found[:width]
+            if pk not in mentioned and self._is_forgotten(self._store.sites.decode(found[width:-1])):
+                gone.append(pk)
+        table.delete_rows(gone)
+        table.delete_records(gone)
+        return [RowChange(table.schema.name, pk, None) for pk in gone]
+
+    def _is_forgotten(self, record: Record) -> bool:
+        """True when the sender must have known of a row, and may have forgotten its deletion."""
+        if record.dead or compute_latest(record) > self._before:
+            return False
+        clocks = (record.life, *record.cells.values()) + (() if record.base is None else (record.base,))
+        return not any(clock.hlc >= self._unknown_from.get(clock.site, HLC_MAX) for clock in clocks)
