@@ -2,7 +2,8 @@
 
 A schema says what its tables and columns were called before and what was dropped. A node that has no such
 schema yet goes on with the old names; its changes are read as if they had the new ones, and what they say of
-dropped columns and tables is left out. This module does not know where changes come from, nor whether they fit.
+dropped columns and tables is left out. This module does not know where changes come from, nor whether they
+fit.
 
 Invariant: a change that names nothing old is returned as it is.
 """
@@ -52,10 +53,11 @@ class Names:
         """Return a changeset with the names of this schema, without what is gone."""
         if not self._tables and not self._columns:
             return changeset
-        changes = [self._translate_change(change) for change in changeset.changes]
+        changes = [self.translate_change(change) for change in changeset.changes]
         return Changeset(changeset.hlc, tuple(change for change in changes if change is not None))
 
-    def _translate_change(self, change: TableChange) -> TableChange | None:
+    def translate_change(self, change: TableChange) -> TableChange | None:
+        """Return a change with the names of this schema; None for one of a table that is gone."""
         table = self._tables.get(change.table, change.table)
         if table is None:
             return None
@@ -68,7 +70,7 @@ class Names:
         return change._replace(table=table, key_columns=keys, columns=columns, rows=rows)
 
     def translate_states(self, part: TableStates) -> TableStates | None:
-        """Return states of a snapshot with the names of this schema; None for those of a table that is gone."""
+        """Return states with the names of this schema; None for those of a table that is gone."""
         table = self._tables.get(part.table, part.table)
         if table is None:
             return None

@@ -2,9 +2,9 @@
 
 The schema is a file of plain CREATE TABLE and CREATE INDEX statements. SQLite itself parses it, in an empty
 database in memory; what it says there is what counts. A comment `-- merge: column` directly before a
-table makes its columns merge one by one; otherwise a row is one value. `-- renamed from: NAME` before a table or
-a column, and `-- dropped: TABLE` or `-- dropped: TABLE.COLUMN`, say what older files and older nodes have. This
-module does not know the database file, nor what the tables are for.
+table makes its columns merge one by one; otherwise a row is one value. `-- renamed from: NAME` before a
+table or a column, and `-- dropped: TABLE` or `-- dropped: TABLE.COLUMN`, say what older files and older
+nodes have. This module does not know the database file, nor what the tables are for.
 
 Invariant: a Schema holds only tables on which any order of changes can be merged: no constraint spans rows.
 """
@@ -59,8 +59,8 @@ class TableSchema:
     """One replicated table.
 
     columns are in the order of the schema file, without generated ones. stored is the order in which rows
-    travel: key columns first. definitions has the text of each column as it was declared, constraints those of
-    the table; defaults has the value of each column where nothing is given, as the column would store it.
+    travel: key columns first. definitions has the text of each column as it was declared, constraints has
+    those of the table; defaults has the value of each column where nothing is given, as it would be stored.
     former_names are what the table was called before, former_columns what its columns were: old to new.
     """
 
@@ -319,7 +319,9 @@ def _split_definitions(name: str, create_sql: str) -> tuple[list[str], list[list
             continue
         if parts and (renamed := _RENAMED.match(token)) is not None:
             if parts[-1] or "\n" not in current:
-                raise SchemaError(f"table {name}: {token.strip()!r} needs a line of its own before the column")
+                raise SchemaError(
+                    f"table {name}: {token.strip()!r} goes on a line of its own, before a column"
+                )
             formers[-1].append(renamed[1])
         elif depth >= 1 and parts and not token.startswith(("--", "/*")):
             current.append(token)

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     import sqlite3
 
 STORAGE_FORMAT: Final = 1
+_BY_PLAN: Final = "that takes a plan"
 # There in a file that was put back from a backup to be the same site again, until it has its own versions.
 HELD_TABLE: Final = "_repl_held"
+# Names of tables and columns that a plan took away, while it can still be undone; there once it is needed.
+GONE_TABLE: Final = "_repl_gone"
 
 # merging is the triggers' guard: set while the agent writes what it merged, within one transaction, so that
 # no other connection ever sees it set. The id of a log entry is site << 40 | version: one integer key, and
@@ -125,35 +128,54 @@ def migrate(connection: sqlite3.Connection, schema: Schema) -> None:
     """Bring tables, side tables, triggers and indexes to the schema, within the caller's transaction.
 
     Adds tables and columns; rows are not rewritten and nothing is replicated for it. Raises SchemaError for
-    what would destroy data: a column removed or changed, another key, another way to merge.
+    what takes a plan (see schema_plan.py): other names, columns removed or changed, another way to merge.
     """
     modes = dict(connection.execute("SELECT name, mode FROM _repl_table"))
+    for name, column in schema.dropped:
+        if not column and name in modes:
+            raise SchemaError(f"table {name} is to be dropped: {_BY_PLAN}")
     for table in schema.tables.values():
+        for former in table.former_names:
+            if former in modes:
+                raise SchemaError(f"table {former} is to be {table.name}: {_BY_PLAN}")
         existing = read_columns(connection, table.name)
         if existing:
             _check_unchanged(table, existing, modes.get(table.name, table.mode.value))
             _add_columns(connection, table, existing)
         else:
+            _check_not_gone(connection, table.name, "")
             connection.execute(table.create_sql)
         if table.name not in modes:
-            _create_side_tables(connection, table)
+            create_side_tables(connection, table)
             if existing:
                 _adopt_rows(connection, table)
-        _create_triggers(connection, table)
+        create_triggers(connection, table)
     _create_indexes(connection, schema)
 
 
 def _check_unchanged(table: TableSchema, existing: dict[str, tuple[object, ...]], mode: str) -> None:
     if MergeMode(mode) is not table.mode:
-        raise SchemaError(f"table {table.name}: merges by {mode}; that cannot be changed")
+        raise SchemaError(f"table {table.name}: merges by {mode}: {_BY_PLAN}")
     for column, facts in existing.items():
         wanted = table.fingerprint.get(column)
         if wanted is None:
-            raise SchemaError(f"table {table.name}: column {column} exists but is not in the schema")
+            raise SchemaError(f"table {table.name}: column {column} is not in the schema: {_BY_PLAN}")
         if wanted != facts:
             raise SchemaError(
-                f"table {table.name}: column {column} was {facts[:4]}, the schema has {wanted[:4]}"
+                f"table {table.name}: {column} was {facts[:4]}, the schema has {wanted[:4]}: {_BY_PLAN}"
             )
+
+
+def _check_not_gone(connection: sqlite3.Connection, table: str, column: str) -> None:
+    """Refuse a name that a plan took away: empty, it would hide what comes back when the plan is undone."""
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (GONE_TABLE,)).fetchone() is None:
+        return
+    found = connection.execute(
+        f"SELECT 1 FROM {GONE_TABLE} WHERE name = ? AND part = ?", (table, column)
+    ).fetchone()
+    if found is not None:
+        what = f"table {table}" + (f": column {column}" if column else "")
+        raise SchemaError(f"{what} was taken away by a plan; undo the plan, or forget it")
 
 
 def _add_columns(
@@ -162,6 +184,7 @@ def _add_columns(
     for column, (*_, hidden) in table.fingerprint.items():
         if column in existing:
             continue
+        _check_not_gone(connection, table.name, column)
         try:
             connection.execute(f"ALTER TABLE {quote(table.name)} ADD COLUMN {table.definitions[column]}")
             has_pending = read_columns(connection, f"_repl_pending_{table.name}")
@@ -175,7 +198,8 @@ def _add_columns(
             raise SchemaError(f"table {table.name}: column {column} cannot be added: {error}") from error
 
 
-def _create_side_tables(connection: sqlite3.Connection, table: TableSchema) -> None:
+def create_side_tables(connection: sqlite3.Connection, table: TableSchema) -> None:
+    """Create the clock records and the pending table of a replicated table, empty."""
     keys = ", ".join(
         f"{key(column)} {declared}" for column, declared in zip(table.pk, table.key_types, strict=True)
     )
@@ -245,7 +269,8 @@ def make_triggers(table: TableSchema) -> dict[str, str]:
     return triggers
 
 
-def _create_triggers(connection: sqlite3.Connection, table: TableSchema) -> None:
+def create_triggers(connection: sqlite3.Connection, table: TableSchema) -> None:
+    """Create the triggers that note who writes to a table, or bring them to its columns."""
     for trigger, sql in make_triggers(table).items():
         found = connection.execute(
             "SELECT sql FROM sqlite_master WHERE type = 'trigger' AND name = ?", (trigger,)
