@@ -44,6 +44,7 @@ def agent_settings(config: Config, credentials: Credentials) -> AgentSettings:
     return AgentSettings(
         name=config.node,
         path=config.database,
+        synchronous=config.synchronous,
         bind=parse_listen(gossip.listen),
         advertise=parse_listen(gossip.advertise) if gossip.advertise else None,
         join=gossip.join,

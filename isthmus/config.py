@@ -344,6 +344,7 @@ class Config(_Section, frozen=True):
     data: str
     region: str = LOCAL_REGION
     workers: Annotated[int, Meta(ge=0, le=256)] = 1
+    synchronous: Literal["normal", "full"] = "normal"
     proxy: ProxyConfig = ProxyConfig()
     admin: AdminConfig = AdminConfig()
     gossip: GossipConfig = GossipConfig()

@@ -79,7 +79,7 @@ RECOVERY_LOOK_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class ExecuteResult:
-    """What a write did; `version` is None when no value changed."""
+    """What a write did; `version` is None when no value changed, and may hold other writes too."""
 
     rows_affected: list[int]
     version: int | None
@@ -147,6 +147,7 @@ class Agent:
                 self._publish,
                 rows_max=settings.query_rows_max,
                 timeout_ms=settings.query_timeout_ms,
+                synchronous=settings.synchronous,
             )
             undo.push_async_callback(self._database.close)
             site = await self._database.run(lambda store: store.site)
@@ -278,12 +279,12 @@ class Agent:
     # --- the database ---------------------------------------------------------------------------------
 
     async def execute(self, statements: Sequence[Statement]) -> ExecuteResult:
-        """Write in one transaction and broadcast it; raises StatementError, BusyError, StoreError."""
-        affected, commit = await self._database.commit(
-            lambda store: store.execute(statements, self._wall_ms()), lambda result: result[1]
-        )
-        own = [item.version for item in commit.changesets if item.site == self.site] if commit else []
-        return ExecuteResult(affected, own[-1] if own else None, self.site)
+        """Write in one transaction and broadcast it; raises StatementError, BusyError, StoreError.
+
+        Writes that come at the same time share a changeset. ReadOnlyError means that the disk takes none.
+        """
+        written = await self._database.execute(statements, self._wall_ms())
+        return ExecuteResult(written.rows_affected, written.version, self.site)
 
     async def query(self, sql: str, params: Params = ()) -> QueryResult:
         """Read; raises QueryError for what is not a read, or too large, or too slow."""
@@ -643,6 +644,7 @@ class Agent:
             "site": self.site.hex(),
             "address": list(self._swim.me.address),
             "seq": self._seq,
+            "read_only": self._database.trouble,
             "sites": sites,
             "parked": self._parked,
             "apply_queue": len(self._inbox),
@@ -655,6 +657,7 @@ class Agent:
         yield ("isthmus_apply_queue_changesets", (), len(self._inbox))
         yield ("isthmus_parked_changesets", (), self._parked)
         yield ("isthmus_commit_seq", (), self._seq)
+        yield ("isthmus_database_read_only", (), float(self._database.trouble is not None))
 
     def _parts(self) -> Parts:
         return Parts(self._swim, self._tree, self._links, self._repair, self._transport, self.counters)

@@ -31,6 +31,7 @@ METRICS: dict[str, tuple[str, str]] = {
         "Own versions that only peers still had: the file was set back.",
     ),
     "isthmus_commit_seq": ("gauge", "Commits to the local file that changed rows."),
+    "isthmus_database_read_only": ("gauge", "1 while the disk is full or fails and takes no writes."),
 }
 
 _EVENTS = {

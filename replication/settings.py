@@ -15,6 +15,7 @@ from replication.core.sync import SyncSettings
 from replication.core.wire import CLUSTER_CHARS_MAX
 from replication.errors import ReplicationError
 from replication.seal import KEY_BYTES, KEYS_MAX
+from replication.store import Synchronous
 from replication.tls import StreamTls
 
 
@@ -65,6 +66,8 @@ class AgentSettings:
     swim: SwimSettings = field(default_factory=SwimSettings)
     plumtree: PlumtreeSettings = field(default_factory=PlumtreeSettings)
     sync: SyncSettings = field(default_factory=SyncSettings)
+    # SQLite's: with "full" a commit is on the disk when it is acknowledged, at the cost of a sync for each.
+    synchronous: Synchronous = "normal"
     # How long a write of another process can go unnoticed; a look costs about 50 µs.
     poll_interval_ms: float = 25
     # Half a second more than two round trips across the world, with one lost packet.

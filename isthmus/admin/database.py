@@ -18,7 +18,7 @@ import orjson
 from aiohttp import web
 
 from replication.database import QueryError
-from replication.errors import BusyError, ReplicationError, StatementError
+from replication.errors import BusyError, ReadOnlyError, ReplicationError, StatementError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -144,6 +144,8 @@ def _answer(
             return _json({"error": f"statement {error.index + 1}: {error}"}, 400)
         except BusyError as error:
             return _json({"error": f"{error}; try again"}, 503)
+        except ReadOnlyError as error:
+            return _json({"error": f"this node is read-only: {error}"}, 503)
         except ReplicationError as error:
             return _json({"error": f"the database refuses it: {error}"}, 507)
 

@@ -20,7 +20,7 @@ from isthmus.admin.metrics import expose
 from isthmus.admin.subscriptions import SubscriptionRoutes
 from isthmus.config import AdminConfig, AppConfig, format_address, parse_listen
 from isthmus.registry import ACTIONS, NewMachine, Registry, RegistryError
-from replication.errors import BusyError, StoreError
+from replication.errors import BusyError, ReadOnlyError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -62,10 +62,13 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         return _json({"error": str(error)}, 400)
     except (BusyError, StoreError) as error:
-        busy = isinstance(error, BusyError)
-        problem = (
-            "another program holds the database; try again" if busy else f"the database refuses: {error}"
-        )
+        match error:
+            case BusyError():
+                problem = "another program holds the database; try again"
+            case ReadOnlyError():
+                problem = f"this node is read-only: {error}"
+            case _:
+                problem = f"the database refuses: {error}"
         log.warning("a change was not made", extra={"path": request.path, "problem": problem})
         return _json({"error": problem}, 503)
     except web.HTTPException as error:

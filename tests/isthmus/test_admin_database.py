@@ -10,7 +10,7 @@ import pytest
 
 from isthmus.agent_role import AgentRole
 from isthmus.config import AdminConfig, Config, GossipConfig, ProxyConfig
-from replication.errors import BusyError, StoreError
+from replication.errors import BusyError, ReadOnlyError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -155,7 +155,10 @@ async def test_a_body_that_does_not_fit_is_refused(post: Post, body: Any) -> Non
         assert (await post(path, body))[0] == 400 or body == {"sql": ""}
 
 
-@pytest.mark.parametrize(("error", "status"), [(BusyError("held"), 503), (StoreError("disk is full"), 507)])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(BusyError("held"), 503), (ReadOnlyError("disk is full"), 503), (StoreError("damaged"), 507)],
+)
 async def test_trouble_with_the_file_is_not_the_callers_fault(
     role: AgentRole, post: Post, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
 ) -> None:

@@ -16,7 +16,7 @@ from isthmus.admin.server import BODY_BYTES_MAX
 from isthmus.agent_role import AgentRole
 from isthmus.config import AdminConfig, Config, GossipConfig, ProxyConfig
 from isthmus.role import RefusedError
-from replication.errors import BusyError, StoreError
+from replication.errors import BusyError, ReadOnlyError, StoreError
 from tests.isthmus.waiting import eventually
 
 if TYPE_CHECKING:
@@ -289,17 +289,21 @@ async def test_failure_of_our_own_is_logged_and_not_shown(
     assert record.path == "/v1/status"
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ReadOnlyError("disk is full"), "this node is read-only: disk is full"),
+        (StoreError("damaged"), "the database refuses: damaged"),
+    ],
+)
 async def test_database_that_takes_no_change_is_told_as_such(
-    admin: Admin, role: AgentRole, monkeypatch: pytest.MonkeyPatch
+    admin: Admin, role: AgentRole, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
 ) -> None:
-    async def full(statements: Any) -> None:
-        raise StoreError("database or disk is full")
+    async def refuse(statements: Any) -> None:
+        raise error
 
-    monkeypatch.setattr(role._agent, "execute", full)
-    assert await admin.ask("POST", "/v1/apps", WEB) == (
-        503,
-        {"error": "the database refuses: database or disk is full"},
-    )
+    monkeypatch.setattr(role._agent, "execute", refuse)
+    assert await admin.ask("POST", "/v1/apps", WEB) == (503, {"error": told})
 
 
 async def test_busy_database_is_told_as_such(
