@@ -46,7 +46,7 @@ _EVENTS = {
 
 def collect_samples(parts: Parts, now_ms: float) -> Iterable[Sample]:
     """Yield the samples of all parts."""
-    members = parts.swim.members.values()
+    members = parts.replica.swim.members.values()
     states = Counter(member.state for member in members)
     for state in MemberState:
         yield ("isthmus_members", (("state", state.name.lower()),), states[state])
@@ -59,4 +59,6 @@ def collect_samples(parts: Parts, now_ms: float) -> Iterable[Sample]:
             yield (_EVENTS[part], (("event", event),), count)
     for (kind, reason), count in parts.transport.dropped.items():
         yield ("isthmus_gossip_dropped_total", (("kind", kind), ("reason", reason)), count)
-    yield ("isthmus_own_versions_lost", (), parts.repair.own_versions_lost)
+    yield ("isthmus_own_versions_lost", (), parts.replica.puller.own_versions_lost)
+    yield ("isthmus_apply_queue_changesets", (), len(parts.replica.inbox))
+    yield ("isthmus_parked_changesets", (), parts.replica.parked)

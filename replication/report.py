@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from replication.core.member import Address
-from replication.core.plumtree import Plumtree
 from replication.core.swim import Swim
-from replication.links import Links
-from replication.repair import Repair
+from replication.replica import Replica
 from replication.transport import Transport
 
 
@@ -34,10 +32,7 @@ class MemberView:
 class Parts:
     """What an agent is made of, as far as it is reported on."""
 
-    swim: Swim
-    tree: Plumtree
-    links: Links
-    repair: Repair
+    replica: Replica
     transport: Transport
     agent: Counter[str]
 
@@ -45,10 +40,10 @@ class Parts:
         """Return all counters, by part."""
         return {
             "agent": self.agent,
-            "swim": self.swim.counters,
-            "broadcast": self.tree.counters,
-            "sync": self.repair.counters,
-            "links": self.links.counters,
+            "swim": self.replica.swim.counters,
+            "broadcast": self.replica.tree.counters,
+            "sync": self.replica.sync_counters,
+            "links": self.replica.links.counters,
             "transport": self.transport.compute_counters(),
         }
 
@@ -78,12 +73,13 @@ def view_members(swim: Swim, now_ms: float) -> list[MemberView]:
 
 def describe_parts(parts: Parts) -> dict[str, Any]:
     """Return what an operator wants to know of the parts, fit for JSON."""
+    replica = parts.replica
     return {
-        "local_health": parts.swim.health.score,
-        "own_versions_lost": parts.repair.own_versions_lost,
+        "local_health": replica.swim.health.score,
+        "own_versions_lost": replica.puller.own_versions_lost,
         "peers": {
-            "eager": [site.hex() for site in parts.tree.eager],
-            "lazy": [site.hex() for site in parts.tree.lazy],
+            "eager": [site.hex() for site in replica.tree.eager],
+            "lazy": [site.hex() for site in replica.tree.lazy],
         },
         "counters": {
             **{part: dict(counters) for part, counters in parts.counters().items()},

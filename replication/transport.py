@@ -67,8 +67,8 @@ class Handler(Protocol):
     def handle_link_up(self, link: "Link") -> None:
         """Take note of a link whose other side has said who it is."""
 
-    async def handle_frame(self, link: "Link", data: bytes) -> None:
-        """Take a frame; the next one is read when this returns. A WireError closes the link."""
+    def handle_frame(self, link: "Link", data: bytes) -> None:
+        """Take a frame; the next one is read unless the link is paused. A WireError closes the link."""
 
     def handle_link_down(self, link: "Link") -> None:
         """Take note that a link that was up is gone."""
@@ -92,6 +92,9 @@ class Link:
         self._writer = writer
         self.box = box
         self.authority = b""  # that of the TLS around it; set when it is opened
+        self._reading = asyncio.Event()  # cleared while paused
+        self._reading.set()
+        self._waits: set[asyncio.Task[None]] = set()  # for the peer to keep up, or to take the rest
         writer.transport.set_write_buffer_limits(high=DRAIN_BYTES)
 
     def send(self, frame: bytes) -> bool:
@@ -108,8 +111,41 @@ class Link:
         """Wait until the peer has taken most of what was sent; raises OSError when the link is gone."""
         await self._writer.drain()
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether the peer keeps up, so that something large may be sent."""
+        return self._writer.transport.get_write_buffer_size() < DRAIN_BYTES
+
+    def when_writable(self, act: Callable[[], None]) -> None:
+        """Call `act` when the link is writable, in a later turn; never when it closes first."""
+
+        async def wait() -> None:
+            with contextlib.suppress(OSError):
+                await self.drain()
+                act()
+
+        self._wait(wait())
+
+    def pause(self) -> None:
+        """Read no more frames for now."""
+        self._reading.clear()
+
+    def resume(self) -> None:
+        """Go on reading frames."""
+        self._reading.set()
+
+    def retire(self) -> None:
+        """Close when what was queued is out."""
+        self._wait(self.close_gently())
+
+    def _wait(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._waits.add(task)
+        task.add_done_callback(self._waits.discard)
+
     async def receive(self, size_max: int) -> bytes:
         """Return the next frame; raises LinkError, SealError, IncompleteReadError."""
+        await self._reading.wait()
         size = int.from_bytes(await self._reader.readexactly(4), "big")
         if size > size_max + self.box.overhead_bytes:
             raise LinkError("size")
@@ -239,7 +275,7 @@ class Transport(asyncio.DatagramProtocol):
     # --- streams --------------------------------------------------------------------------------------
 
     async def connect(self, address: Address, *, lasting: bool) -> Link:
-        """Dial a peer from the bound address; raises ReplicationError, OSError, TimeoutError."""
+        """Dial a peer and report the link as up; raises ReplicationError, OSError, TimeoutError."""
         local = None if is_wildcard(self.address[0]) else (self.address[0], 0)
         async with asyncio.timeout(self._handshake_timeout_s):
             if not self._may_reach(address[0]):
@@ -382,7 +418,7 @@ class Transport(asyncio.DatagramProtocol):
         try:
             while True:
                 data = await link.receive(FRAME_BYTES_MAX)
-                await self._handler.handle_frame(link, data)
+                self._handler.handle_frame(link, data)
                 frames += 1
                 if frames % _FAIR_FRAMES == 0:
                     await asyncio.sleep(0)  # a full buffer is read without waiting; others get a turn

@@ -14,7 +14,7 @@ from replication.core.member import Address, MemberInfo
 from replication.simulator.events import EventQueue
 from replication.simulator.regions import compute_one_way_us, place
 from replication.simulator.trace import Trace
-from replication.transport import SEND_BYTES_MAX, USER_TIMEOUT_MS
+from replication.transport import DRAIN_BYTES, SEND_BYTES_MAX, USER_TIMEOUT_MS
 
 # A retransmission timer's floor, doubled up to the next: Linux's, and what a stalled path is tried at.
 RETRANSMIT_US = 200_000
@@ -78,6 +78,36 @@ class Link:
         self._due_us = 0  # when the last frame that was sent is due
         self._stalled_us: int | None = None  # since when the path has been cut
         self._attempts = 0  # retransmissions since then
+        self.is_paused = False
+        self._waits: list[Callable[[], None]] = []  # for the peer to keep up
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the peer keeps up."""
+        return self._queued_bytes < DRAIN_BYTES
+
+    def when_writable(self, act: Callable[[], None]) -> None:
+        """Call `act` when the link is writable; never when it closes first."""
+        self._waits.append(act)
+        self._network.queue.after(0, self._call_waits)
+
+    def _call_waits(self) -> None:
+        while self._waits and self.is_open and self.is_writable:
+            self.owner.enter(self._waits.pop(0))
+
+    def pause(self) -> None:
+        """Hand in no more frames for now; the sender sees them as not taken."""
+        self.is_paused = True
+
+    def resume(self) -> None:
+        """Go on handing in frames."""
+        if self.is_paused:
+            self.is_paused = False
+            self._network.queue.after(0, self.other.deliver)
+
+    def retire(self) -> None:
+        """Close: what is queued is of no use any more when a session is over."""
+        self.close()
 
     def send(self, frame: bytes) -> bool:
         """Queue a frame; False when it was dropped, as the link is gone or the peer too slow."""
@@ -90,7 +120,7 @@ class Link:
         self._queue.append((self._due_us, frame))
         self._queued_bytes += len(frame)
         if len(self._queue) == 1:
-            network.queue.at(self._due_us, self._deliver)
+            network.queue.at(self._due_us, self.deliver)
         return True
 
     def close(self) -> None:
@@ -117,9 +147,13 @@ class Link:
             self.is_open = False
             self.owner.enter(lambda: self.owner.handle_link_down(self))
 
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
+        """Hand over the first frame if it is due, and see to the next."""
         network = self._network
-        if not self.is_open:
+        if not self.is_open or not self._queue or self.other.is_paused:
+            return
+        if self._queue[0][0] > network.queue.now_us:
+            network.queue.at(self._queue[0][0], self.deliver)
             return
         if network.is_cut(self.owner.index, self.other.owner.index):
             network.counters["frames_stalled"] += 1
@@ -131,7 +165,7 @@ class Link:
                 return
             wait_us = min(RETRANSMIT_MAX_US, RETRANSMIT_US << self._attempts)
             self._attempts += 1
-            network.queue.after(wait_us, self._deliver)
+            network.queue.after(wait_us, self.deliver)
             return
         self._stalled_us = None
         self._attempts = 0
@@ -142,8 +176,9 @@ class Link:
         )
         other = self.other
         other.owner.enter(lambda: other.owner.handle_frame(other, frame) if other.is_open else None)
+        self._call_waits()
         if self._queue:
-            network.queue.at(self._queue[0][0], self._deliver)
+            network.queue.at(self._queue[0][0], self.deliver)
 
 
 class Network:

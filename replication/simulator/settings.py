@@ -7,8 +7,7 @@ cluster reaches every bound. Invariant: nothing here is read by the product.
 from dataclasses import dataclass, field
 
 from replication.core.plumtree import PlumtreeSettings
-from replication.core.swim import SwimSettings
-from replication.core.sync import SyncSettings
+from replication.replica import ReplicaSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,20 +15,17 @@ class NodeSettings:
     """The same for all nodes of a run."""
 
     seed: int
-    swim: SwimSettings = field(default_factory=SwimSettings)
-    plumtree: PlumtreeSettings = field(
-        default_factory=lambda: PlumtreeSettings(
-            announced_max=64, missing_max=64, recent_max=64, cache_bytes_max=8 * 1024
+    replica: ReplicaSettings = field(
+        default_factory=lambda: ReplicaSettings(
+            plumtree=PlumtreeSettings(
+                announced_max=64, missing_max=64, recent_max=64, cache_bytes_max=8 * 1024
+            ),
+            chunk_bytes=4 * 1024,
+            inbox_bytes_max=64 * 1024,
+            log_versions_max=12,  # who was away for longer needs a snapshot
+            maintenance_ms=5_000,
         )
     )
-    sync: SyncSettings = field(default_factory=SyncSettings)
     connect_timeout_ms: float = 3_000
-    redial_ms: float = 200
-    redial_max_ms: float = 10_000
-    session_timeout_ms: float = 10_000
-    inbox_bytes_max: int = 64 * 1024
-    snapshot_chunk_bytes: int = 4 * 1024
-    log_versions_max: int = 12  # who was away for longer needs a snapshot
-    maintenance_ms: float = 5_000
     disk_ms: float = 2  # a commit, on average; what is pushed meanwhile shares the next one
     fsync_ms: float = 2_000  # between syncs of the disk, on average: what a power failure can cost

@@ -134,6 +134,9 @@ class Simulation:
         report.writes = len(self._checkers.writes)
         report.durable = self._checkers.durable
         report.counters = self._network.counters
+        for node in self.nodes:
+            if node.running:
+                report.counters.update(node.counters())
         report.checks = self._checkers.counts
         report.fired = self._faults.fired
         payloads = report.counters["payloads_pushed"] + report.counters["payloads_synced"]

@@ -276,11 +276,7 @@ async def test_a_node_that_is_killed_is_seen_as_dead_within_seconds(cluster):
     a, b, c = await cluster.three()
     # As a kill does: sockets close, nobody says goodbye.
     c._running = False
-    for pending in (*c._tasks, c._wake_timer, c._relink_timer):
-        if pending is not None:
-            pending.cancel()
-    c._wake_at = float("-inf")
-    await c._links.stop()
+    await c._host.stop()
     await c._transport.stop()
     took = await eventually(lambda: state_of(a, "c") == "dead" and state_of(b, "c") == "dead")
     assert took < 5
@@ -565,11 +561,11 @@ async def test_who_is_asked_by_a_node_that_knows_more_asks_back_at_once(cluster)
     a = await cluster.start("a", sync=slow)
     b = await cluster.start("b", sync=slow)
     await eventually(lambda: linked(a) == linked(b) == 1)
-    await eventually(lambda: a._repair._session is None and a.status()["counters"]["sync"].get("sessions"))
+    await eventually(lambda: a._replica.puller._session is None and a.status()["counters"]["sync"].get("sessions"))
     # Lost on the way: neither the broadcast nor the next regular sync will bring it for a minute.
-    b._tree.handle_peer_down(a.site)
+    b._replica.tree.handle_peer_down(a.site)
     await insert(b, 1)
-    b._want_sync(a.site)
+    b._replica.want_sync(a.site)
 
     async def there() -> bool:
         return await ids(a) == [1]

@@ -180,7 +180,7 @@ async def test_a_member_that_is_dead_is_named_and_holds_the_start_up(agents, bac
     b = agents.running["b"]
     c = await agents.start("c")
     await eventually(lambda: alive(b) == alive(c) == 2)
-    c._swim.leave = list  # it dies without a word
+    c._replica.swim.leave = list  # it dies without a word
     await agents.stop("c")
     await eventually(lambda: "dead" in [member.state for member in b.members()])
     agents.restore("a", backup)

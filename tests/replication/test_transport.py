@@ -4,14 +4,12 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator
-from random import Random
 
 import pytest
 
 from replication.core.clock import SiteId
 from replication.core.member import MemberInfo
 from replication.core.wire import Hello, Prune, WireError, encode
-from replication.links import Links
 from replication.seal import make_seal
 from replication.transport import SEND_BYTES_MAX, Link, LinkError, Transport
 from tests.replication.test_agent import eventually
@@ -26,8 +24,7 @@ class Recorder:
         self.datagrams: list[bytes] = []
         self.frames: list[bytes] = []
         self.events: list[str] = []
-        self.gate = asyncio.Event()
-        self.gate.set()
+        self.links: list[Link] = []
         self.finds_fault = False
 
     def handle_datagram(self, data: bytes) -> None:
@@ -35,9 +32,9 @@ class Recorder:
 
     def handle_link_up(self, link: Link) -> None:
         self.events.append("up")
+        self.links.append(link)
 
-    async def handle_frame(self, link: Link, data: bytes) -> None:
-        await self.gate.wait()
+    def handle_frame(self, link: Link, data: bytes) -> None:
         if self.finds_fault:
             raise WireError("field")
         self.frames.append(data)
@@ -87,6 +84,16 @@ async def test_datagrams_and_frames_arrive_and_links_know_their_peer(nodes):
     await eventually(lambda: b.handler.datagrams == [b"hello"])
 
 
+async def test_a_link_that_is_retired_sends_what_was_queued_before_it_closes(nodes):
+    a, b = nodes
+    link = await a.transport.connect(b.transport.address, lasting=False)
+    for number in range(50):
+        assert link.send(b"%d" % number)
+    link.retire()
+    await eventually(lambda: b.handler.events == ["up", "down"])
+    assert len(b.handler.frames) == 50
+
+
 async def test_both_sides_hear_of_a_link_that_is_closed(nodes):
     a, b = nodes
     link = await a.transport.connect(b.transport.address, lasting=True)
@@ -96,20 +103,26 @@ async def test_both_sides_hear_of_a_link_that_is_closed(nodes):
     assert not link.send(b"too late")
 
 
-async def test_a_slow_peer_makes_pushes_drop_and_drain_wait_instead_of_filling_memory(nodes):
+async def test_a_peer_that_pauses_makes_pushes_drop_and_drain_wait_instead_of_filling_memory(nodes):
     a, b = nodes
-    b.handler.gate.clear()
     link = await a.transport.connect(b.transport.address, lasting=True)
+    await eventually(lambda: b.handler.links)
+    b.handler.links[0].pause()
     frame = os.urandom(1024 * 1024)
     sent = 0
     while link.send(frame):
         sent += 1
         assert sent * len(frame) < 4 * SEND_BYTES_MAX
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(link.drain(), 0.1)
-    b.handler.gate.set()
-    await link.drain()
+    assert not link.is_writable
+    told: list[int] = []
+    link.when_writable(lambda: told.append(len(b.handler.frames)))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not told
+    b.handler.links[0].resume()
     await eventually(lambda: len(b.handler.frames) == sent)
+    await eventually(lambda: told)
+    assert told[0] > 0
     assert link.send(frame)
 
 
@@ -184,58 +197,3 @@ async def test_a_datagram_to_an_address_of_another_family_is_counted_as_lost(nod
     await eventually(
         lambda: a.transport.counters["datagrams_unsent"] + a.transport.counters["datagrams_refused"]
     )
-
-
-def links_of(node: Node, changes: list[tuple[str, SiteId]]) -> Links:
-    return Links(
-        node.transport,
-        Random(1),
-        on_peer_up=lambda site: changes.append(("up", site)),
-        on_peer_down=lambda site: changes.append(("down", site)),
-        redial_ms=5,
-        redial_max_ms=20,
-    )
-
-
-async def test_a_wanted_link_is_dialled_again_until_it_is_not_wanted(nodes):
-    a, b = nodes
-    changes: list[tuple[str, SiteId]] = []
-    links = links_of(a, changes)
-    a.handler.handle_link_up = links.handle_link_up
-    a.handler.handle_link_down = links.handle_link_down
-    links.want({b.site: b.transport.address})
-    await eventually(lambda: links.is_up(b.site))
-    links.close(b.site)
-    await eventually(lambda: changes == [("up", b.site), ("down", b.site), ("up", b.site)])
-    links.want({})
-    await eventually(lambda: changes[-1] == ("down", b.site))
-    assert not links.send(b.site, b"x")
-    assert links.counters["frames_dropped"] == 1
-    await links.stop()
-
-
-async def test_somebody_else_at_the_address_is_not_taken_for_the_peer(nodes):
-    a, b = nodes
-    links = links_of(a, [])
-    stranger = SiteId(b"?" * 16)
-    links.want({stranger: b.transport.address})
-    await eventually(lambda: links.counters["dials_failed"] >= 2)
-    with pytest.raises(LinkError, match="another_peer"):
-        await links.borrow(stranger, b.transport.address)
-    assert not links.is_up(stranger)
-    await links.stop()
-
-
-async def test_a_borrowed_link_does_not_make_a_peer_a_neighbour(nodes):
-    a, b = nodes
-    changes: list[tuple[str, SiteId]] = []
-    links = links_of(a, changes)
-    a.handler.handle_link_up = links.handle_link_up
-    a.handler.handle_link_down = links.handle_link_down
-    link, borrowed = await links.borrow(b.site, b.transport.address)
-    assert borrowed
-    await eventually(lambda: links.get(b.site) is link)
-    assert not links.is_up(b.site)
-    link.close()
-    await eventually(lambda: links.get(b.site) is None)
-    assert changes == []

@@ -121,9 +121,9 @@ def test_a_planted_bug_is_caught_within_a_few_seeds_and_shows_again_with_its_see
 
 
 def test_without_faults_far_fewer_than_two_copies_of_a_changeset_go_to_each_node():
-    report = run(Scenario(seed=1, nodes=10, seconds=30, faults=()))
-    assert report.failure is None
-    assert 1 <= report.payloads_per_node < 1.7
+    reports = [run(Scenario(seed=seed, nodes=10, seconds=30, faults=())) for seed in (1, 2, 3)]
+    assert all(report.failure is None for report in reports)
+    assert 1 <= sum(report.payloads_per_node for report in reports) / len(reports) < 1.7
 
 
 def test_a_memory_over_its_bound_ends_the_run(monkeypatch):

@@ -1,0 +1,475 @@
+"""One replica among its peers: membership, broadcast and repair around one store.
+
+Wires the cores to each other and to the store; what to do is decided by the cores. Knows nothing of event
+loops, threads, sockets or files: those are its host's. Invariant: what the store commits is handed in through
+`handle_commit`, in order, and own changesets go out from there and from nowhere else.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from replication.core import plumtree, swim
+from replication.core.change import Commit, EncodedChangeset
+from replication.core.clock import SiteId
+from replication.core.inbox import Inbox
+from replication.core.links import Link, Links
+from replication.core.member import Address, MemberInfo, MemberState
+from replication.core.needs import Seen
+from replication.core.neighbours import plan_neighbours
+from replication.core.plumtree import Plumtree, PlumtreeSettings
+from replication.core.probe import Rng
+from replication.core.swim import Swim, SwimSettings
+from replication.core.sync import SyncSchedule, SyncSettings
+from replication.core.versions import VersionRanges
+from replication.core.wire import (
+    ChangesetId,
+    Graft,
+    IHave,
+    Members,
+    Prune,
+    Push,
+    SnapshotAsk,
+    SnapshotChunk,
+    StreamAck,
+    StreamPing,
+    SyncAsk,
+    SyncBusy,
+    SyncChanges,
+    SyncDone,
+    SyncOpen,
+    SyncState,
+    WireError,
+    decode_datagram,
+    decode_frame,
+    encode,
+)
+from replication.errors import BusyError, StoreError
+from replication.host import Host, Spool
+from replication.pulls import Failed, Puller
+from replication.serving import CHUNK_BYTES, Server
+from replication.store import ApplyResult, Store
+
+if TYPE_CHECKING:
+    from replication.core.recovery import Recovery
+
+LOG = logging.getLogger(__name__)
+
+# One transaction's worth: enough to share the cost of a commit, small enough not to hold up local writes.
+BATCH_CHANGESETS = 512
+BATCH_BYTES = 1024 * 1024
+# A random part of the member list goes along with each session; gossip and other sessions bring the rest.
+MEMBERS_EXCHANGED = 128
+# How soon links are chosen again after membership changed: a cluster that forms changes many times.
+RELINK_MS = 20.0
+# After a batch that could not be applied: whatever is wrong with the file is not over at once.
+RETRY_MS = 1_000.0
+RESENDS_MAX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """The knobs of one replica; times as in AgentSettings."""
+
+    swim: SwimSettings = field(default_factory=SwimSettings)
+    plumtree: PlumtreeSettings = field(default_factory=PlumtreeSettings)
+    sync: SyncSettings = field(default_factory=SyncSettings)
+    redial_ms: float = 200  # first wait before a lost link is dialled again, doubled up to the next
+    redial_max_ms: float = 10_000
+    # Without progress for this long a session is given up, and its link with it.
+    session_timeout_ms: float = 10_000
+    sessions_served_max: int = 4  # each holds a chunk in memory and shares the disk
+    chunk_bytes: int = CHUNK_BYTES
+    # What may wait to be applied; above it pushes are dropped, and sync brings them when there is room.
+    inbox_bytes_max: int = 32 * 1024 * 1024
+    # How many changesets per site the log keeps for repair; who lacks more gets a snapshot.
+    log_versions_max: int = 100_000
+    maintenance_ms: float = 15_000
+
+
+class Replica:
+    """One node's replication; from `start` on it reacts to what its host reports."""
+
+    def __init__(
+        self,
+        host: Host,
+        settings: ReplicaSettings,
+        me: MemberInfo,
+        rng: Rng,
+        *,
+        seen: dict[SiteId, VersionRanges],
+        view: Callable[[Seen], Seen] = lambda seen: seen,
+        log: logging.Logger = LOG,
+    ) -> None:
+        self.counters: Counter[str] = Counter()
+        self.sync_counters: Counter[str] = Counter()
+        self.seen = seen  # the store's, as of its last commit that we know of
+        self.parked = 0  # changesets that could not be applied, as of the last look
+        self.recovery: Recovery | None = None  # while the host waits for our own versions
+        self.swim = Swim(me, settings.swim, rng)
+        self.tree = Plumtree(settings.plumtree, has=self._has, distance=self._distance)
+        self.inbox = Inbox(settings.inbox_bytes_max)
+        self.links = Links(
+            host,
+            rng,
+            on_peer_up=self._on_peer_up,
+            on_peer_down=self.tree.handle_peer_down,
+            redial_ms=settings.redial_ms,
+            redial_max_ms=settings.redial_max_ms,
+        )
+        self.puller = Puller(
+            host,
+            me.site,
+            self.sync_counters,
+            seen=lambda: view(self.seen),
+            apply=self._apply,
+            adopt=self._adopt,
+            members=self._export_members,
+            on_over=self._on_sync_over,
+            timeout_ms=settings.session_timeout_ms,
+        )
+        self.server = Server(
+            host,
+            self.sync_counters,
+            seen=lambda: self.seen,
+            members=self._export_members,
+            on_peer_ahead=self.want_sync,
+            timeout_ms=settings.session_timeout_ms,
+            served_max=settings.sessions_served_max,
+            chunk_bytes=settings.chunk_bytes,
+        )
+        self._host = host
+        self._log = log
+        self._settings = settings
+        self._rng = rng
+        self._schedule = SyncSchedule(settings.sync, rng)
+        self._is_started = False
+        self._wake_at = float("inf")  # when the cores are due
+        self._sync_at = float("inf")  # when the next session is due
+        self._syncing = False  # from the choice of a peer to the end of the session
+        self._applying = False  # while a batch of the inbox is under way, or the wait after one that failed
+        self._relinking = False
+        self._resends = 0
+
+    @property
+    def site(self) -> SiteId:
+        """The identity of this database."""
+        return self.swim.me.site
+
+    def start(self, join: Iterable[Address]) -> None:
+        """Begin to look for peers."""
+        self._is_started = True
+        self.swim.set_join_addresses(join)
+        self._run_swim(self.swim.start(self._host.now_ms()))
+        self._arm_sync()
+        self._maintain()
+
+    def set_join_addresses(self, addresses: Iterable[Address]) -> None:
+        """Replace the addresses at which to look for a first peer."""
+        self.swim.set_join_addresses(addresses)
+
+    def leave(self) -> None:
+        """Tell the peers that we go."""
+        self._run_swim(self.swim.leave())
+
+    # --- the store ------------------------------------------------------------------------------------
+
+    def handle_commit(self, commit: Commit) -> None:
+        """Take a commit, in order: spread what is ours."""
+        self.counters["commits"] += 1
+        for changeset in commit.changesets:
+            self._mark_seen(changeset)
+            if self._is_started and changeset.site == self.site:
+                self._run_tree(self.tree.broadcast(changeset, self._host.now_ms()))
+
+    def _apply(self, batch: Sequence[EncodedChangeset], done: Callable[[int], None], failed: Failed) -> None:
+        """Apply changesets; `done` gets how many were new."""
+
+        def act(store: Store) -> ApplyResult:
+            return store.apply(batch, self._host.wall_ms())
+
+        def applied(result: ApplyResult) -> None:
+            # Those that lost or were parked are seen too, though their commit may not have named them.
+            for changeset in batch:
+                self._mark_seen(changeset)
+            self.counters["changesets_applied"] += result.applied
+            self.counters["changesets_parked"] += result.parked
+            self.parked += result.parked
+            done(result.applied + result.parked)
+
+        self._host.commit(act, lambda result: result.commit, applied, failed)
+
+    def _adopt(self, spool: Spool, done: Callable[[], None], failed: Failed) -> None:
+        def act(store: Store) -> tuple[Commit | None, dict[SiteId, VersionRanges]]:
+            commit = store.apply_snapshot(spool.read(), self._host.wall_ms())
+            return commit, store.seen()
+
+        def adopted(result: tuple[Commit | None, dict[SiteId, VersionRanges]]) -> None:
+            for site, ranges in result[1].items():
+                self.seen.setdefault(site, VersionRanges()).update(ranges)
+            done()
+
+        self._host.commit(act, lambda result: result[0], adopted, failed)
+
+    def _mark_seen(self, changeset: EncodedChangeset) -> None:
+        ranges = self.seen.setdefault(changeset.site, VersionRanges())
+        ranges.add(changeset.version, changeset.version)
+
+    def _has(self, site: SiteId, version: int) -> bool:
+        ranges = self.seen.get(site)
+        return ranges is not None and ranges.contains(version)
+
+    def _take_in(self, changeset: EncodedChangeset) -> None:
+        if not self.inbox.add(changeset):
+            self.counters["inbox_overflows"] += 1
+            self.tree.forget((changeset.site, changeset.version))
+            return
+        self._apply_inbox()
+
+    def _apply_inbox(self) -> None:
+        if self._applying or not len(self.inbox):
+            return
+        self._applying = True
+        batch = self.inbox.take(BATCH_CHANGESETS, BATCH_BYTES)
+
+        def done(_: int) -> None:
+            self._applying = False
+            self._apply_inbox()
+
+        def failed(error: Exception) -> None:
+            # Not seen, so a later copy or a sync brings them again.
+            for changeset in batch:
+                self.tree.forget((changeset.site, changeset.version))
+            self._note_failed("apply", error)
+            self._host.call_later(RETRY_MS, lambda: done(0))
+
+        self._apply(batch, done, failed)
+
+    def _maintain(self) -> None:
+        """Keep the log bounded, and try again what is parked for a clock that was ahead."""
+        limit = self._settings.log_versions_max
+        keep = {site: ranges.head - limit for site, ranges in self.seen.items() if ranges.head > limit}
+
+        def act(store: Store) -> tuple[Commit | None, int]:
+            if keep:
+                store.prune_log(keep)
+            commit = store.retry_parked(self._host.wall_ms()) if store.parked() else None
+            return commit, len(store.parked())
+
+        def done(result: tuple[Commit | None, int]) -> None:
+            self.parked = result[1]
+            self._host.call_later(self._settings.maintenance_ms, self._maintain)
+
+        def failed(error: Exception) -> None:
+            self._note_failed("maintenance", error)
+            self._host.call_later(self._settings.maintenance_ms, self._maintain)
+
+        self._host.commit(act, lambda result: result[0], done, failed)
+
+    def _note_failed(self, what: str, error: Exception) -> None:
+        """Count and tell what the database refused; that somebody else holds its lock is no news."""
+        self.counters[f"{what}_failed"] += 1
+        if not isinstance(error, BusyError):
+            self._log.error("%s failed", what, exc_info=error)
+
+    # --- what comes in --------------------------------------------------------------------------------
+
+    def handle_datagram(self, data: bytes) -> None:
+        """Take a datagram's content; raises WireError."""
+        self._run_swim(self.swim.handle_message(decode_datagram(data), self._host.now_ms()))
+
+    def handle_link_up(self, link: Link) -> None:
+        """Take note of a link and of who is at the other end."""
+        self._run_swim(self.swim.handle_hello(link.peer, self._host.now_ms()))
+        self.links.handle_link_up(link)
+
+    def handle_link_down(self, link: Link) -> None:
+        """Take note that a link is gone."""
+        self.puller.handle_link_down(link)
+        self.server.handle_link_down(link)
+        self.links.handle_link_down(link)
+        if self.links.get(link.peer.site) is None:
+            self.swim.handle_link_lost(link.peer.site)
+
+    def handle_frame(self, link: Link, data: bytes) -> None:
+        """Take a frame of a stream; raises WireError."""
+        message = decode_frame(data)
+        now_ms = self._host.now_ms()
+        peer = link.peer.site
+        self.swim.heard(peer, now_ms)
+        match message:
+            case Push() | IHave() | Graft() | Prune():
+                self._run_tree(self.tree.handle_message(peer, message, now_ms))
+            case StreamPing():
+                link.send(encode(StreamAck(message.number)))
+            case StreamAck():
+                self._run_swim(self.swim.handle_stream_ack(peer, message.number, now_ms))
+            case Members():
+                if self.recovery is not None:
+                    self.recovery.handle_claims(message.updates)
+                self._run_swim(self.swim.handle_members(message.updates, peer, now_ms))
+            case SyncOpen() | SyncAsk() | SnapshotAsk():
+                self.server.handle_request(link, message)
+            case SyncState() | SyncBusy() | SyncChanges() | SyncDone() | SnapshotChunk():
+                self.puller.handle_answer(link, message)
+            case _:
+                raise WireError("kind")
+
+    def _on_peer_up(self, site: SiteId) -> None:
+        self.tree.handle_peer_up(site)
+        # What was pushed while there was no link is lost.
+        self.want_sync(site)
+
+    # --- what the cores ask for -----------------------------------------------------------------------
+
+    def _run_swim(self, outputs: Iterable[swim.Output]) -> None:
+        for output in outputs:
+            match output:
+                case swim.SendDatagram(address, message):
+                    self._host.send_datagram(address, encode(message))
+                case swim.ProbeStream(site, number):
+                    self.links.send(site, encode(StreamPing(number)))
+                case swim.MemberChanged(info, state, _):
+                    self._on_member_changed(info, state)
+        self._arm()
+
+    def _on_member_changed(self, info: MemberInfo, state: MemberState) -> None:
+        self._log.info("member %s at %s:%d is %s", info.name, info.host, info.port, state.name.lower())
+        if info.name == self.swim.me.name and state is MemberState.ALIVE:
+            self._log.error(
+                "the node at %s:%d has the name of this one; give one of them another", info.host, info.port
+            )
+            self.counters["name_conflicts"] += 1
+        if state in (MemberState.DEAD, MemberState.LEFT):
+            self.links.close(info.site)
+            self._schedule.forget(info.site)
+        if not self._relinking:
+            self._relinking = True
+            self._host.call_later(RELINK_MS, self._relink)
+
+    def _relink(self) -> None:
+        self._relinking = False
+        members = {site: item for site, item in self.swim.members.items() if item.is_reachable}
+        chosen = plan_neighbours(
+            [*self.tree.eager, *self.tree.lazy],
+            {site: item.rtt_ms for site, item in members.items()},
+            self._rng,
+        )
+        self.links.want({site: members[site].info.address for site in chosen})
+
+    def _export_members(self) -> Members:
+        return Members(self.swim.export(MEMBERS_EXCHANGED))
+
+    def _run_tree(self, outputs: Iterable[plumtree.Output]) -> None:
+        for output in outputs:
+            match output:
+                case plumtree.SendFrame(peer, message):
+                    if self.links.send(peer, encode(message)) and isinstance(message, Push):
+                        self.counters["payloads_pushed"] += 1
+                case plumtree.Deliver(changeset):
+                    self._take_in(changeset)
+                case plumtree.Resend(peer, id_):
+                    self._resend(peer, id_)
+                case plumtree.NeedSync(peer):
+                    self.want_sync(peer)
+        self._arm()
+
+    def _resend(self, peer: SiteId, id_: ChangesetId) -> None:
+        """Push what the broadcast no longer remembers, out of the log; if it fails, sync brings it."""
+        if self._resends >= RESENDS_MAX:
+            self.counters["resends_dropped"] += 1
+            return
+        self._resends += 1
+        site, version = id_
+
+        def done(found: list[EncodedChangeset]) -> None:
+            self._resends -= 1
+            for changeset in found:
+                if self.links.send(peer, encode(Push(changeset))):
+                    self.counters["payloads_pushed"] += 1
+
+        def failed(error: Exception) -> None:
+            self._resends -= 1
+            self._note_failed("resend", error)
+
+        self._host.run(lambda store: store.read_log(site, version, version, 1), done, failed)
+
+    def _distance(self, site: SiteId) -> float:
+        member = self.swim.members.get(site)
+        return member.rtt_ms if member is not None and member.rtt_ms is not None else float("inf")
+
+    # --- time -----------------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """Wake up when the first core is due."""
+        due = min((at for at in (self.swim.next_at(), self.tree.next_at()) if at is not None), default=None)
+        if not self._is_started or due is None or due >= self._wake_at:
+            return
+        self._wake_at = due
+        self._host.call_later(due - self._host.now_ms(), lambda: self._wake(due))
+
+    def _wake(self, due: float) -> None:
+        if due != self._wake_at:
+            return  # an earlier one was set meanwhile, and sets the next when it comes
+        self._wake_at = float("inf")
+        now_ms = self._host.now_ms()
+        self._run_swim(self.swim.tick(now_ms))
+        self._run_tree(self.tree.tick(now_ms))
+
+    # --- repair ---------------------------------------------------------------------------------------
+
+    def want_sync(self, site: SiteId) -> None:
+        """Sync with this peer soon."""
+        self._schedule.want(site, self._host.now_ms())
+        self._arm_sync()
+
+    def _arm_sync(self) -> None:
+        due = self._schedule.next_at()
+        if self._is_started and not self._syncing and due < self._sync_at:
+            self._sync_at = due
+            self._host.call_later(due - self._host.now_ms(), lambda: self._begin_sync(due))
+
+    def _begin_sync(self, due: float) -> None:
+        if due != self._sync_at:
+            return
+        self._sync_at = float("inf")
+        if self._syncing:
+            return  # the end of the session sets the next one
+        reachable = [site for site, member in self.swim.members.items() if member.is_reachable]
+        peer = self._schedule.choose(reachable, self._host.now_ms())
+        if peer is None:
+            self._arm_sync()
+            return
+        self._syncing = True
+
+        def borrowed(link: Link | None, is_ours: bool) -> None:
+            if link is None:
+                self.sync_counters["failed_dial"] += 1
+                self._end_sync(peer, ok=False, received=0)
+            else:
+                self.puller.begin(peer, link, borrowed=is_ours)
+
+        self.links.borrow(peer, self.swim.members[peer].info.address, borrowed)
+
+    def _on_sync_over(self, peer: SiteId, received: int, error: Exception | None) -> None:
+        if isinstance(error, StoreError):
+            self._note_failed("sync", error)
+        elif error is not None:
+            self._log.debug("sync with %s: %r", peer.hex(), error)
+        elif self.recovery is not None:
+            self.recovery.handle_synced(peer)
+        self._end_sync(peer, ok=error is None, received=received)
+
+    def _end_sync(self, peer: SiteId, *, ok: bool, received: int) -> None:
+        self._syncing = False
+        self._schedule.handle_result(peer, self._host.now_ms(), ok=ok, received=received)
+        self._arm_sync()
+
+    # --- views ----------------------------------------------------------------------------------------
+
+    def measure(self) -> dict[str, tuple[int, int]]:
+        """Return what each bounded memory holds, and its bound."""
+        inbox_max = self._settings.inbox_bytes_max + self._settings.chunk_bytes
+        return {**self.tree.measure(), **self.swim.measure(), "inbox_bytes": (self.inbox.bytes, inbox_max)}
