@@ -1,0 +1,245 @@
+"""How old our view of each site is, and up to which time everything has reached everybody.
+
+Each site says now and then how far it has written and what it has of the others; these heartbeats go along
+the broadcast tree and with syncs. Decides what they prove. Knows nothing of links, stores or membership: who
+counts is told by `set_roll`. Invariant: when `compute_stable_hlc` returns S, every member of the roll has all
+that members of the roll wrote up to S, and we have all that any of them wrote before it had that.
+
+The second half is what makes it safe to forget a deletion: an update of the deleted row by somebody who did
+not know of the deletion is one that we have seen.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import NamedTuple
+
+from replication.core.clock import HLC_MAX, MAX_DRIFT_MS, Hlc, SiteId, compute_ms
+from replication.core.probe import Rng, jitter
+from replication.core.wire import NEVER, Beats, Heartbeat
+
+# Frames of about 50 kB, so that a probe does not wait behind one.
+_BEATS_PER_FRAME = 1_024
+# While we lag behind a site its beats wait for us: the oldest, as we reach that first, and the newest.
+_PENDING_MAX = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FreshnessSettings:
+    """The knobs; at any size of a cluster a node takes in about fifty beats a second."""
+
+    beat_interval_ms: float = 1_000
+    beat_interval_per_member_ms: float = 20
+    flush_ms: float = 150  # batches what is passed on; a path of eight links takes about a second
+    sites_max: int = 4_096  # bounds what a liar can make us remember
+    ahead_max_ms: int = MAX_DRIFT_MS  # a beat from further in the future would silence those that are right
+
+
+class SendFrame(NamedTuple):
+    """Send beats on the stream to a peer; they may get lost with the link."""
+
+    peer: SiteId
+    message: Beats
+
+
+class BeatDue(NamedTuple):
+    """Ask the store, at one moment, for our last version and a time after which all later ones will be.
+
+    Hand them to `handle_own`, with this. The time must outlive a crash: no later write has an earlier one.
+    """
+
+    complete_hlc: Hlc
+    roll: int
+
+
+Output = SendFrame | BeatDue
+
+
+@dataclass(slots=True)
+class _Origin:
+    """What a site said of itself."""
+
+    newest: Heartbeat
+    covered: Heartbeat | None = None  # the newest of which we have all versions
+    pending: list[Heartbeat] = field(default_factory=list)  # later than that, oldest first
+
+    def cover(self, head: int) -> None:
+        """Take note that we have all versions up to head."""
+        for index, beat in reversed(list(enumerate(self.pending))):
+            if beat.version <= head:
+                self.covered = beat
+                del self.pending[: index + 1]
+                return
+
+
+class Freshness:
+    """One node's part in the heartbeats."""
+
+    def __init__(
+        self, me: SiteId, settings: FreshnessSettings, rng: Rng, *, head: Callable[[SiteId], int]
+    ) -> None:
+        self.counters: Counter[str] = Counter()
+        # The largest time that peers know of us: after a crash or a restore our clock has to observe it.
+        self.own_hlc_floor = NEVER
+        self._me = me
+        self._settings = settings
+        self._rng = rng
+        self._head = head
+        self._own: Heartbeat | None = None  # our last beat
+        self._origins: dict[SiteId, _Origin] = {}
+        self._news: dict[SiteId, SiteId | None] = {}  # whose beats are to be passed on, and who sent them
+        self._beat_at = math.inf  # set by `start`
+        self._flush_at = math.inf  # set while there is news
+        self._roll: tuple[SiteId, ...] = ()
+        self._roll_digest = 0
+        self.set_roll(())
+
+    # --- inputs ---------------------------------------------------------------------------------------
+
+    def start(self, now_ms: float) -> None:
+        """Begin to beat; nodes that start together drift apart."""
+        self._beat_at = now_ms + self._settings.beat_interval_ms * self._rng.random()
+
+    def set_roll(self, sites: Iterable[SiteId]) -> None:
+        """Say who counts beside us: whoever may yet write something, or must get what is written."""
+        self._roll = tuple(sorted({*sites} - {self._me}))
+        everybody = sorted((*self._roll, self._me))
+        self._roll_digest = int.from_bytes(blake2b(b"".join(everybody), digest_size=4).digest())
+
+    def next_at(self) -> float:
+        """Return when `tick` is due."""
+        return min(self._beat_at, self._flush_at)
+
+    def tick(self, now_ms: float, eager: Collection[SiteId]) -> list[Output]:
+        """Do what is due; news goes to the eager peers."""
+        out: list[Output] = []
+        if self._beat_at <= now_ms:
+            settings = self._settings
+            per_member = settings.beat_interval_per_member_ms * (len(self._roll) + 1)
+            self._beat_at = now_ms + jitter(self._rng, max(settings.beat_interval_ms, per_member))
+            # Before the store is asked: what we write until it answers is in the version that it names.
+            out.append(BeatDue(self._compute_complete(), self._roll_digest))
+        if self._flush_at <= now_ms:
+            self._flush_at = math.inf
+            news, self._news = self._news, {}
+            for peer in eager:
+                beats = [self._newest(site) for site, source in news.items() if peer not in (site, source)]
+                out += [SendFrame(peer, message) for message in _pack(beats)]
+        return out
+
+    def handle_own(self, due: BeatDue, version: int, hlc: Hlc, now_ms: float) -> None:
+        """Take what the store said when a beat was due."""
+        if self._own is not None and hlc <= self._own.hlc:
+            self.counters["own_clock_back"] += 1
+            return
+        self._own = Heartbeat(self._me, version, hlc, min(due.complete_hlc, hlc), due.roll)
+        self._tell(self._me, None, now_ms)
+
+    def handle_beats(self, peer: SiteId, beats: Iterable[Heartbeat], now_ms: float, wall_ms: int) -> None:
+        """Take beats that a peer passed on."""
+        for beat in beats:
+            if compute_ms(beat.hlc) > wall_ms + self._settings.ahead_max_ms:
+                self.counters["beats_ahead"] += 1
+            elif beat.site == self._me:
+                self.own_hlc_floor = max(self.own_hlc_floor, beat.hlc)
+            elif self._keep(beat):
+                self._tell(beat.site, peer, now_ms)
+
+    def handle_seen(self, site: SiteId) -> None:
+        """Take note that the site's head moved."""
+        origin = self._origins.get(site)
+        if origin is not None and origin.pending:
+            origin.cover(self._head(site))
+
+    # --- what is known --------------------------------------------------------------------------------
+
+    def export(self) -> list[Beats]:
+        """Return the newest beat of each site, ours first, for a sync."""
+        own = [self._own] if self._own is not None else []
+        return _pack(own + [origin.newest for origin in self._origins.values()])
+
+    def compute_staleness_ms(self, site: SiteId, wall_ms: int) -> int | None:
+        """Return how long ago we had all that the site had written; None when it never said."""
+        if site == self._me:
+            return 0
+        origin = self._origins.get(site)
+        if origin is None or origin.covered is None:
+            return None
+        return max(0, wall_ms - compute_ms(origin.covered.hlc))
+
+    def compute_stable_hlc(self) -> Hlc:
+        """Return up to which time everything has reached everybody on the roll; NEVER while it is not known.
+
+        It is not known while members disagree about who is on the roll, which is while one comes or goes.
+        """
+        if self._own is None:
+            return NEVER
+        stable = self._own.hlc
+        for site in self._roll:
+            origin = self._origins.get(site)
+            # Not of its newest beat: what it wrote before that one may still be on its way to us.
+            beat = origin.covered if origin is not None else None
+            if beat is None or beat.roll != self._roll_digest:
+                return NEVER
+            stable = min(stable, beat.hlc, beat.complete_hlc)
+        return stable
+
+    def measure(self) -> dict[str, tuple[int, int]]:
+        """Return what each memory holds, and the most that it may hold."""
+        return {"beats": (len(self._origins), self._settings.sites_max)}
+
+    def _compute_complete(self) -> Hlc:
+        """Return up to which time we have all that the others wrote."""
+        complete = Hlc(HLC_MAX)
+        for site in self._roll:
+            origin = self._origins.get(site)
+            complete = min(complete, origin.covered.hlc if origin and origin.covered else NEVER)
+        return complete
+
+    # --- keeping and passing on -----------------------------------------------------------------------
+
+    def _keep(self, beat: Heartbeat) -> bool:
+        origin = self._origins.get(beat.site)
+        if origin is None:
+            if len(self._origins) >= self._settings.sites_max and not self._forget_one():
+                self.counters["beats_refused"] += 1
+                return False
+            origin = self._origins[beat.site] = _Origin(beat)
+        elif beat.hlc <= origin.newest.hlc:
+            self.counters["beats_old"] += 1
+            return False
+        self.counters["beats_new"] += 1
+        origin.newest = beat
+        del origin.pending[_PENDING_MAX - 1 :]
+        origin.pending.append(beat)
+        origin.cover(self._head(beat.site))
+        return True
+
+    def _forget_one(self) -> bool:
+        roll = {*self._roll}
+        strangers = [origin.newest for site, origin in self._origins.items() if site not in roll]
+        if not strangers:
+            return False
+        forgotten = min(strangers, key=lambda beat: beat.hlc).site
+        del self._origins[forgotten]
+        self._news.pop(forgotten, None)
+        return True
+
+    def _tell(self, site: SiteId, source: SiteId | None, now_ms: float) -> None:
+        self._news[site] = source
+        self._flush_at = min(self._flush_at, now_ms + self._settings.flush_ms)
+
+    def _newest(self, site: SiteId) -> Heartbeat:
+        if site == self._me:
+            assert self._own is not None, "our beat is news only once it is made"
+            return self._own
+        return self._origins[site].newest
+
+
+def _pack(beats: list[Heartbeat]) -> list[Beats]:
+    return [
+        Beats(tuple(beats[start : start + _BEATS_PER_FRAME]))
+        for start in range(0, len(beats), _BEATS_PER_FRAME)
+    ]

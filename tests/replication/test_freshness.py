@@ -1,0 +1,199 @@
+"""Heartbeats: how old a view is, and what everybody has."""
+
+from random import Random
+
+import pytest
+
+from replication.core.clock import SiteId, hlc_from_ms
+from replication.core.freshness import BeatDue, Freshness, FreshnessSettings, SendFrame
+from replication.core.wire import NEVER, Beats, Heartbeat
+
+WALL = 1_000_000
+
+
+def site(number: int) -> SiteId:
+    return SiteId(bytes([number]) * 16)
+
+
+US, A, B, C = (site(number) for number in range(4))
+
+
+def beat(
+    of: SiteId, version: int, ago_ms: int, complete_ago_ms: int | None = None, roll: int = 0
+) -> Heartbeat:
+    complete_ms = WALL - (ago_ms if complete_ago_ms is None else complete_ago_ms)
+    return Heartbeat(of, version, hlc_from_ms(WALL - ago_ms), hlc_from_ms(complete_ms), roll)
+
+
+class Node:
+    """A core, with the heads that its store would have."""
+
+    def __init__(self, *roll: SiteId, **settings: int) -> None:
+        self.heads: dict[SiteId, int] = {}
+        self.core = Freshness(
+            US, FreshnessSettings(**settings), Random(1), head=lambda of: self.heads.get(of, 0)
+        )
+        self.core.set_roll(roll)
+        self.roll = self.due().roll
+
+    def due(self, now_ms: float = 5_000) -> BeatDue:
+        self.core.start(now_ms - 1_000)
+        (due,) = (item for item in self.core.tick(now_ms, ()) if isinstance(item, BeatDue))
+        return due
+
+    def take(self, *beats: Heartbeat, peer: SiteId = A) -> None:
+        self.core.handle_beats(peer, beats, 5_000, WALL)
+
+    def see(self, of: SiteId, head: int) -> None:
+        self.heads[of] = head
+        self.core.handle_seen(of)
+
+    def beats(self) -> None:
+        """Make our own beat, of this moment."""
+        self.core.handle_own(self.due(), 1, hlc_from_ms(WALL), 5_000)
+
+    def flush(self, *eager: SiteId) -> dict[SiteId, list[SiteId]]:
+        sent = [item for item in self.core.tick(5_200, eager) if isinstance(item, SendFrame)]
+        return {item.peer: [one.site for one in item.message.beats] for item in sent}
+
+
+def test_a_view_is_as_old_as_the_newest_beat_of_which_it_has_all():
+    node = Node(A)
+    assert node.core.compute_staleness_ms(A, WALL) is None
+    node.see(A, 3)
+    node.take(beat(A, 3, ago_ms=900))
+    assert node.core.compute_staleness_ms(A, WALL) == 900
+    node.take(beat(A, 5, ago_ms=100))
+    assert node.core.compute_staleness_ms(A, WALL) == 900
+    node.see(A, 4)
+    assert node.core.compute_staleness_ms(A, WALL) == 900
+    node.see(A, 5)
+    assert node.core.compute_staleness_ms(A, WALL) == 100
+    assert node.core.compute_staleness_ms(US, WALL) == 0
+
+
+def test_a_view_that_lags_behind_for_ever_still_ages_by_no_more_than_its_lag():
+    node = Node(A)
+    for number in range(1, 100):
+        node.take(beat(A, number * 10, ago_ms=10_000 - number * 100))
+        node.see(A, (number - 2) * 10 if number > 2 else 0)
+    assert node.core.compute_staleness_ms(A, WALL) == 300
+
+
+def test_an_older_beat_changes_nothing_and_is_not_passed_on():
+    node = Node(A)
+    node.take(beat(A, 0, ago_ms=100))
+    node.flush(B)
+    node.take(beat(A, 0, ago_ms=200), beat(A, 0, ago_ms=100))
+    assert node.flush(B) == {}
+    assert node.core.counters["beats_old"] == 2
+
+
+def test_news_goes_to_eager_peers_but_not_back():
+    node = Node(A, B)
+    node.take(beat(A, 0, ago_ms=100), peer=A)
+    node.take(beat(B, 0, ago_ms=100), peer=A)
+    node.beats()
+    assert node.flush(A, B, C) == {A: [US], B: [A, US], C: [A, B, US]}
+    assert node.flush(A, B, C) == {}
+
+
+def test_news_is_batched_in_frames_of_bounded_size():
+    node = Node(sites_max=3_000)
+    node.take(*(beat(SiteId(number.to_bytes(16)), 0, ago_ms=1) for number in range(1, 3_000)))
+    sent = node.core.tick(5_200, (B,))
+    assert [len(item.message.beats) for item in sent] == [1_024, 1_024, 951]
+
+
+def test_a_flush_waits_for_more_news():
+    node = Node(A)
+    node.take(beat(A, 0, ago_ms=1))
+    assert node.core.next_at() == 5_150
+    assert node.core.tick(5_149, (B,)) == []
+
+
+@pytest.mark.parametrize(("members", "interval_ms"), [(2, 1_000), (40, 1_000), (1_000, 20_020)])
+def test_the_more_members_the_rarer_each_beats(members, interval_ms):
+    node = Node(*(SiteId(number.to_bytes(16)) for number in range(1, members + 1)))
+    node.core.tick(node.core.next_at(), ())
+    node.due(9_000)
+    assert 0.75 * interval_ms <= node.core.next_at() - 9_000 <= 1.25 * interval_ms
+
+
+def test_a_beat_from_the_future_is_refused():
+    node = Node(A)
+    node.take(beat(A, 0, ago_ms=-5_001))
+    assert node.core.counters["beats_ahead"] == 1
+    node.take(beat(A, 0, ago_ms=-4_000))
+    assert node.core.compute_staleness_ms(A, WALL) == 0
+
+
+def test_sites_are_bounded_and_members_stay():
+    node = Node(A, B, sites_max=2)
+    node.take(beat(A, 0, ago_ms=500), beat(C, 0, ago_ms=100), beat(B, 0, ago_ms=100))
+    assert node.core.compute_staleness_ms(A, WALL) == 500
+    assert node.core.compute_staleness_ms(B, WALL) == 100
+    assert node.core.compute_staleness_ms(C, WALL) is None
+    node.take(beat(C, 0, ago_ms=50))
+    assert node.core.counters["beats_refused"] == 1
+    assert node.core.measure() == {"beats": (2, 2)}
+
+
+def test_our_own_beats_never_go_back():
+    node = Node()
+    node.beats()
+    node.core.handle_own(node.due(), 2, hlc_from_ms(WALL - 1), 5_000)
+    assert node.core.export() == [Beats((Heartbeat(US, 1, hlc_from_ms(WALL), hlc_from_ms(WALL), node.roll),))]
+    assert node.core.counters["own_clock_back"] == 1
+
+
+def test_what_others_remember_of_our_clock_is_told():
+    node = Node(A)
+    node.take(beat(US, 9, ago_ms=70), beat(US, 8, ago_ms=90))
+    assert node.core.own_hlc_floor == hlc_from_ms(WALL - 70)
+
+
+def test_a_beat_says_up_to_when_we_have_everything_of_the_others():
+    node = Node(A, B)
+    assert node.due().complete_hlc == NEVER
+    node.take(beat(A, 3, ago_ms=100), beat(B, 0, ago_ms=300))
+    assert node.due().complete_hlc == NEVER
+    node.see(A, 3)
+    assert node.due().complete_hlc == hlc_from_ms(WALL - 300)
+
+
+def test_a_node_alone_is_stable_up_to_its_last_beat():
+    node = Node()
+    assert node.core.compute_stable_hlc() == NEVER
+    node.beats()
+    assert node.core.compute_stable_hlc() == hlc_from_ms(WALL)
+
+
+def test_stable_is_what_the_last_member_has():
+    node = Node(A, B)
+    node.beats()
+    node.take(beat(A, 0, ago_ms=100, complete_ago_ms=400, roll=node.roll))
+    assert node.core.compute_stable_hlc() == NEVER
+    node.take(beat(B, 0, ago_ms=200, complete_ago_ms=300, roll=node.roll))
+    assert node.core.compute_stable_hlc() == hlc_from_ms(WALL - 400)
+
+
+def test_a_members_word_counts_once_we_have_what_it_wrote_before():
+    node = Node(A)
+    node.beats()
+    node.take(beat(A, 0, ago_ms=900, complete_ago_ms=950, roll=node.roll))
+    node.take(beat(A, 1, ago_ms=100, complete_ago_ms=200, roll=node.roll))
+    assert node.core.compute_stable_hlc() == hlc_from_ms(WALL - 950)
+    node.see(A, 1)
+    assert node.core.compute_stable_hlc() == hlc_from_ms(WALL - 200)
+
+
+def test_a_member_that_counts_other_members_proves_nothing():
+    node = Node(A)
+    node.beats()
+    node.take(beat(A, 0, ago_ms=100, roll=node.roll))
+    assert node.core.compute_stable_hlc() > NEVER
+    node.core.set_roll([A, B])
+    assert node.core.compute_stable_hlc() == NEVER
+    node.take(beat(B, 0, ago_ms=100, roll=node.due().roll))
+    assert node.core.compute_stable_hlc() == NEVER
