@@ -15,10 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from .core.change import EncodedChangeset
-from .core.clock import HLC_MAX, SITE_BYTES, Clock, Hlc, SiteId
-from .core.codec import CodecError, SiteTable, check_rows, decode_clock, decode_sites, pack, unpack
+from .core.clock import HLC_MAX, Clock, Hlc, SiteId
+from .core.codec import (
+    CodecError,
+    SiteTable,
+    check_names,
+    check_rows,
+    check_tuples,
+    decode_clock,
+    decode_sites,
+    pack,
+    unpack,
+    unpack_foreign,
+)
 from .core.merge import NO_CELLS, Record
 from .core.versions import VersionRanges
+from .core.wire import VERSION_MAX
 from .schema import MergeMode
 from .tables import read_lossy
 
@@ -33,6 +45,8 @@ DIGEST_BYTES: Final = 16
 # Bytes of a row, and of a value, beside text and blobs: guesses from above, for the size of chunks.
 _ROW_OVERHEAD_BYTES: Final = 96
 _VALUE_OVERHEAD_BYTES: Final = 9
+# A row has one map, and with its clock and key is longer than this: so maps cost a multiple of the bytes.
+_ROW_BYTES_MIN: Final = 8
 
 
 class RowState(NamedTuple):
@@ -216,7 +230,7 @@ def read_snapshot(chunks: Iterable[bytes]) -> Iterator[Part]:
     """Yield what the chunks hold, the head first; raise CodecError for what is malformed, late or missing."""
     is_complete = False
     for count, chunk in enumerate(chunks):
-        fields = unpack(chunk)
+        fields = unpack_foreign(chunk, maps_max=len(chunk) // _ROW_BYTES_MIN)
         if is_complete or not isinstance(fields, tuple) or len(fields) < 2 or fields[0] != SNAPSHOT_FORMAT:
             raise CodecError("not a chunk of a snapshot")
         kind = fields[1]
@@ -227,7 +241,7 @@ def read_snapshot(chunks: Iterable[bytes]) -> Iterator[Part]:
                 is_complete = fields[2] == count
             else:
                 yield _decode_part(kind, fields[2:])
-        except (TypeError, ValueError, IndexError, AttributeError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
             raise CodecError(f"malformed chunk: {error}") from error
     if not is_complete:
         raise CodecError("the snapshot is not complete")
@@ -235,12 +249,12 @@ def read_snapshot(chunks: Iterable[bytes]) -> Iterator[Part]:
 
 def read_states_chunk(chunk: bytes) -> TableStates:
     """Return the states of one chunk of `pack_states`; raise CodecError for anything else."""
-    fields = unpack(chunk)
+    fields = unpack_foreign(chunk, maps_max=len(chunk) // _ROW_BYTES_MIN)
     try:
         if fields[:2] != (SNAPSHOT_FORMAT, "rows"):
             raise CodecError("not a chunk of rows")
         part = _decode_part("rows", fields[2:])
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise CodecError(f"malformed chunk: {error}") from error
     assert isinstance(part, TableStates)  # the kind was asked for
     return part
@@ -250,21 +264,19 @@ def _decode_part(kind: object, fields: tuple[Any, ...]) -> Part:
     if kind == "head":
         (pairs,) = fields
         decode_sites(site for site, _ in pairs)
-        return Head({SiteId(site): VersionRanges.decode(ranges) for site, ranges in pairs})
+        return Head({SiteId(site): _decode_ranges(ranges) for site, ranges in pairs})
     if kind == "parked":
         (entries,) = fields
         for site, version, payload in entries:
-            if (
-                len(site) != SITE_BYTES
-                or type(version) is not int
-                or type(payload) is not bytes
-                or version < 1
-            ):
+            decode_sites((site,))
+            if type(version) is not int or type(payload) is not bytes or not 0 < version < VERSION_MAX:
                 raise CodecError("not a parked changeset")
         return [EncodedChangeset(SiteId(site), version, payload) for site, version, payload in entries]
     if kind != "rows":
-        raise CodecError(f"unknown chunk {kind!r}")
+        raise CodecError("unknown chunk")
     table, by_column, key_columns, columns, sites, rows = fields
+    check_tuples(key_columns, columns, rows, *rows)
+    check_names(table, *key_columns, *columns)
     known = decode_sites(sites)
     check_rows([row[0] for row in rows], len(key_columns))
     check_rows([row[5] for row in rows if row[5] is not None], len(columns))
@@ -274,11 +286,22 @@ def _decode_part(kind: object, fields: tuple[Any, ...]) -> Part:
     return TableStates(table, bool(by_column), key_columns, columns, states)
 
 
+def _decode_ranges(pairs: Sequence[tuple[int, int]]) -> VersionRanges:
+    """Return ranges that are in order; others would cost the square of their number."""
+    last = -1
+    for first, upto in pairs:
+        if type(first) is not int or type(upto) is not int or not last + 1 < first <= upto < VERSION_MAX:
+            raise CodecError("not ranges of versions in order")
+        last = upto
+    return VersionRanges.decode(pairs)
+
+
 def _decode_record(row: tuple[Any, ...], sites: Sequence[SiteId]) -> Record:
     _, life, dead, base, cells, _ = row
     limit = Hlc(HLC_MAX)
     decoded: Mapping[str, Clock] = NO_CELLS
     if cells:
+        check_names(*cells)
         decoded = {name: decode_clock(pair, sites, limit) for name, pair in cells.items()}
     return Record(
         decode_clock(life, sites, limit),

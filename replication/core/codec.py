@@ -75,15 +75,16 @@ def encode_changeset(changeset: Changeset) -> bytes:
 
 def decode_changeset(payload: bytes) -> Changeset:
     """Return the changeset of a payload; raise CodecError for anything that is not one."""
-    fields = unpack(payload)
-    if not isinstance(fields, tuple) or not fields:
+    fields = unpack_foreign(payload, maps_max=0)
+    if not isinstance(fields, tuple) or not fields or type(fields[0]) is not int:
         raise CodecError("not a changeset")
     if fields[0] != FORMAT:
-        raise CodecError(f"format {fields[0]!r} is not known here")
+        raise CodecError(f"format {fields[0]} is not known here")
     try:
         _, hlc, sites, tables = fields
         known = decode_sites(sites)
         limit = check_hlc(hlc)
+        check_tuples(tables)
         return Changeset(limit, tuple(_decode_table(table, known, limit) for table in tables))
     except (TypeError, ValueError, IndexError) as error:
         raise CodecError(f"malformed changeset: {error}") from error
@@ -91,13 +92,13 @@ def decode_changeset(payload: bytes) -> Changeset:
 
 def _decode_table(fields: Any, sites: Sequence[SiteId], limit: Hlc) -> TableChange:
     table, by_column, key_columns, columns, rows, created, deleted = fields
-    for name in (table, *key_columns, *columns):
-        if not isinstance(name, str):
-            raise CodecError("a name is not text")
+    check_tuples(key_columns, columns, rows, deleted, () if created is None else created)
+    check_names(table, *key_columns, *columns)
+    # Names are cut: they are a stranger's, and end up in a log.
     if rows and not set(key_columns) <= set(columns):
-        raise CodecError(f"rows of {table} lack their key")
-    if len(set(columns)) != len(columns) or not key_columns:
-        raise CodecError(f"columns of {table} are not a set with a key")
+        raise CodecError(f"rows of {table[:64]!r} lack their key")
+    if any(len(set(names)) != len(names) for names in (key_columns, columns)) or not key_columns:
+        raise CodecError(f"columns of {table[:64]!r} are not a set with a key")
     check_rows(rows, len(columns))
     check_rows(deleted, len(key_columns))
     if created is None:
@@ -105,8 +106,22 @@ def _decode_table(fields: Any, sites: Sequence[SiteId], limit: Hlc) -> TableChan
     else:
         clocks = tuple(None if pair is None else decode_clock(pair, sites, limit) for pair in created)
         if len(clocks) != len(rows):
-            raise CodecError(f"{table} has {len(rows)} rows but {len(clocks)} clocks")
+            raise CodecError(f"{table[:64]!r} has {len(rows)} rows but {len(clocks)} clocks")
     return TableChange(table, bool(by_column), key_columns, columns, rows, clocks, deleted)
+
+
+def check_tuples(*values: object) -> None:
+    """Raise CodecError unless all are sequences; a text would iterate as well, over its letters."""
+    for value in values:
+        if type(value) is not tuple:
+            raise CodecError("not a sequence")
+
+
+def check_names(*names: object) -> None:
+    """Raise CodecError unless all can name a table or a column."""
+    for name in names:
+        if type(name) is not str:
+            raise CodecError("a name is not text")
 
 
 def decode_sites(sites: Any) -> list[SiteId]:
@@ -120,7 +135,7 @@ def decode_sites(sites: Any) -> list[SiteId]:
 def check_hlc(hlc: Any) -> Hlc:
     """Return a hybrid time that SQLite can store."""
     if type(hlc) is not int or not 0 < hlc <= HLC_MAX:
-        raise CodecError(f"not a time: {hlc!r}")
+        raise CodecError("not a time")
     return Hlc(hlc)
 
 
@@ -155,8 +170,42 @@ def pack(value: object) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """Return what MessagePack bytes hold, with sequences as tuples; raise CodecError for anything else."""
+    """Return what our own MessagePack bytes hold, sequences as tuples; raise CodecError for anything else."""
     try:
         return msgpack.unpackb(data, use_list=False, raw=False, strict_map_key=True)
     except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        raise CodecError(f"not MessagePack: {error}") from error
+
+
+def unpack_foreign(data: bytes, *, maps_max: int) -> Any:
+    """Return what MessagePack bytes of anyone hold, in memory bounded by their size; raise CodecError.
+
+    Keys of maps are text or bytes, none of them twice.
+    """
+    maps = 0
+
+    def read_map(pairs: list[tuple[str | bytes, Any]]) -> dict[str | bytes, Any]:
+        nonlocal maps
+        maps += 1
+        found = dict(pairs)
+        # An empty map is one byte here and 64 in memory.
+        if maps > maps_max or len(found) != len(pairs):
+            raise ValueError("too many maps, or a key twice")
+        return found
+
+    try:
+        # A sequence is allocated at the length that it declares, and they nest: 1 kB could ask for 30 MB.
+        # Skipping allocates nothing, fails where there is less than was declared, and takes a microsecond.
+        lengths = msgpack.Unpacker(max_buffer_size=len(data), strict_map_key=True)
+        lengths.feed(data)
+        lengths.skip()
+        return msgpack.unpackb(
+            data,
+            use_list=False,
+            raw=False,
+            strict_map_key=True,
+            max_ext_len=0,
+            object_pairs_hook=read_map,
+        )
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise CodecError(f"not MessagePack: {error}") from error

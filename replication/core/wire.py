@@ -13,6 +13,7 @@ import msgpack
 
 from replication.core.change import EncodedChangeset
 from replication.core.clock import HLC_MAX, Hlc, SiteId
+from replication.core.codec import CodecError, unpack_foreign
 from replication.core.fields import WireError as WireError  # noqa: PLC0414  part of this module's interface
 from replication.core.fields import blob, by_site, optional, read_flag, read_row, read_site, rows, text, whole
 from replication.core.member import (
@@ -39,6 +40,8 @@ VERSION_MAX = 2**40
 SITES_MAX = 16_384
 RANGES_MAX = 4_096
 ITEMS_MAX = 16_384
+# The most that a message has is two: what was seen, and floors.
+MAPS_MAX = 2
 CLUSTER_CHARS_MAX = 64
 # What one transaction may be when it travels in parts; who takes it in decides how much of that it wants.
 PAYLOAD_BYTES_MAX = 2**32
@@ -558,18 +561,8 @@ def decode_frame(data: bytes, *, size_max: int = FRAME_BYTES_MAX) -> Frame:
 
 def _decode(data: bytes, *, datagram: bool) -> Any:
     try:
-        # A collection cannot hold more items than the message has bytes, so the limits bound memory to a
-        # multiple of what was received; the extension's own stack bounds the depth.
-        row = msgpack.unpackb(
-            data,
-            use_list=False,
-            raw=False,
-            strict_map_key=True,
-            max_array_len=max(SITES_MAX, ITEMS_MAX),
-            max_map_len=SITES_MAX,
-            max_ext_len=0,
-        )
-    except (ValueError, TypeError, RecursionError, MemoryError, msgpack.UnpackException) as error:
+        row = unpack_foreign(data, maps_max=MAPS_MAX)
+    except CodecError as error:
         raise WireError("msgpack") from error
     if type(row) is not tuple or len(row) < 2:
         raise WireError("shape")
