@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing outside this folder is touched.
-.PHONY: help setup demo check test bench bench-replication soak clean
+.PHONY: help setup demo check test bench bench-replication soak chaos clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -9,6 +9,8 @@ PYTHON ?= python3
 BASE_PORT ?= 8080
 # Simulated clusters in a soak, a fraction of a second each.
 SEEDS ?= 300
+# How often a writer is killed, a third of a second each.
+KILLS ?= 300
 
 help:
 	@echo "make demo    three regions on this machine, with something to try"
@@ -16,6 +18,7 @@ help:
 	@echo "make check   lint, types, import contracts"
 	@echo "make bench   CPU per request beside nginx and HAProxy; make bench-replication: beside cr-sqlite"
 	@echo "make soak    simulate many clusters with faults; SEEDS=1000 says how many"
+	@echo "make chaos   kill -9 a writer at random moments and look at what it left; KILLS=1000 says how often"
 	@echo "make setup   only the virtual environment, .venv"
 	@echo "make clean   remove it, and caches"
 
@@ -45,6 +48,9 @@ bench-replication: setup
 
 soak: setup
 	$(BIN)/isthmus simulate --seeds $(SEEDS)
+
+chaos: setup
+	@$(BIN)/python -m tests.chaos --kills $(KILLS)
 
 clean:
 	rm -rf .venv bench/replication/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
