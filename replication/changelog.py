@@ -102,6 +102,34 @@ class ChangeLog:
         cursor.close()
         return entries
 
+    def find_large(self, site: SiteId, first: int, last: int, over_bytes: int) -> tuple[int, int] | None:
+        """Return version and size of the first entry in a range whose payload is larger than that."""
+        ordinal = self._sites.find(site)
+        if ordinal is None or first > last:
+            return None
+        found = self._connection.execute(
+            "SELECT id, length(payload) FROM _repl_log WHERE id BETWEEN ? AND ? AND length(payload) > ? "
+            "ORDER BY id LIMIT 1",
+            (*_id_range(ordinal, first, last), over_bytes),
+        ).fetchone()
+        return None if found is None else (found[0] & _VERSION_MAX, found[1])
+
+    def read_part(self, site: SiteId, version: int, offset: int, size: int) -> bytes:
+        """Return some bytes of a payload, without reading all of it; none when there is no such entry."""
+        ordinal = self._sites.find(site)
+        if ordinal is None:
+            return b""
+        number, _ = _id_range(ordinal, version, version)
+        try:
+            blob = self._connection.blobopen("_repl_log", "payload", number, readonly=True)
+        except self._connection.OperationalError as error:
+            if "no such rowid" in str(error):
+                return b""
+            raise
+        with blob:
+            blob.seek(min(offset, len(blob)))
+            return blob.read(size)
+
     def drop(self, site: SiteId, last: int) -> int:
         """Drop the entries of a site up to a version; return how many."""
         ordinal = self._sites.find(site)

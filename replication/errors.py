@@ -56,6 +56,10 @@ class ReadOnlyError(StoreError):
     """The disk is full or fails: nothing can be written until that is over; reads go on."""
 
 
+class ReplacedError(StoreError):
+    """The file is not what this replica left in it; only opening it afresh, as another site, helps."""
+
+
 class SnapshotError(ReplicationError):
     """A snapshot is truncated, malformed or from too far in the future; nothing of it was applied."""
 

@@ -30,6 +30,7 @@ from .core.clock import MAX_DRIFT_MS, NEVER, SITE_BYTES, Clock, Hlc, HybridClock
 from .core.codec import CodecError, decode_changeset, encode_changeset, pack, unpack
 from .core.versions import VersionRanges
 from .errors import POISON, SnapshotError, StatementError, StoreError, is_trouble, translated
+from .guarding import FileGuard, State
 from .identity import Opened, prepare_identity, read_boot, read_home
 from .merging import TableMerge, check_change, offer_change, offer_states
 from .names import Names
@@ -55,8 +56,8 @@ if TYPE_CHECKING:
 BUSY_TIMEOUT_MS: Final = 5_000
 # Statements per table and a few of the store's own; preparing one again costs more than running it.
 CACHED_STATEMENTS: Final = 512
-# The log may take this part of what all else in the file takes: the replicated tables and their clock records.
-# Beyond that it costs more than the snapshots that it saves; it is about a quarter of the bare tables.
+# The log may take this part of what all else in the file takes, which is about a quarter of the bare tables.
+# Beyond that it costs more than the snapshots that it saves.
 LOG_SHARE: Final = 1 / 5
 _WRITES = re.compile(
     r"(?:\s+|--[^\n]*\n|/\*.*?\*/)*(INSERT|UPDATE|DELETE|REPLACE|WITH)\b", re.IGNORECASE | re.DOTALL
@@ -100,7 +101,9 @@ class Store:
         self._data_version = -1
         self._is_stale = False  # while a failed transaction is not undone: memory may be wrong
         self._log = ChangeLog(connection, self._sites)
+        self._guard = FileGuard(connection, path, schema)
         self._load()
+        self._left = self._state()  # what the last commit left in the file
 
     @classmethod
     def open(
@@ -161,6 +164,8 @@ class Store:
 
     def close(self) -> None:
         """Close the file; a file that is closed keeps its identity across reboots."""
+        if self._guard.disown():
+            return
         with contextlib.suppress(sqlite3.Error):  # a full disk must not keep us from closing
             self.connection.execute("PRAGMA synchronous = FULL")
             self.connection.execute("UPDATE _repl_state SET is_clean = 1")
@@ -225,12 +230,40 @@ class Store:
             return self._conclude(rows, own)
 
     def foreign_writes(self) -> bool:
-        """True when another connection has committed since the last call."""
+        """True when another connection has committed since the last call.
+
+        Tables and triggers that it dropped are made again. Raises ReplacedError when it left another state.
+        """
         with self._sound():
             (version,) = self.connection.execute("PRAGMA data_version").fetchone()
-        moved = version != self._data_version
+            if version == self._data_version:
+                return False
+            self._guard.check_state(self._left)
+            has_schema_moved = self._guard.has_schema_moved()
+        if has_schema_moved:
+            with self._transaction():
+                self._guard.restore_schema()
         self._data_version = version
-        return bool(moved)
+        return True
+
+    def check_file(self) -> None:
+        """Raise ReplacedError when the file was replaced or overwritten, unseen by foreign_writes."""
+        with self._sound():
+            self._guard.check_file(self._left)
+
+    @property
+    def schema_problem(self) -> str:
+        """How others left the tables, where that cannot be undone here; empty when they are right."""
+        return self._guard.problem
+
+    def wal_bytes(self) -> int:
+        """Return the size of the WAL."""
+        return self._guard.wal_bytes()
+
+    def checkpoint(self, bytes_max: int, wait_ms: int) -> int:
+        """Empty the WAL when it is larger than that; wait so long for readers. Return its size then."""
+        with self._sound():
+            return self._guard.checkpoint(bytes_max, wait_ms)
 
     # Merging
 
@@ -312,6 +345,16 @@ class Store:
             return 1 if seen is None else seen.last + 1
         return floor
 
+    def find_large(self, site: SiteId, first: int, last: int, over_bytes: int) -> tuple[int, int] | None:
+        """Return version and size of the first logged changeset in a range that is larger than that."""
+        with self._sound():
+            return self._log.find_large(site, first, last, over_bytes)
+
+    def read_part(self, site: SiteId, version: int, offset: int, size: int) -> bytes:
+        """Return some bytes of a logged payload; none when it is not in the log."""
+        with self._sound():
+            return self._log.read_part(site, version, offset, size)
+
     def read_log(self, site: SiteId, first: int, last: int, max_bytes: int) -> list[EncodedChangeset]:
         """Return logged changesets in order of version, at least one if any, then up to the size."""
         with self._sound():
@@ -323,9 +366,10 @@ class Store:
             return sum(self._log.drop(site, version - 1) for site, version in keep.items())
 
     def trim_log(self, versions_max: int, bytes_min: int) -> int:
-        """Drop the oldest log entries of each site beyond so many, and of the busiest sites those that make
-        the log larger than LOG_SHARE allows; return how many. It may always have bytes_min. Pages that held
-        them are used again; called every few seconds, the file has few that hold nothing.
+        """Drop log entries that are too many or take more of the file than LOG_SHARE; return how many.
+
+        The oldest of each site go, beyond so many; of bytes, those of the busiest sites. The log may always
+        have bytes_min. Pages are used again: called every few seconds, the file has few that hold nothing.
         """
         with self._sound():
             bytes_max = max(bytes_min, int(LOG_SHARE * (self._used_bytes() - self._log.size_bytes)))
@@ -440,6 +484,7 @@ class Store:
                 yield
                 self.connection.execute("COMMIT")
                 self._log.commit()
+                self._left = self._state()
             except BaseException:
                 self._is_stale = True
                 self._recover()
@@ -459,7 +504,9 @@ class Store:
         if self.connection.in_transaction:  # SQLite has rolled back by itself when the disk is full
             self.connection.execute("ROLLBACK")
         self._log.rollback()
+        self._guard.check_not_older(self._left)
         self._load()
+        self._left = self._state()
         self._data_version = -1  # what others wrote may have been looked at and not captured
         self._is_stale = False
 
@@ -477,6 +524,9 @@ class Store:
         self._touched.clear()
         self.is_held = sidetables.is_held(self.connection)
         self.collected_hlc = Hlc(sidetables.read_collected(self.connection))
+
+    def _state(self) -> State:
+        return State(self.site, self._version, self.seq)
 
     def _run(self, index: int, sql: str, values: Sequence[SqlValue] | Mapping[str, SqlValue]) -> int:
         if _WRITES.match(sql) is None:
@@ -649,10 +699,13 @@ class Store:
         self._touched.clear()
         if rows:
             self.seq += 1
-        self.connection.execute(
-            "UPDATE _repl_state SET version = ?, hlc = ?, seq = ?",
-            (self._version, self._clock.last, self.seq),
+        left = self._left
+        cursor = self.connection.execute(
+            "UPDATE _repl_state SET version = ?, hlc = ?, seq = ? WHERE version = ? AND seq = ? AND site = ?",
+            (self._version, self._clock.last, self.seq, left.version, left.seq, self._ordinal),
         )
+        if cursor.rowcount != 1:
+            self._guard.refuse("another state was put into it")
         if not rows and not changesets:
             return None
         return Commit(self.seq, tuple(rows), tuple(changesets))

@@ -1,0 +1,144 @@
+"""Notice that the file is no longer what this replica left in it, and keep its WAL bounded.
+
+Decides whether the file may still be written to: somebody may have put an older one in its place, or dropped
+a replicated table. Does not know rows or changesets. Invariant: a file that holds another state than memory
+does not go on under the site that it names, for its versions would stand for two things.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
+
+from . import sidetables
+from .errors import ReplacedError, SchemaError
+from .identity import read_home
+
+if TYPE_CHECKING:
+    from .schema import Schema
+
+# What a WAL keeps of its size when it begins anew; SQLite itself begins anew at 4 MB when no reader is in it.
+WAL_KEPT_BYTES: Final = 8 << 20
+
+
+class State(NamedTuple):
+    """What the file says of the replica; each commit changes it."""
+
+    site: bytes
+    version: int
+    seq: int
+
+
+def read_state(connection: sqlite3.Connection) -> State | None:
+    """Return what the file says; None when it is not a replica."""
+    try:
+        row = connection.execute(
+            "SELECT t.site, s.version, s.seq FROM _repl_state AS s JOIN _repl_site AS t ON t.ordinal = s.site"
+        ).fetchone()
+    except sqlite3.OperationalError as error:
+        if "no such table" in str(error):
+            return None
+        raise
+    return None if row is None else State(*row)
+
+
+class FileGuard:
+    """Looks after one open file."""
+
+    def __init__(self, connection: sqlite3.Connection, path: str, schema: Schema) -> None:
+        self.problem = ""  # what is wrong with the tables, so long as others leave them so
+        self._connection = connection
+        self._path = path
+        self._schema = schema
+        self._home = read_home(path)
+        self._is_replaced = False
+        self._schema_version = self._read_schema_version()
+        connection.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}")
+
+    def check_state(self, expected: State, connection: sqlite3.Connection | None = None) -> None:
+        """Raise ReplacedError unless the file holds this state."""
+        found = read_state(connection or self._connection)
+        if found != expected:
+            self.refuse("another state was put into it" if found else "it is not a replica any more")
+
+    def check_not_older(self, expected: State) -> None:
+        """Raise ReplacedError when the file holds an older state, or another site's."""
+        found = read_state(self._connection)
+        if found is None or found.site != expected.site or found < expected:
+            self.refuse("an older state was put into it")
+
+    def check_file(self, expected: State) -> None:
+        """Raise ReplacedError when another file is in its place, or an older one was copied over it."""
+        if self._path == ":memory:":
+            return
+        try:
+            home = read_home(self._path)
+        except FileNotFoundError:
+            self.refuse("it was removed")
+        if home != self._home:
+            self.refuse("another file is in its place")
+        # A connection that is open sees its own cache; a new one sees the file.
+        with closing(sqlite3.connect(f"{Path(self._path).absolute().as_uri()}?mode=ro", uri=True)) as fresh:
+            self.check_state(expected, fresh)
+
+    def has_schema_moved(self) -> bool:
+        """True when somebody has changed tables or triggers since they were last as they should be."""
+        return self._read_schema_version() != self._schema_version
+
+    def restore_schema(self) -> None:
+        """Bring back what was dropped, within the caller's transaction; rows come from peers."""
+        self._connection.execute("SAVEPOINT restoring")
+        try:
+            sidetables.migrate(self._connection, self._schema)
+            self.problem = ""
+        except SchemaError as error:
+            self._connection.execute("ROLLBACK TO restoring")
+            self.problem = str(error)
+        self._connection.execute("RELEASE restoring")
+        self._schema_version = self._read_schema_version()
+
+    def disown(self) -> bool:
+        """Have a replaced file become another site when it is next opened; call it instead of a clean close.
+
+        Return False when the file is still ours.
+        """
+        if not self._is_replaced:
+            return False
+        self._connection.close()
+        with contextlib.suppress(sqlite3.Error), closing(sqlite3.connect(self._path)) as fresh, fresh:
+            fresh.execute("UPDATE _repl_state SET is_clean = 0, boot = ''")
+        return True
+
+    def wal_bytes(self) -> int:
+        """Return the size of the WAL."""
+        try:
+            return Path(f"{self._path}-wal").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def checkpoint(self, bytes_max: int, wait_ms: int) -> int:
+        """Empty a WAL that is larger than that, waiting so long for its readers; return its size then.
+
+        Who begins to read when all of it was copied to the file does not read in it, so the wait ends with
+        the longest of those who read now. Nobody can write meanwhile.
+        """
+        if self.wal_bytes() <= bytes_max:
+            return self.wal_bytes()
+        (busy_ms,) = self._connection.execute("PRAGMA busy_timeout").fetchone()
+        self._connection.execute(f"PRAGMA busy_timeout = {wait_ms}")
+        try:
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        finally:
+            self._connection.execute(f"PRAGMA busy_timeout = {busy_ms}")
+        return self.wal_bytes()
+
+    def _read_schema_version(self) -> int:
+        return int(self._connection.execute("PRAGMA schema_version").fetchone()[0])
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raise ReplacedError, and remember that the file is to be disowned."""
+        self._is_replaced = True
+        raise ReplacedError(f"{self._path} is not the file that this node had: {reason}")
