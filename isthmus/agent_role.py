@@ -19,10 +19,11 @@ from isthmus.admin.views import Views
 from isthmus.checks import Checker
 from isthmus.config import Config, ConfigError, format_address, parse_listen
 from isthmus.credentials import Credentials
+from isthmus.declared import load_schema
 from isthmus.feed import FeedServer
 from isthmus.registry import Registry, RegistryError
 from isthmus.role import RefusedError
-from isthmus.route_feed import RouteFeed, routing_schema
+from isthmus.route_feed import RouteFeed
 from replication.agent import Agent
 from replication.errors import ReplicationError
 from replication.settings import AgentSettings
@@ -66,11 +67,12 @@ class AgentRole:
         try:
             self._credentials = Credentials(config.gossip)
             settings = agent_settings(config, self._credentials)
+            schema = load_schema(config.database)
         except (ConfigError, ReplicationError) as error:
             raise RefusedError(f"the agent cannot start: {error}") from error
-        self._agent = Agent(settings, routing_schema(), on_commit=self._handle_commit)
+        self._agent = Agent(settings, schema, on_commit=self._handle_commit)
         self._checker = Checker(self._agent, config.node)
-        self._subscriptions = Subscriptions(config.database, routing_schema())
+        self._subscriptions = Subscriptions(config.database, schema)
         self._feed: FeedServer | None = None
         self._admin: AdminServer | None = None
 

@@ -37,8 +37,14 @@ from .tables import Sites, Table
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-# tables is what the plan did to each; seen is what the replica had seen then, to tell what came since.
-_ATTIC = "CREATE TABLE IF NOT EXISTS _repl_attic (id INTEGER PRIMARY KEY, plan TEXT NOT NULL, seen, tables)"
+# tables is what the plan did to each; seen is what the replica had seen then, to tell what came since;
+# declared is the text of the schema file before.
+_ATTIC = """
+CREATE TABLE IF NOT EXISTS _repl_attic (id INTEGER PRIMARY KEY, plan TEXT NOT NULL, seen, tables, declared)
+"""
+_DECLARED = """
+CREATE TABLE IF NOT EXISTS _repl_declared (id INTEGER PRIMARY KEY CHECK (id = 1), sql TEXT NOT NULL)
+"""
 _GONE = (
     f"CREATE TABLE IF NOT EXISTS {GONE_TABLE} (name TEXT NOT NULL, part TEXT NOT NULL, plan INTEGER NOT NULL)"
 )
@@ -70,10 +76,21 @@ def attic_clocks(number: int, table: str) -> str:
     return quote(f"_repl_attic_clock_{number}_{table}")
 
 
-def apply_plan(connection: sqlite3.Connection, plan: Plan) -> None:
+class Past(NamedTuple):
+    """A plan that can be undone."""
+
+    number: int
+    plan: str
+    seen: dict[int, bytes]  # ranges by number of site
+    shelves: list[Shelf]
+    declared: str
+
+
+def apply_plan(connection: sqlite3.Connection, plan: Plan, declared: str | None = None) -> None:
     """Bring a file to the schema of a plan. Raises SchemaError, with nothing changed, when it cannot.
 
     The file must still have the schema that the plan was made for, and no value may stand in the way.
+    declared is the text of a schema file, kept in the file for who opens it next (see read_declared).
     """
     with alone(connection):
         current = read_schema(connection)
@@ -98,37 +115,50 @@ def apply_plan(connection: sqlite3.Connection, plan: Plan) -> None:
                     note_rows(connection, table.now)
         seen = connection.execute("SELECT site, ranges FROM _repl_seen").fetchall()
         connection.execute(
-            "INSERT INTO _repl_attic VALUES (?, ?, ?, ?)", (number, plan.id, pack(seen), pack(shelves))
+            "INSERT INTO _repl_attic VALUES (?, ?, ?, ?, ?)",
+            (number, plan.id, pack(seen), pack(shelves), read_declared(connection)),
         )
+        if declared is not None:
+            write_declared(connection, declared)
+
+
+def read_declared(connection: sqlite3.Connection) -> str:
+    """Return the text of the schema that the last plan brought the file to; empty when none was kept."""
+    if not _exists(connection, "_repl_declared"):
+        return ""
+    text: str = connection.execute("SELECT max(sql) FROM _repl_declared").fetchone()[0]
+    return text
+
+
+def write_declared(connection: sqlite3.Connection, declared: str) -> None:
+    """Keep the text of a schema file, within the caller's transaction."""
+    connection.execute(_DECLARED)
+    connection.execute("INSERT OR REPLACE INTO _repl_declared VALUES (1, ?)", (declared,))
 
 
 def forget(connection: sqlite3.Connection) -> int:
     """Drop what is kept for undoing plans; return of how many."""
     with alone(connection):
-        shelves = list(read_attic(connection))
-        for number, _, _, tables in shelves:
-            drop_shelves(connection, number, tables)
+        pasts = read_attic(connection)
+        for past in pasts:
+            for shelf in past.shelves:
+                if shelf.is_kept:
+                    connection.execute(f"DROP TABLE {attic_rows(past.number, shelf.was)}")
+                    connection.execute(f"DROP TABLE {attic_clocks(past.number, shelf.was)}")
         connection.execute("DROP TABLE IF EXISTS _repl_attic")
         connection.execute(f"DROP TABLE IF EXISTS {GONE_TABLE}")
-        return len(shelves)
+        return len(pasts)
 
 
-def read_attic(connection: sqlite3.Connection) -> Iterator[tuple[int, str, dict[int, bytes], list[Shelf]]]:
-    """Yield number, plan, what was seen, and tables of each plan that can be undone, the latest first."""
+def read_attic(connection: sqlite3.Connection) -> list[Past]:
+    """Return the plans that can be undone, the latest first."""
     if not _exists(connection, "_repl_attic"):
-        return
-    for number, plan, seen, tables in connection.execute(
-        "SELECT id, plan, seen, tables FROM _repl_attic ORDER BY id DESC"
-    ).fetchall():
-        yield number, plan, dict(unpack(seen)), [Shelf(*fields) for fields in unpack(tables)]
-
-
-def drop_shelves(connection: sqlite3.Connection, number: int, tables: list[Shelf]) -> None:
-    """Drop the tables that the attic keeps for one plan."""
-    for shelf in tables:
-        if shelf.is_kept:
-            connection.execute(f"DROP TABLE IF EXISTS {attic_rows(number, shelf.was)}")
-            connection.execute(f"DROP TABLE IF EXISTS {attic_clocks(number, shelf.was)}")
+        return []
+    rows = connection.execute("SELECT id, plan, seen, tables, declared FROM _repl_attic ORDER BY id DESC")
+    return [
+        Past(number, plan, dict(unpack(seen)), [Shelf(*fields) for fields in unpack(tables)], declared)
+        for number, plan, seen, tables, declared in rows.fetchall()
+    ]
 
 
 @contextlib.contextmanager

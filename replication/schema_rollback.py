@@ -24,6 +24,7 @@ from .merging import TableMerge, check_change, offer_change, offer_states
 from .names import Names
 from .schema import MergeMode, Schema, TableSchema, quote
 from .schema_apply import (
+    Past,
     Shelf,
     alone,
     attic_clocks,
@@ -35,6 +36,7 @@ from .schema_apply import (
     read_attic,
     restore_ddl,
     set_aside,
+    write_declared,
 )
 from .schema_plan import TablePlan, read_schema
 from .sidetables import GONE_TABLE, RECORD_COLUMNS, clock_table, create_triggers, key, pending_table
@@ -42,7 +44,7 @@ from .snapshot import RowState, TableStates, read_states
 from .tables import Sites, Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from .core.change import Changeset, Key, Row, TableChange
 
@@ -56,25 +58,29 @@ def rollback(connection: sqlite3.Connection) -> str:
     an added table stays where it is.
     """
     with alone(connection):
-        for number, plan, seen, shelves in read_attic(connection):
-            current = read_schema(connection)
-            check_gathered(connection, current)
-            undos = [_Undo(connection, number, shelf, current) for shelf in shelves]
-            for undo in undos:
-                undo.restore()
-            connection.execute("UPDATE _repl_state SET merging = 1")
-            _replay(
-                connection, {ordinal: VersionRanges.decode(unpack(r)) for ordinal, r in seen.items()}, undos
-            )
-            for undo in undos:
-                undo.merge_rest()
-            connection.execute("UPDATE _repl_state SET merging = 0")
-            for undo in undos:
-                undo.note()
-            connection.execute("DELETE FROM _repl_attic WHERE id = ?", (number,))
-            connection.execute(f"DELETE FROM {GONE_TABLE} WHERE plan = ?", (number,))
-            return plan
-    raise SchemaError("there is no plan to undo")
+        pasts = read_attic(connection)
+        if not pasts:
+            raise SchemaError("there is no plan to undo")
+        _undo(connection, pasts[0])
+        return pasts[0].plan
+
+
+def _undo(connection: sqlite3.Connection, past: Past) -> None:
+    current = read_schema(connection)
+    check_gathered(connection, current)
+    undos = [_Undo(connection, past.number, shelf, current) for shelf in past.shelves]
+    for undo in undos:
+        undo.restore()
+    connection.execute("UPDATE _repl_state SET merging = 1")
+    _replay(connection, past, undos)
+    for undo in undos:
+        undo.merge_rest()
+    connection.execute("UPDATE _repl_state SET merging = 0")
+    for undo in undos:
+        undo.note()
+    connection.execute("DELETE FROM _repl_attic WHERE id = ?", (past.number,))
+    connection.execute(f"DELETE FROM {GONE_TABLE} WHERE plan = ?", (past.number,))
+    write_declared(connection, past.declared)
 
 
 class _Undo:
@@ -245,8 +251,9 @@ class _Undo:
         return self.connection.execute(sql, values)
 
 
-def _replay(connection: sqlite3.Connection, seen: Mapping[int, VersionRanges], undos: list[_Undo]) -> None:
+def _replay(connection: sqlite3.Connection, past: Past, undos: list[_Undo]) -> None:
     """Merge what came since the plan into the tables that are back, one changeset after another."""
+    seen = {ordinal: VersionRanges.decode(unpack(ranges)) for ordinal, ranges in past.seen.items()}
     sites = Sites(connection)
     parked = set(connection.execute("SELECT site, version FROM _repl_parked").fetchall())
     largest = (1 << VERSION_BITS) - 1

@@ -1,7 +1,7 @@
 """`isthmus db query|exec|schema|backup|restore`: the replicated database itself.
 
-`query`, `exec` and `schema` ask a running node. `backup` and `restore` work on the file in the data
-directory: a backup is made beside a running node, in a process of its own, and needs none.
+`query` and `exec` ask a running node; `schema` is in db_schema.py. `backup` and `restore` work on the file in the
+data directory: a backup is made beside a running node, in a process of its own, and needs none.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from isthmus.client import ClientError, add_client_flags, make_client
+from isthmus.commands.db_schema import add_schema_parser
 from isthmus.commands.listing import format_table
 from isthmus.config import Config, default_data_dir
 from isthmus.supervisor import lock_data_dir
@@ -56,10 +57,7 @@ def add_parser(verbs: Any) -> None:
     _add_statement_flags(execute)
     execute.set_defaults(run=run_exec)
 
-    schema = actions.add_parser("schema", help="show the replicated tables as the node has them")
-    schema.add_argument("--json", action="store_true", help="print JSON")
-    add_client_flags(schema)
-    schema.set_defaults(run=run_schema)
+    add_schema_parser(actions)
 
     backup = actions.add_parser("backup", help="copy the database to a file, while the node runs or not")
     backup.add_argument("target", metavar="PATH", type=Path, help="a new file, or a directory to put one in")
@@ -118,20 +116,6 @@ def run_exec(args: argparse.Namespace) -> int:
         print(f"{count} row{'' if count == 1 else 's'} affected")
     version = answer["version"]
     print("no value changed" if version is None else f"version {version} of site {answer['site']}")
-    return 0
-
-
-def run_schema(args: argparse.Namespace) -> int:
-    """Print the replicated tables as SQL."""
-    answer = make_client(args).get("/v1/db/schema")
-    if args.json:
-        _print_json(answer)
-        return 0
-    for table in answer["tables"]:
-        print(
-            f"-- merge: {table['merge']}", *(f"{sql};" for sql in (table["sql"], *table["indexes"])), sep="\n"
-        )
-        print()
     return 0
 
 

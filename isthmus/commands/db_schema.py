@@ -1,0 +1,214 @@
+"""`isthmus db schema`: the replicated tables, and how they are brought to another schema.
+
+Showing them asks a running node. `plan` reads the file beside it. `apply`, `rollback` and `forget` change the
+file of a stopped node: they hold its locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from isthmus.client import ClientError, add_client_flags, make_client
+from isthmus.commands.listing import format_table
+from isthmus.config import Config, default_data_dir
+from isthmus.supervisor import lock_data_dir
+from replication.errors import ReplicationError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from replication.schema_plan import Plan
+
+_FILE_HELP = "a schema file with all tables of yours; without it those that the node has, and this isthmus's"
+
+
+def add_schema_parser(actions: Any) -> None:
+    """Add `schema` with its actions to those of `db`."""
+    schema: argparse.ArgumentParser = actions.add_parser(
+        "schema", help="show the replicated tables as the node has them, or change them"
+    )
+    schema.add_argument("--json", action="store_true", help="print JSON")
+    add_client_flags(schema)
+    schema.set_defaults(run=run_show)
+    steps = schema.add_subparsers(metavar="ACTION")
+
+    plan = steps.add_parser("plan", help="show what it takes to bring the database to a schema file")
+    plan.add_argument("file", metavar="FILE", type=Path, nargs="?", help=_FILE_HELP)
+    plan.set_defaults(run=run_plan)
+
+    apply = steps.add_parser("apply", help="carry out a plan, on a stopped node")
+    apply.add_argument("file", metavar="FILE", type=Path, nargs="?", help=_FILE_HELP)
+    apply.add_argument("--plan", metavar="ID", required=True, help="the id that `plan` printed for it")
+    apply.set_defaults(run=run_apply)
+
+    rollback = steps.add_parser("rollback", help="undo the last plan, on a stopped node")
+    rollback.set_defaults(run=run_rollback)
+
+    forget = steps.add_parser("forget", help="delete what is kept for undoing plans, on a stopped node")
+    forget.set_defaults(run=run_forget)
+    for action in (apply, rollback, forget):
+        action.add_argument("--yes", action="store_true", help="do not ask")
+    for action in (plan, apply, rollback, forget):
+        action.add_argument(
+            "--data", metavar="DIR", type=Path, help="data directory of the node [ISTHMUS_DATA]"
+        )
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_show(args: argparse.Namespace) -> int:
+    """Print the replicated tables as SQL."""
+    answer = make_client(args).get("/v1/db/schema")
+    if args.json:
+        print(orjson.dumps(answer, option=orjson.OPT_INDENT_2).decode())
+        return 0
+    for table in answer["tables"]:
+        print(
+            f"-- merge: {table['merge']}", *(f"{sql};" for sql in (table["sql"], *table["indexes"])), sep="\n"
+        )
+        print()
+    return 0
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Print the steps, what they lose, and the id that `apply` wants."""
+    database = _database(args)
+    if not database.exists():
+        raise ClientError(f"{database}: there is no database; start the node once")
+    with _told(), contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute("PRAGMA query_only = ON")
+        plan, _ = _make_plan(connection, args.file)
+    if args.json:
+        steps = [
+            {"text": step.text, "online": step.is_online, "lost": step.lost, "note": step.note}
+            | {"refused": step.refused}
+            for step in plan.steps
+        ]
+        print(orjson.dumps({"id": plan.id, "steps": steps}, option=orjson.OPT_INDENT_2).decode())
+        return 0
+    print(_tell_plan(plan))
+    if any(step.refused for step in plan.steps):
+        print("change those rows first, then plan again")
+    return 0
+
+
+def run_apply(args: argparse.Namespace) -> int:
+    """Carry out the plan of that id; refuse when it is not what it would take any more."""
+    from replication.schema_apply import apply_plan  # noqa: PLC0415 — other verbs start without it
+
+    with _told(), _stopped(args) as connection:
+        plan, declared = _make_plan(connection, args.file)
+        if plan.id != args.plan:
+            raise ClientError(
+                f"the plan is {plan.id} by now, not {args.plan}; look at it: isthmus db schema plan"
+            )
+        print(_tell_plan(plan))
+        _confirm(args, "Carry it out?")
+        apply_plan(connection, plan, declared)
+    print("done; `isthmus db schema rollback` undoes it, until `isthmus db schema forget`")
+    return 0
+
+
+def run_rollback(args: argparse.Namespace) -> int:
+    """Undo the last plan."""
+    from replication.schema_apply import read_attic  # noqa: PLC0415 — other verbs start without it
+    from replication.schema_rollback import rollback  # noqa: PLC0415 — see above
+
+    with _told(), _stopped(args) as connection:
+        pasts = read_attic(connection)
+        if not pasts:
+            raise ClientError("there is no plan to undo")
+        _confirm(args, f"Undo plan {pasts[0].plan}? Columns that it added go, with their values.")
+        rollback(connection)
+    print(f"plan {pasts[0].plan} is undone")
+    return 0
+
+
+def run_forget(args: argparse.Namespace) -> int:
+    """Delete what is kept for undoing."""
+    from replication.schema_apply import forget, read_attic  # noqa: PLC0415 — other verbs start without it
+
+    with _told(), _stopped(args) as connection:
+        count = len(read_attic(connection))
+        if count:
+            _confirm(args, f"Delete for good what {count} plan{'s' * (count > 1)} took away?")
+            forget(connection)
+    print(f"{count} plan{'' if count == 1 else 's'} forgotten")
+    return 0
+
+
+def _make_plan(connection: sqlite3.Connection, file: Path | None) -> tuple[Plan, str]:
+    """Return the plan, and the text of the schema file that it is for."""
+    from isthmus.declared import combine_schema  # noqa: PLC0415 — other verbs start without it
+    from replication.schema_apply import read_declared  # noqa: PLC0415 — see above
+    from replication.schema_plan import plan_schema  # noqa: PLC0415 — see above
+
+    declared = read_declared(connection) if file is None else file.read_text("utf-8")
+    return plan_schema(connection, combine_schema(declared)), declared
+
+
+def _tell_plan(plan: Plan) -> str:
+    if not plan.steps:
+        return f"plan {plan.id}: nothing to do"
+    rows = []
+    for step in plan.steps:
+        told = ["nothing is rewritten" if step.is_online else "rewrites the table"]
+        told += [f"loses {step.lost}" if step.text.startswith("drop") else step.lost] if step.lost else []
+        told += [text for text in (step.note, step.refused) if text]
+        rows.append([f"  {step.text}", "; ".join(told)])
+    return f"plan {plan.id}\n{format_table(['  step', 'what it does'], rows)}"
+
+
+def _confirm(args: argparse.Namespace, question: str) -> None:
+    if args.yes:
+        return
+    if not sys.stdin.isatty():
+        raise ClientError("nothing was changed: this needs a terminal to ask in, or --yes")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise ClientError("nothing was changed")
+
+
+def _database(args: argparse.Namespace) -> Path:
+    named: Path | str = args.data or os.environ.get("ISTHMUS_DATA") or default_data_dir(os.environ)
+    return Config(node="schema", data=str(Path(named).absolute())).database
+
+
+@contextlib.contextmanager
+def _stopped(args: argparse.Namespace) -> Iterator[sqlite3.Connection]:
+    """Provide the file of a stopped node, alone, with all that was written to it gathered."""
+    from replication.database import lock_file  # noqa: PLC0415 — other verbs start without it
+    from replication.schema_plan import read_schema  # noqa: PLC0415 — see above
+    from replication.store import Store  # noqa: PLC0415 — see above
+
+    database = _database(args)
+    if not database.exists():
+        raise ClientError(f"{database}: there is no database; start the node once")
+    data_lock = asyncio.run(lock_data_dir(Config(node="schema", data=str(database.parent))))
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, data_lock)
+        undo.callback(os.close, lock_file(database))
+        with contextlib.closing(sqlite3.connect(database)) as connection:
+            current = read_schema(connection)
+        store = Store.open(database, current)
+        undo.callback(store.close)
+        store.capture(time.time_ns() // 1_000_000)
+        yield store.connection
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ClientError(f"{error.filename}: {error.strerror}") from None
+    except (ReplicationError, sqlite3.Error, UnicodeDecodeError) as error:
+        raise ClientError(str(error)) from None

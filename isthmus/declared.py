@@ -1,0 +1,48 @@
+"""The replicated tables of one node: those that routing reads, and those that its operator declared.
+
+Decides where the latter are kept: in the database itself, where `isthmus db schema apply` puts them in the
+transaction that makes them. Knows nothing of plans. Invariant: a schema that is returned has all of routing's
+tables, as routing reads them.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from replication.errors import SchemaError, StoreError
+from replication.schema import Schema
+from replication.schema_apply import read_declared
+from routing.catalog import load_schema_sql
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BUSY_TIMEOUT_S = 10.0
+
+
+def combine_schema(declared: str) -> Schema:
+    """Return routing's tables and those of a schema file. Raises SchemaError, with the line of the file."""
+    own = Schema.parse(declared)
+    routing = Schema.parse(load_schema_sql())
+    taken = routing.tables.keys() & (own.tables.keys() | {name for name, _ in own.dropped})
+    for table in own.tables.values():
+        taken |= routing.tables.keys() & set(table.former_names)
+    if taken:
+        raise SchemaError(f"table {min(taken)} is one of isthmus's own")
+    return Schema.parse(f"{load_schema_sql()}\n;\n{declared}")
+
+
+def load_schema(database: Path) -> Schema:
+    """Return the schema that a node opens its database with; that of a new one is routing's. Blocks."""
+    if not database.exists():
+        return combine_schema("")
+    uri = f"{database.absolute().as_uri()}?mode=ro"
+    try:
+        with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S)) as connection:
+            return combine_schema(read_declared(connection))
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return combine_schema("")  # what becomes of such a file is decided where it is opened to be used
+        raise StoreError(f"{database}: {error}") from error
