@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,6 +83,10 @@ class _Call:
     done: asyncio.Future[Written]
 
 
+# What became of the first calls, as far as the time went; the version that holds them; the commit.
+_Batch = tuple[Sequence[list[int] | Exception], int | None, Commit | None]
+
+
 class _StoreConnection(aiosqlite.Connection):
     """aiosqlite's thread with a store on it: whatever touches the store runs there, one after another."""
 
@@ -110,6 +113,13 @@ class _StoreConnection(aiosqlite.Connection):
         assert self.store is not None, "the connection is open"
         result: T = await self._execute(act, self.store)  # type: ignore[no-untyped-call]  # aiosqlite's own
         return result
+
+    def submit(self, act: Callable[[Store], None]) -> None:
+        """Have the thread run something that raises nothing and answers by itself; raises StoreError."""
+        if not self._running:
+            raise StoreError("the database is closed")
+        assert self.store is not None, "the connection is open"
+        self._tx.put_nowait((asyncio.get_running_loop().create_future(), partial(act, self.store)))
 
     async def shut(self) -> None:
         """Close the store, then end the thread."""
@@ -144,7 +154,7 @@ class Database:
         self._timeout_s = timeout_ms / 1000
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[_Call] = deque()
-        self._writing: asyncio.Task[None] | None = None  # while there are calls to write
+        self._is_writing = False  # from the first call that waits until none does
         self._probing: asyncio.Task[None] | None = None  # from the first trouble on
 
     @classmethod
@@ -181,8 +191,8 @@ class Database:
         """Finish what was begun, then close both connections."""
         if self._probing is not None:
             self._probing.cancel()
-        if self._writing is not None:
-            await self._writing
+        while self._is_writing:
+            await self._writer.run(lambda _: None)
         try:
             await self._reader.close()
         finally:
@@ -223,30 +233,43 @@ class Database:
             raise ReadOnlyError(self.trouble)
         call = _Call(statements, wall_ms, self._loop.create_future())
         self._waiting.append(call)
-        if self._writing is None:
-            self._writing = asyncio.create_task(self._write_waiting())
+        if not self._is_writing:
+            self._is_writing = True
+            self._loop.call_soon(self._write_waiting)  # not at once: others may come in this turn of the loop
         return await call.done
 
-    async def _write_waiting(self) -> None:
-        try:
-            while self._waiting:
-                count = min(len(self._waiting), BATCH_CALLS)
-                await self._write([self._waiting.popleft() for _ in range(count)])
-        finally:
-            self._writing = None
+    def _write_waiting(self) -> None:
+        """Hand to the thread what has come while it was busy."""
+        calls = [self._waiting.popleft() for _ in range(min(len(self._waiting), BATCH_CALLS))]
+        self._is_writing = bool(calls)
+        if calls:
+            self._writer.submit(partial(self._write, calls))
 
-    async def _write(self, calls: Sequence[_Call]) -> None:
-        """Write as many as there is time for in one transaction; the rest waits on."""
-        outcomes: Sequence[list[int] | Exception]
+    def _write(self, calls: Sequence[_Call], store: Store) -> None:
+        """Write as many calls as there is time for in one transaction; on the thread."""
+        batch: _Batch | Exception
         try:
-            outcomes, version, _ = await self.commit(partial(_execute, calls), itemgetter(2))
+            batch = _execute(calls, store)
         except Exception as error:  # noqa: BLE001 - it is the callers'
             if len(calls) > 1 and not isinstance(error, BusyError | ReadOnlyError):
                 # One of them has failed for all, by OR ROLLBACK or in what became of its rows.
                 for call in calls:
-                    await self._write([call])
+                    self._write([call], store)
                 return
-            outcomes, version = [error] * len(calls), None
+            batch = error
+        self._loop.call_soon_threadsafe(self._handle_written, calls, batch)
+
+    def _handle_written(self, calls: Sequence[_Call], batch: _Batch | Exception) -> None:
+        outcomes: Sequence[list[int] | Exception]
+        version = None
+        if isinstance(batch, Exception):
+            outcomes = [batch] * len(calls)
+            if isinstance(batch, ReadOnlyError):
+                self._note_trouble(batch)
+        else:
+            outcomes, version, commit = batch
+            if commit is not None:
+                self._publish(commit)
         for call, outcome in zip(calls, outcomes, strict=False):
             if call.done.cancelled():
                 continue
@@ -255,6 +278,7 @@ class Database:
             else:
                 call.done.set_result(Written(outcome, version))
         self._waiting.extendleft(reversed(calls[len(outcomes) :]))
+        self._write_waiting()
 
     # --- trouble --------------------------------------------------------------------------------------
 
@@ -319,10 +343,7 @@ class Database:
         return str(error)
 
 
-def _execute(
-    calls: Sequence[_Call], store: Store
-) -> tuple[Sequence[list[int] | Exception], int | None, Commit | None]:
-    """Return what became of the first calls, as far as the time went, the version and the commit."""
+def _execute(calls: Sequence[_Call], store: Store) -> _Batch:
     outcomes: Sequence[list[int] | Exception]
     if len(calls) == 1:
         affected, commit = store.execute(calls[0].statements, calls[0].wall_ms)
