@@ -1,6 +1,6 @@
 """`isthmus db query|exec|schema|backup|restore`: the replicated database itself.
 
-`query` and `exec` ask a running node; `schema` is in db_schema.py. `backup` and `restore` work on the file in the
+`query` and `exec` ask a running node; `schema` is in db_schema.py. `backup` and `restore` work on the file in
 data directory: a backup is made beside a running node, in a process of its own, and needs none.
 """
 
