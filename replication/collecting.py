@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from .core.change import RowChange
-from .core.clock import HLC_MAX, Hlc, hlc_from_ms
+from .core.clock import HLC_MAX, NEVER, Hlc, hlc_from_ms
 from .core.codec import CodecError, decode_changeset
 from .core.versions import VersionRanges
 from .snapshot import compute_latest
@@ -42,7 +42,7 @@ class Collector:
         self._parked_bytes_max = parked_bytes_max
         self._waiting: list[str] = []  # tables still to go through in this pass
         self._after: Key | None = None  # up to where the first of these is done
-        self._parked_hlc = Hlc(HLC_MAX)  # the oldest that was parked when this pass began
+        self._bound = NEVER  # of this pass: nothing that was parked before it stays behind
 
     def run(self, stable_hlc: Hlc, wall_ms: int, limit: int) -> int:
         """Look at so many records, from where the last call ended; return how many tombstones were dropped.
@@ -50,18 +50,17 @@ class Collector:
         stable_hlc is a time up to which every member has seen all changesets of all members. What is younger
         than keep_ms stays in any case. Each pass begins with what is parked.
         """
-        bound = min(stable_hlc, hlc_from_ms(max(0, wall_ms - self._keep_ms)))
         store = self._store
         if not self._waiting:
             self._waiting = list(store.tables)
             self._after = None
-            self._parked_hlc = self._drop_parked(bound)
-        bound = min(bound, Hlc(self._parked_hlc - 1))
+            self._bound = min(stable_hlc, hlc_from_ms(max(0, wall_ms - self._keep_ms)))
+            self._drop_parked()
         dropped = 0
         while self._waiting and limit > 0:
             table = store.tables.get(self._waiting[0])
             if table is not None:
-                looked_at, gone = self._drop_tombstones(table, bound, limit)
+                looked_at, gone = self._drop_tombstones(table, limit)
                 limit -= looked_at
                 dropped += gone
             if table is None or self._after is None:
@@ -69,7 +68,7 @@ class Collector:
                 self._after = None
         return dropped
 
-    def _drop_tombstones(self, table: Table, bound: Hlc, limit: int) -> tuple[int, int]:
+    def _drop_tombstones(self, table: Table, limit: int) -> tuple[int, int]:
         """Look at the next records of a table; return how many there can have been, and were dropped."""
         store = self._store
         dead, self._after = table.read_dead(self._after, limit)
@@ -80,7 +79,7 @@ class Collector:
             # Values written after the deletion, by who did not know of it, wait for an insert that lies
             # between. They may go too: once all clocks are stable, no such insert can come.
             at = compute_latest(store.sites.decode(found[width:-1]))
-            if at <= bound:
+            if at <= self._bound:
                 gone.append(found[:width])
                 latest = max(latest, at)
 
@@ -93,23 +92,21 @@ class Collector:
             store.change(work)
         return limit if self._after is not None else max(1, len(dead)), len(gone)
 
-    def _drop_parked(self, bound: Hlc) -> Hlc:
-        """Give up parked changesets that are too old or too many; return the time of the oldest that stays.
+    def _drop_parked(self) -> None:
+        """Give up parked changesets that all have passed, or that are too much.
 
-        One that cannot be read has no time; it goes when there is too much, or by hand.
+        So none is left that is older than a tombstone that goes, and could bring its row back. One that cannot
+        be read has no time: it goes when there is too much, or by hand.
         """
         store = self._store
-        oldest = Hlc(HLC_MAX)
         kept_bytes = 0
         for entry in reversed(store.parked()):
             hlc = _read_hlc(entry.payload)
-            kept_bytes += len(entry.payload)
-            if (hlc is not None and hlc <= bound) or kept_bytes > self._parked_bytes_max:
+            is_passed = hlc is not None and hlc <= self._bound
+            kept_bytes += 0 if is_passed else len(entry.payload)
+            if is_passed or kept_bytes > self._parked_bytes_max:
                 store.drop_parked(entry.site, entry.version)
                 store.dropped_parked += 1
-            elif hlc is not None:
-                oldest = min(oldest, hlc)
-        return oldest
 
 
 def _read_hlc(payload: bytes) -> Hlc | None:

@@ -1,4 +1,4 @@
-"""A session of verification between two stores, without a network, and somebody who writes past the triggers."""
+"""A session of verification between two stores without a network, and writes past the triggers."""
 
 import sqlite3
 from collections import Counter

@@ -141,6 +141,15 @@ def test_a_tombstone_stays_while_something_parked_could_bring_its_row_back(waiti
     assert (tombstones(waiting), len(waiting.parked()), waiting.dropped_parked) == (1, 1, 0)
 
 
+def test_a_pass_ends_with_the_time_with_which_it_began(waiting):
+    write(waiting, *(f"INSERT INTO c VALUES ({n}, 1, 1)" for n in range(5)))
+    collector = Collector(waiting, keep_ms=KEEP_MS)
+    collector.run(hlc_from_ms(NOW - 1), LATER, 1)
+    while len(waiting.parked()):  # all have passed it by now, and only the next pass looks at what is parked
+        assert tombstones(waiting) == 1
+        collector.run(ALL, LATER, 1)
+
+
 def test_what_all_have_passed_is_dropped_from_what_is_parked_and_counted(waiting):
     assert collect(waiting) == 1
     assert (waiting.parked(), waiting.dropped_parked) == ([], 1)
