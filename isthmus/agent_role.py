@@ -126,14 +126,17 @@ class AgentRole:
             self._credentials.reload(self._agent.replace_keys)
 
     def _handle_commit(self, commit: Commit) -> None:
-        if not commit.changes:
+        if not commit.changes and not commit.reload:
             return  # everything in it had been overwritten already
-        for change in commit.changes:
-            self._routes.apply(change)
+        if commit.reload:
+            self._routes.load()
+        else:
+            for change in commit.changes:
+                self._routes.apply(change)
         if self._feed is not None:
             self._feed.publish(commit)
         self._subscriptions.handle_commit(commit)
-        self._checker.on_tables_changed({change.table for change in commit.changes})
+        self._checker.on_tables_changed({*commit.reload, *(change.table for change in commit.changes)})
 
     def _samples(self) -> Iterator[Sample]:
         yield from self._totals.samples()

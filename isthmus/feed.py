@@ -139,7 +139,7 @@ class FeedServer:
 
         That is so for a large one, and when one before it never came here: the file has it.
         """
-        if len(commit.changes) > COMMIT_ROWS_MAX or commit.seq > self.last_seq + 1:
+        if commit.reload or len(commit.changes) > COMMIT_ROWS_MAX or commit.seq > self.last_seq + 1:
             return None
         packed = _pack(["commit", commit.seq, commit.changes])
         return packed if len(packed) <= COMMIT_BYTES_MAX else None

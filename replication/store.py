@@ -59,6 +59,9 @@ CACHED_STATEMENTS: Final = 512
 # The log may take this part of what all else in the file takes, which is about a quarter of the bare tables.
 # Beyond that it costs more than the snapshots that it saves.
 LOG_SHARE: Final = 1 / 5
+# Of a snapshot that changes more rows than that, only the tables are named: memory stays bounded, and whoever
+# follows them is quicker to read them again.
+NAMED_ROWS_MAX: Final = 10_000
 _WRITES = re.compile(
     r"(?:\s+|--[^\n]*\n|/\*.*?\*/)*(INSERT|UPDATE|DELETE|REPLACE|WITH)\b", re.IGNORECASE | re.DOTALL
 )
@@ -413,6 +416,7 @@ class Store:
         future.
         """
         seen: dict[SiteId, VersionRanges] = {}
+        reload: dict[str, None] = {}
         try:
             with self._transaction():
                 rows, own = self._capture_noted(wall_ms)
@@ -429,10 +433,13 @@ class Store:
                                 rows += _merge_states(*admitted, self._sites)
                     else:
                         rows += self._merge_parked(part, wall_ms)
+                    if len(rows) > NAMED_ROWS_MAX:
+                        reload.update(dict.fromkeys(change.table for change in rows))
+                        rows.clear()
                 with self._merging():
                     rows += replacement.finish()
                 self._adopt_seen(seen)
-                return self._conclude(rows, own)
+                return self._conclude(rows, own, tuple(reload))
         except (CodecError, *POISON) as error:
             raise SnapshotError(str(error)) from error
 
@@ -689,7 +696,9 @@ class Store:
             for first, last in theirs:
                 self._mark_seen(site, first, last)
 
-    def _conclude(self, rows: list[RowChange], changesets: list[EncodedChangeset]) -> Commit | None:
+    def _conclude(
+        self, rows: list[RowChange], changesets: list[EncodedChangeset], reload: tuple[str, ...] = ()
+    ) -> Commit | None:
         """Write counters and ranges; return what the transaction did, if anything."""
         for site in self._touched:
             self.connection.execute(
@@ -697,7 +706,7 @@ class Store:
                 (self._sites.get_ordinal(site), pack(self._seen[site].encode())),
             )
         self._touched.clear()
-        if rows:
+        if rows or reload:
             self.seq += 1
         left = self._left
         cursor = self.connection.execute(
@@ -706,9 +715,9 @@ class Store:
         )
         if cursor.rowcount != 1:
             self._guard.refuse("another state was put into it")
-        if not rows and not changesets:
+        if not rows and not reload and not changesets:
             return None
-        return Commit(self.seq, tuple(rows), tuple(changesets))
+        return Commit(self.seq, tuple(rows), tuple(changesets), reload)
 
 
 def _merge_states(table: Table, part: TableStates, sites: Sites) -> list[RowChange]:

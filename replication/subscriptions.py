@@ -369,10 +369,10 @@ class Subscriptions:
 
     def handle_commit(self, commit: Commit) -> None:
         """Take note of a commit: queries that read what it changed will run again."""
-        if not commit.changes:
+        touched = {*commit.reload, *(change.table for change in commit.changes)}
+        if not touched:
             return
         self._seq = commit.seq
-        touched = {change.table for change in commit.changes}
         for subscription in self._by_id.values():
             is_read = not subscription.tables or not subscription.tables.isdisjoint(touched)
             if is_read and commit.seq > subscription.applied_seq:

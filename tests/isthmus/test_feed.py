@@ -227,6 +227,18 @@ async def test_huge_commit_makes_workers_load_the_file(
         await late.stop()
 
 
+async def test_commit_that_does_not_name_its_rows_makes_workers_load_the_file(
+    agent: Agent, worker: Worker
+) -> None:
+    agent.publish(commit(1))
+    worker.start()
+    await worker.reach(1)
+    worker.file_seq = 2
+    agent.publish(Commit(2, (), (), reload=("apps",)))
+    await worker.reach(2)
+    assert worker.loads == [2]
+
+
 async def test_commit_that_never_came_makes_workers_load_the_file(agent: Agent, worker: Worker) -> None:
     agent.publish(commit(1))
     worker.start()

@@ -399,6 +399,19 @@ def test_a_spoilt_snapshot_changes_nothing(make, spoil):
     assert b.seen() == {}
 
 
+def test_a_snapshot_that_changes_very_many_rows_names_only_their_tables(make, monkeypatch):
+    monkeypatch.setattr("replication.store.NAMED_ROWS_MAX", 3)
+    a, b, c = make("a"), make("b"), make("c")
+    write(a, "INSERT INTO t (k) VALUES (1), (2), (3)")
+    named = b.apply_snapshot(a.snapshot(1), NOW)
+    assert (named.reload, len(named.changes)) == ((), 3)
+    write(a, "INSERT INTO t (k) VALUES (4)")
+    commit = c.apply_snapshot(a.snapshot(1), NOW)
+    assert (commit.reload, commit.changes) == (("t",), ())
+    assert commit.seq == c.seq == 1
+    assert_equal(a, c)
+
+
 def test_a_snapshot_from_the_far_future_is_refused(make):
     a, b = make("a"), make("b")
     write(a, "INSERT INTO t (k) VALUES (1)", at=NOW + 60_000)

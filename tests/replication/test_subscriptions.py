@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -109,6 +110,18 @@ async def test_only_queries_that_read_what_changed_run_again(replica: Replica) -
     await replica.settle()
     assert replica.runs == 3
     assert [item.live.last_id for item in replica.items()] == [0, 1]
+
+
+async def test_queries_run_again_for_a_commit_that_names_only_tables(replica: Replica) -> None:
+    subscriptions = await replica.start()
+    await subscriptions.subscribe(ALL)
+    await subscriptions.subscribe("SELECT count(*) FROM b")
+    replica.pass_time(1000)
+    _, commit = replica.store.execute([("INSERT INTO b VALUES (1, '')", ())], 1_000_000)
+    assert commit is not None
+    subscriptions.handle_commit(replace(commit, changes=(), reload=("b",)))
+    await replica.settle()
+    assert replica.runs == 3
 
 
 async def test_first_change_comes_at_once_and_those_after_it_together(replica: Replica) -> None:
