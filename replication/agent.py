@@ -343,7 +343,7 @@ class Agent:
             "sites": sites,
             "parked": replica.parked,
             "apply_queue": len(replica.inbox),
-            **describe_parts(self._parts()),
+            **describe_parts(self._parts(), self._host.now_ms()),
         }
 
     def samples(self) -> Iterable[Sample]:

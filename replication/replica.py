@@ -309,7 +309,7 @@ class Replica:
             case Members():
                 if self.recovery is not None:
                     self.recovery.handle_claims(message.updates)
-                self._run_swim(self.swim.handle_members(message.updates, peer, now_ms))
+                self._run_swim(self.swim.handle_members(message, peer, now_ms))
             case SyncOpen() | SyncAsk() | SnapshotAsk():
                 self.server.handle_request(link, message)
             case SyncState() | SyncBusy() | SyncChanges() | SyncDone() | SnapshotChunk():
@@ -333,6 +333,11 @@ class Replica:
                     self.links.send(site, encode(StreamPing(number)))
                 case swim.MemberChanged(info, state, _):
                     self._on_member_changed(info, state)
+                case swim.SiteConflict(twin):
+                    self._log.error(
+                        "the node %s at %s:%d has the site id of this one; make one of them a new site",
+                        *(twin.name, twin.host, twin.port),
+                    )
         self._arm()
 
     def _on_member_changed(self, info: MemberInfo, state: MemberState) -> None:
@@ -354,13 +359,13 @@ class Replica:
         members = {site: item for site, item in self.swim.members.items() if item.is_reachable}
         chosen = plan_neighbours(
             [*self.tree.eager, *self.tree.lazy],
-            {site: item.rtt_ms for site, item in members.items()},
+            {site: self.swim.estimate_rtt_ms(site) for site in members},
             self._rng,
         )
         self.links.want({site: members[site].info.address for site in chosen})
 
     def _export_members(self) -> Members:
-        return Members(self.swim.export(MEMBERS_EXCHANGED))
+        return self.swim.export(MEMBERS_EXCHANGED, self._host.now_ms())
 
     def _run_tree(self, outputs: Iterable[plumtree.Output]) -> None:
         for output in outputs:
@@ -397,8 +402,8 @@ class Replica:
         self._host.run(lambda store: store.read_log(site, version, version, 1), done, failed)
 
     def _distance(self, site: SiteId) -> float:
-        member = self.swim.members.get(site)
-        return member.rtt_ms if member is not None and member.rtt_ms is not None else float("inf")
+        rtt_ms = self.swim.estimate_rtt_ms(site)
+        return rtt_ms if rtt_ms is not None else float("inf")
 
     # --- time -----------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from replication.core.member import Address
+from replication.core.member import Address, MemberInfo
 from replication.core.swim import Swim
 from replication.replica import Replica
 from replication.transport import Transport
@@ -16,7 +16,10 @@ from replication.transport import Transport
 
 @dataclass(frozen=True, slots=True)
 class MemberView:
-    """A node as this one sees it; times are None until it answered or spoke itself."""
+    """A node as this one sees it; times are None while they are not known.
+
+    The round trip is an estimate from coordinates where none was measured.
+    """
 
     name: str
     site: str
@@ -63,7 +66,7 @@ def view_members(swim: Swim, now_ms: float) -> list[MemberView]:
                 info.address,
                 state,
                 info.incarnation,
-                member.rtt_ms,
+                swim.estimate_rtt_ms(info.site),
                 heard,
                 is_self=False,
             )
@@ -71,11 +74,12 @@ def view_members(swim: Swim, now_ms: float) -> list[MemberView]:
     return views
 
 
-def describe_parts(parts: Parts) -> dict[str, Any]:
+def describe_parts(parts: Parts, now_ms: float) -> dict[str, Any]:
     """Return what an operator wants to know of the parts, fit for JSON."""
     replica = parts.replica
     return {
         "local_health": replica.swim.health.score,
+        "site_conflict": _describe_twin(replica.swim.get_twin(now_ms)),
         "own_versions_lost": replica.puller.own_versions_lost,
         "peers": {
             "eager": [site.hex() for site in replica.tree.eager],
@@ -86,3 +90,8 @@ def describe_parts(parts: Parts) -> dict[str, Any]:
             "dropped": {f"{kind}:{why}": count for (kind, why), count in parts.transport.dropped.items()},
         },
     }
+
+
+def _describe_twin(twin: MemberInfo | None) -> dict[str, Any] | None:
+    """Return who else runs with our site id."""
+    return None if twin is None else {"name": twin.name, "address": list(twin.address)}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
 from replication.core.clock import SiteId
+from replication.core.suspicion import Suspicion
 
 Address = tuple[str, int]
 
@@ -57,6 +58,29 @@ class Update:
 
     info: MemberInfo
     state: MemberState
+
+
+@dataclass(slots=True)
+class Member:
+    """Another node as this one sees it."""
+
+    info: MemberInfo
+    state: MemberState
+    changed_ms: float  # when `state` was set
+    heard_ms: float | None = None  # when it last sent us something itself
+    rtt_ms: float | None = None  # smoothed, of direct probes
+    suspicion: Suspicion | None = None  # set while SUSPECT
+    nudged_ms: float = float("-inf")  # when it was last told what is wrongly said of it
+
+    @property
+    def update(self) -> Update:
+        """What we claim about it."""
+        return Update(self.info, self.state)
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether it counts as part of the cluster: a suspect does until it is dead."""
+        return self.state in (MemberState.ALIVE, MemberState.SUSPECT)
 
 
 def is_newer(claim: Update, known: Update) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from replication.core.clock import SiteId
+from replication.core.member import Address
 
 T = TypeVar("T")
 
@@ -89,3 +90,24 @@ class ProbeOrder:
                 candidates = list(sites)
                 self.queue = pick(rng, candidates, len(candidates))
         return None
+
+
+@dataclass(slots=True)
+class Probe:
+    """A probe of ours from its Ping to the end of its interval."""
+
+    site: SiteId
+    sent_ms: float
+    relays: set[SiteId] = field(default_factory=set)
+    nacks: set[SiteId] = field(default_factory=set)
+    streamed: bool = False
+
+
+@dataclass(slots=True)
+class Relay:
+    """A probe that we make for another member."""
+
+    origin: Address
+    number: int
+    target: SiteId
+    nacked: bool = False

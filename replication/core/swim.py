@@ -11,21 +11,25 @@ one it is about, so that it is refuted at once.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from replication.core.atlas import Atlas
 from replication.core.clock import SiteId
-from replication.core.member import Address, MemberInfo, MemberState, Update, is_jump_sane, is_newer
-from replication.core.probe import LocalHealth, ProbeOrder, Rng, jitter, pick
+from replication.core.member import Address, Member, MemberInfo, MemberState, Update, is_jump_sane, is_newer
+from replication.core.probe import LocalHealth, Probe, ProbeOrder, Relay, Rng, jitter, pick
 from replication.core.rumors import Rumors as RumorQueue
 from replication.core.suspicion import Suspicion, compute_confirmations_wanted, compute_suspicion_bounds_ms
 from replication.core.timers import Timers
+from replication.core.twins import TwinWatch
+from replication.core.vivaldi import Coordinate
 from replication.core.wire import (
     DATAGRAM_BYTES_MAX,
     Ack,
     Datagram,
     Join,
+    Members,
     Nack,
     Ping,
     PingRequest,
@@ -34,8 +38,10 @@ from replication.core.wire import (
     fit_updates,
 )
 
-# msgpack's framing of a message around its members.
-_ENVELOPE_BYTES = 32
+# msgpack's framing of a message around its members, and a coordinate.
+_ENVELOPE_BYTES = 64
+# Long enough for syncs to spread what a member wrote before it left.
+_SETTLE_MS = 600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,13 @@ class MemberChanged(NamedTuple):
     previous: MemberState | None
 
 
-Output = SendDatagram | ProbeStream | MemberChanged
+class SiteConflict(NamedTuple):
+    """Another node runs with our site id: two databases give out the same versions. Told once a minute."""
+
+    twin: MemberInfo
+
+
+Output = SendDatagram | ProbeStream | MemberChanged | SiteConflict
 
 # --- timers -------------------------------------------------------------------------------------------
 
@@ -119,52 +131,6 @@ _Token = (
     _ProbeRound | _ProbeTimeout | _ProbeEnd | _RelayTimeout | _SuspicionDue | _GossipRound | _ReconnectRound
 )
 
-# --- state --------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Member:
-    """Another node as this one sees it."""
-
-    info: MemberInfo
-    state: MemberState
-    changed_ms: float  # when `state` was set
-    heard_ms: float | None = None  # when it last sent us something itself
-    rtt_ms: float | None = None  # smoothed, of direct probes
-    suspicion: Suspicion | None = None  # set while SUSPECT
-    nudged_ms: float = float("-inf")  # when it was last told what is wrongly said of it
-
-    @property
-    def update(self) -> Update:
-        """What we claim about it."""
-        return Update(self.info, self.state)
-
-    @property
-    def is_reachable(self) -> bool:
-        """Whether it counts as part of the cluster: a suspect does until it is dead."""
-        return self.state in (MemberState.ALIVE, MemberState.SUSPECT)
-
-
-@dataclass(slots=True)
-class _Probe:
-    """A probe of ours from its Ping to the end of its interval."""
-
-    site: SiteId
-    sent_ms: float
-    relays: set[SiteId] = field(default_factory=set)
-    nacks: set[SiteId] = field(default_factory=set)
-    streamed: bool = False
-
-
-@dataclass(slots=True)
-class _Relay:
-    """A probe that we make for another member."""
-
-    origin: Address
-    number: int
-    target: SiteId
-    nacked: bool = False
-
 
 class Swim:
     """One node's membership."""
@@ -174,13 +140,15 @@ class Swim:
         self.members: dict[SiteId, Member] = {}  # all but us; the dead are forgotten after `forget_ms`
         self.counters: Counter[str] = Counter()
         self.health = LocalHealth()
+        self.atlas = Atlas(me.site, rng)
+        self._twins = TwinWatch(me)
         self._settings = settings
         self._rng = rng
         self._timers: Timers[_Token] = Timers()
         self._rumors = RumorQueue(settings.retransmit_factor)
         self._order = ProbeOrder()
-        self._probes: dict[int, _Probe] = {}  # by number, from Ping to the end of the interval
-        self._relays: dict[int, _Relay] = {}  # by number, until the target answers or the timeout
+        self._probes: dict[int, Probe] = {}  # by number, from Ping to the end of the interval
+        self._relays: dict[int, Relay] = {}  # by number, until the target answers or the timeout
         self._number = rng.randrange(2**31)
         self._join: tuple[Address, ...] = ()
         self._joins_failed = 0  # since there was last anyone alive
@@ -200,6 +168,7 @@ class Swim:
 
     def start(self, now_ms: float) -> list[Output]:
         """Set the rounds going and approach the join addresses."""
+        self._twins.start(now_ms)
         self._timers.set(now_ms + jitter(self._rng, self._settings.probe_interval_ms), _ProbeRound())
         self._timers.set(now_ms + jitter(self._rng, self._settings.gossip_interval_ms), _GossipRound())
         self._on_reconnect_round(_ReconnectRound(), now_ms)
@@ -224,15 +193,18 @@ class Swim:
         sender = message.sender
         if sender.site == self.me.site:
             self.counters["messages_from_self"] += 1
-            return []
+            self._tell_of_twin(sender, is_told=self._twins.handle_message(sender, now_ms))
+            return self._drain()
         self._handle_update(Update(sender, MemberState.ALIVE), sender.site, now_ms)
         for update in message.updates:
             self._handle_update(update, sender.site, now_ms)
         self.heard(sender.site, now_ms)
         match message:
             case Ping():
+                self._note_place(sender.site, message.coordinate, now_ms)
                 self._handle_ping(message, now_ms)
             case Ack():
+                self._note_place(sender.site, message.coordinate, now_ms)
                 self._handle_ack(message, now_ms)
             case PingRequest():
                 self._handle_ping_request(message, now_ms)
@@ -246,10 +218,12 @@ class Swim:
                 self._nudge_if_fallen(sender.site, now_ms)
         return self._drain()
 
-    def handle_members(self, updates: Sequence[Update], accuser: SiteId, now_ms: float) -> list[Output]:
-        """Take a peer's whole member list."""
-        for update in updates:
+    def handle_members(self, message: Members, accuser: SiteId, now_ms: float) -> list[Output]:
+        """Take a peer's member list."""
+        for update in message.updates:
             self._handle_update(update, accuser, now_ms)
+        for site, place, age_s in message.whereabouts:
+            self._note_place(site, place, now_ms - age_s * 1000)
         return self._drain()
 
     def handle_hello(self, info: MemberInfo, now_ms: float) -> list[Output]:
@@ -257,6 +231,11 @@ class Swim:
         if info.site != self.me.site:
             self._handle_update(Update(info, MemberState.ALIVE), info.site, now_ms)
             self.heard(info.site, now_ms)
+        return self._drain()
+
+    def handle_self_hello(self, info: MemberInfo, now_ms: float) -> list[Output]:
+        """Take a hello with our own site, which is refused: of ourselves, or of a twin."""
+        self._tell_of_twin(info, is_told=self._twins.handle_hello(info, now_ms))
         return self._drain()
 
     def handle_stream_ack(self, site: SiteId, number: int, now_ms: float) -> list[Output]:
@@ -296,10 +275,33 @@ class Swim:
             "relays": (len(self._relays), limit),
         }
 
-    def export(self, limit: int) -> tuple[Update, ...]:
+    def export(self, limit: int, now_ms: float) -> Members:
         """Return our member list, ourselves first, for a stream."""
-        others = [member.update for member in self.members.values()]
-        return (Update(self.me, MemberState.ALIVE), *pick(self._rng, others, limit - 1))
+        others = [member.update for member in pick(self._rng, list(self.members.values()), limit - 1)]
+        places = self.atlas.export((update.info.site for update in others), now_ms)
+        return Members((Update(self.me, MemberState.ALIVE), *others), places)
+
+    def estimate_rtt_ms(self, site: SiteId) -> float | None:
+        """Return the round trip to a member: as measured, or else as the map has it."""
+        member = self.members.get(site)
+        if member is not None and member.rtt_ms is not None:
+            return member.rtt_ms
+        return self.atlas.estimate_rtt_ms(self.me.site, site)
+
+    def get_twin(self, now_ms: float) -> MemberInfo | None:
+        """Return the node that runs with our site id, if there was a sign of one lately."""
+        return self._twins.get(now_ms)
+
+    def compute_roll(self, now_ms: float) -> list[SiteId]:
+        """Return the other members to whom everything has to get, and who may yet write something.
+
+        The dead count until they are forgotten, those who left only while what they wrote still spreads.
+        """
+        return [
+            site
+            for site, member in self.members.items()
+            if member.state is not MemberState.LEFT or now_ms - member.changed_ms < _SETTLE_MS
+        ]
 
     # --- messages -------------------------------------------------------------------------------------
 
@@ -309,9 +311,8 @@ class Swim:
             self.counters["pings_for_another"] += 1
             return
         self._nudge_if_fallen(ping.sender.site, now_ms)
-        self._send(
-            ping.sender.address, Ack(ping.number, self.me, self._take_updates(ping.sender.site, self.me))
-        )
+        updates = self._take_updates(ping.sender.site, self.me)
+        self._send(ping.sender.address, Ack(ping.number, self.me, updates, self.atlas.place))
 
     def _handle_ack(self, ack: Ack, now_ms: float) -> None:
         relay = self._relays.get(ack.number)
@@ -326,15 +327,18 @@ class Swim:
             return
         if ack.sender.site == probe.site:
             self._note_rtt(self.members[probe.site], now_ms - probe.sent_ms)
+            if ack.coordinate is not None:
+                self.atlas.observe(probe.site, ack.coordinate, now_ms - probe.sent_ms)
         self._finish_probe(ack.number)
 
     def _handle_ping_request(self, request: PingRequest, now_ms: float) -> None:
         if len(self._relays) >= self._settings.members_max or request.target.site == self.me.site:
             return
         number = self._next_number()
-        self._relays[number] = _Relay(request.sender.address, request.number, request.target.site)
+        self._relays[number] = Relay(request.sender.address, request.number, request.target.site)
         updates = self._take_updates(request.target.site, self.me)
-        self._send(request.target.address, Ping(number, request.target.site, self.me, updates))
+        ping = Ping(number, request.target.site, self.me, updates, self.atlas.place)
+        self._send(request.target.address, ping)
         # Half a timeout leaves the Nack time to be back before the prober's interval ends.
         self._timers.set(now_ms + self._settings.probe_timeout_ms / 2, _RelayTimeout(number))
 
@@ -358,7 +362,7 @@ class Swim:
 
     def _handle_update(self, update: Update, accuser: SiteId, now_ms: float) -> None:
         if update.info.site == self.me.site:
-            self._handle_claim_about_us(update)
+            self._handle_claim_about_us(update, now_ms)
             return
         known = self.members.get(update.info.site)
         if known is None:
@@ -377,7 +381,7 @@ class Swim:
             # Somebody can hear it: tell it what is said of it, so that it can refute.
             self._nudge_if_fallen(known.info.site, now_ms)
 
-    def _handle_claim_about_us(self, claim: Update) -> None:
+    def _handle_claim_about_us(self, claim: Update, now_ms: float) -> None:
         if self._leaving or claim.info.incarnation < self.me.incarnation:
             return
         same = claim.info.incarnation == self.me.incarnation
@@ -388,12 +392,27 @@ class Swim:
             return
         if claim.state is MemberState.ALIVE:
             # Another life of ours with a clock ahead of this one, or another node with our database.
+            if self._twins.is_refuted_later(now_ms):
+                return
+            self._tell_of_twin(claim.info, is_told=self._twins.handle_claim(claim.info, now_ms))
             self.counters["identity_conflicts"] += 1
         else:
             self.health.worsen()
         self.counters["refutations"] += 1
         self.me = self.me.with_incarnation(claim.info.incarnation + 1)
+        self._twins.note_refutation(self.me)
         self._rumors.add(Update(self.me, MemberState.ALIVE))
+
+    def _tell_of_twin(self, twin: MemberInfo, *, is_told: bool) -> None:
+        if is_told:
+            self.counters["twins_told"] += 1
+            self._out.append(SiteConflict(twin))
+
+    def _note_place(self, site: SiteId, place: Coordinate | None, said_ms: float) -> None:
+        if place is None or site not in self.members:
+            return
+        if not self.atlas.note(site, place, said_ms):
+            self.counters["coordinates_refused"] += 1
 
     def _add(self, info: MemberInfo, now_ms: float) -> None:
         if len(self.members) >= self._settings.members_max and not self._forget_one():
@@ -471,6 +490,7 @@ class Swim:
 
     def _forget(self, site: SiteId) -> None:
         del self.members[site]
+        self.atlas.forget(site)
         self._rumors.drop(site)
 
     # --- probing --------------------------------------------------------------------------------------
@@ -485,8 +505,9 @@ class Swim:
         self.counters["probes"] += 1
         member = self.members[site]
         number = self._next_number()
-        self._probes[number] = _Probe(site, now_ms)
-        self._send(member.info.address, Ping(number, site, self.me, self._take_updates(site, self.me)))
+        self._probes[number] = Probe(site, now_ms)
+        updates = self._take_updates(site, self.me)
+        self._send(member.info.address, Ping(number, site, self.me, updates, self.atlas.place))
         self._timers.set(now_ms + self.health.scale(self._settings.probe_timeout_ms), _ProbeTimeout(number))
         self._timers.set(now_ms + interval, _ProbeEnd(number))
 

@@ -10,8 +10,9 @@ from replication.core.member import INCARNATION_JUMP_MAX, INCARNATION_MAX, Membe
 from replication.core.probe import LocalHealth, ProbeOrder, jitter, pick
 from replication.core.rumors import Rumors as RumorQueue
 from replication.core.suspicion import Suspicion, compute_confirmations_wanted, compute_suspicion_bounds_ms
-from replication.core.swim import MemberChanged, ProbeStream, SendDatagram, Swim, SwimSettings
-from replication.core.wire import Ack, Join, Nack, Ping, PingRequest, Rumors
+from replication.core.swim import MemberChanged, ProbeStream, SendDatagram, SiteConflict, Swim, SwimSettings
+from replication.core.vivaldi import ORIGIN, Coordinate
+from replication.core.wire import Ack, Join, Members, Nack, Ping, PingRequest, Rumors, Whereabouts
 
 ALIVE, SUSPECT, DEAD, LEFT = MemberState
 
@@ -56,6 +57,9 @@ class Node:
         self.out.clear()
         self.run(300)
         return {update for message in self.sent(Rumors) for update in message.updates}
+
+    def conflicts(self) -> list[MemberInfo]:
+        return [output.twin for output in self.out if isinstance(output, SiteConflict)]
 
     def state(self, other: MemberInfo) -> MemberState | None:
         member = self.swim.members.get(other.site)
@@ -346,9 +350,170 @@ def test_the_fallen_are_forgotten_after_a_day():
 
 def test_its_own_messages_coming_back_change_nothing():
     node = Node()
-    node.take(Rumors(info(1, 9)))
+    node.run(60_000)
+    node.take(Rumors(info(1)))
+    node.out += node.swim.handle_self_hello(info(1), node.now)
     assert not node.swim.members
     assert node.swim.me.incarnation == 1
+    assert not node.conflicts()
+
+
+def test_a_former_life_whose_clock_was_ahead_is_no_twin():
+    node = Node(info(2))
+    for incarnation in (500, 501):
+        node.take(Rumors(info(2), (Update(info(1, incarnation, host=99), ALIVE),)))
+    node.take(Rumors(info(1, 501, host=99)))
+    assert node.swim.me.incarnation == 502
+    assert not node.conflicts()
+
+
+def test_what_refutes_our_refutations_is_a_twin():
+    node = Node(info(2))
+    for _ in range(3):
+        node.run(2_000)
+        twin = info(1, node.swim.me.incarnation + 1, host=99)
+        node.take(Rumors(info(2), (Update(twin, ALIVE),)))
+    assert node.conflicts() == [twin]
+    assert node.swim.get_twin(node.now) == twin
+
+
+def test_rare_surprises_are_no_twin():
+    node = Node(info(2))
+    for _ in range(6):
+        node.run(40_000)
+        node.take(Rumors(info(2), (Update(info(1, node.swim.me.incarnation + 1, host=99), ALIVE),)))
+    assert not node.conflicts()
+
+
+@pytest.mark.parametrize(
+    "twin", [info(1, 1, host=99), info(1, 7), MemberInfo(info(1).site, "other", "10.0.0.1", 7946, 1)]
+)
+def test_a_message_with_our_site_that_we_never_sent_is_from_a_twin(twin):
+    node = Node()
+    node.run(9_000)
+    node.take(Rumors(twin))
+    assert not node.conflicts(), "it may be from the life before this one"
+    node.run(2_000)
+    node.take(Rumors(twin))
+    assert node.conflicts() == [twin]
+    assert node.swim.me.incarnation == 1
+    assert not node.swim.members
+
+
+def test_a_stream_from_our_site_is_from_a_twin_at_once():
+    node = Node()
+    node.out += node.swim.handle_self_hello(info(1), node.now)
+    assert not node.conflicts(), "a node may dial itself"
+    node.out += node.swim.handle_self_hello(info(1, host=99), node.now)
+    assert node.conflicts() == [info(1, host=99)]
+
+
+def test_a_stream_to_ourselves_from_before_a_refutation_is_no_twin():
+    node = Node(info(2))
+    node.take(Rumors(info(2), (Update(info(1), SUSPECT),)))
+    assert node.swim.me.incarnation == 2
+    node.out += node.swim.handle_self_hello(info(1), node.now)
+    assert not node.conflicts()
+
+
+def test_a_twin_is_told_once_a_minute_and_forgotten_when_it_is_gone():
+    node = Node()
+    for _ in range(130):
+        node.run(1_000)
+        node.out += node.swim.handle_self_hello(info(1, host=99), node.now)
+    assert len(node.conflicts()) == 3
+    node.run(290_000)
+    assert node.swim.get_twin(node.now) == info(1, host=99)
+    node.run(20_000)
+    assert node.swim.get_twin(node.now) is None
+
+
+def test_a_known_twin_is_refuted_once_a_second():
+    node = Node(info(2))
+    for _ in range(100):
+        node.run(100)
+        node.take(Rumors(info(2), (Update(info(1, node.swim.me.incarnation + 1, host=99), ALIVE),)))
+    assert 10 <= node.swim.counters["refutations"] <= 14
+
+
+PLACE = Coordinate((3.0, 4.0, 0.0, 0.0), 1.0, 0.2)
+
+
+def placed(node: Node) -> Node:
+    """Let the node learn its own place from many answers of one member."""
+    for _ in range(20):
+        ping = node.until_ping(info(2))
+        node.now = node.swim._probes[ping.number].sent_ms + 20
+        node.take(Ack(ping.number, info(2), (), PLACE))
+    return node
+
+
+def test_coordinates_ride_on_probes_and_answers():
+    node = Node(info(2))
+    ping = node.until_ping(info(2))
+    assert ping.coordinate == ORIGIN
+    node.take(Ping(7, info(1).site, info(2), (), PLACE))
+    (ack,) = node.sent(Ack)
+    assert ack.coordinate == ORIGIN
+    node = placed(Node(info(2)))
+    assert node.until_ping(info(2)).coordinate == node.swim.atlas.place != ORIGIN
+
+
+def test_the_round_trip_to_a_member_that_was_never_probed_is_estimated():
+    node = placed(Node(info(2), info(3)))
+    node.swim.members[info(3).site].rtt_ms = None
+    assert node.swim.estimate_rtt_ms(info(3).site) is None
+    whereabouts = (Whereabouts(info(3).site, PLACE, 5),)
+    node.out += node.swim.handle_members(Members((), whereabouts), info(2).site, node.now)
+    assert 15 <= node.swim.estimate_rtt_ms(info(3).site) <= 25
+    assert node.swim.atlas.estimate_rtt_ms(info(2).site, info(3).site) == 2
+    node.swim.members[info(3).site].rtt_ms = 99
+    assert node.swim.estimate_rtt_ms(info(3).site) == 99
+
+
+def test_nobody_is_placed_by_a_node_that_does_not_know_where_it_is():
+    node = Node(info(2))
+    node.take(Ping(7, info(1).site, info(2), (), PLACE))
+    assert node.swim.estimate_rtt_ms(info(2).site) is None
+
+
+def test_the_newest_word_on_a_place_is_kept():
+    node = Node(info(2), info(3))
+    node.now = 100_000
+    for age_s, east in ((50, 1.0), (90, 2.0), (20, 3.0), (60, 4.0)):
+        place = PLACE._replace(vector=(east, 0.0, 0.0, 0.0))
+        message = Members((), (Whereabouts(info(3).site, place, age_s),))
+        node.out += node.swim.handle_members(message, info(2).site, node.now)
+    found = {item.site: item for item in node.swim.export(9, node.now + 500).whereabouts}
+    assert found[info(3).site].coordinate.vector[0] == 3.0
+    assert found[info(3).site].age_s == 21, "rounded up, or it would get younger as it is passed on"
+    assert found[info(1).site].age_s == 0
+    assert info(2).site not in found
+
+
+def test_places_out_of_this_world_and_of_strangers_are_not_kept():
+    node = Node(info(2))
+    insane = PLACE._replace(vector=(2_000.0, 2_000.0, 0.0, 0.0))
+    node.take(Ping(7, info(1).site, info(2), (), insane))
+    stranger = (Whereabouts(info(9).site, PLACE, 5),)
+    node.out += node.swim.handle_members(Members((), stranger), info(2).site, node.now)
+    assert node.swim.counters["coordinates_refused"] == 1
+    assert [item.site for item in node.swim.export(9, node.now).whereabouts] == [info(1).site]
+
+
+def test_the_place_of_a_forgotten_member_is_forgotten():
+    node = Node(info(2), info(3), forget_ms=5_000)
+    node.take(Ping(7, info(1).site, info(2), (), PLACE))
+    node.take(Rumors(info(3), (Update(info(2), LEFT),)))
+    node.run(7_000)
+    assert info(2).site not in {item.site for item in node.swim.atlas.export([info(2).site], node.now)}
+
+
+def test_those_who_left_are_soon_off_the_roll_and_the_dead_are_not():
+    node = Node(info(2), info(3), info(4))
+    node.take(Rumors(info(4), (Update(info(2), LEFT), Update(info(3), DEAD))))
+    assert node.swim.compute_roll(node.now) == [info(number).site for number in (2, 3, 4)]
+    assert node.swim.compute_roll(node.now + 601_000) == [info(3).site, info(4).site]
 
 
 def test_a_lost_link_makes_a_member_the_next_to_be_probed():

@@ -284,7 +284,8 @@ def test_a_message_with_a_flipped_bit_is_a_message_or_refused(message, data):
 def test_as_many_updates_as_are_said_to_fit_do_fit():
     info = MemberInfo(SITE, "ä" * 64, "fdaa:fdaa:fdaa:fdaa:fdaa:fdaa:fdaa:fdaa", 65_535, INCARNATION_MAX - 1)
     update = Update(info, MemberState.LEFT)
-    budget = wire.DATAGRAM_BYTES_MAX - 32 - wire.compute_update_bytes(update)
+    widest = Coordinate((-REACH_MS,) * 4, REACH_MS, REACH_MS)
+    budget = wire.DATAGRAM_BYTES_MAX - 64 - wire.compute_update_bytes(update)
     updates = wire.fit_updates([update] * 100, budget)
     assert 3 <= len(updates) < 100
-    assert len(wire.encode(wire.Ping(2**32 - 1, SITE, info, updates))) <= wire.DATAGRAM_BYTES_MAX
+    assert len(wire.encode(wire.Ping(2**32 - 1, SITE, info, updates, widest))) <= wire.DATAGRAM_BYTES_MAX
