@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from replication.errors import SchemaError, StoreError
 from replication.schema import Schema
-from replication.schema_apply import read_declared
+from replication.sidetables import read_declared
 from routing.catalog import load_schema_sql
 
 if TYPE_CHECKING:

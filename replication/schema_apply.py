@@ -31,6 +31,8 @@ from .sidetables import (
     key,
     migrate,
     pending_table,
+    read_declared,
+    write_declared,
 )
 from .tables import Sites, Table
 
@@ -41,9 +43,6 @@ if TYPE_CHECKING:
 # declared is the text of the schema file before.
 _ATTIC = """
 CREATE TABLE IF NOT EXISTS _repl_attic (id INTEGER PRIMARY KEY, plan TEXT NOT NULL, seen, tables, declared)
-"""
-_DECLARED = """
-CREATE TABLE IF NOT EXISTS _repl_declared (id INTEGER PRIMARY KEY CHECK (id = 1), sql TEXT NOT NULL)
 """
 _GONE = (
     f"CREATE TABLE IF NOT EXISTS {GONE_TABLE} (name TEXT NOT NULL, part TEXT NOT NULL, plan INTEGER NOT NULL)"
@@ -120,20 +119,6 @@ def apply_plan(connection: sqlite3.Connection, plan: Plan, declared: str | None 
         )
         if declared is not None:
             write_declared(connection, declared)
-
-
-def read_declared(connection: sqlite3.Connection) -> str:
-    """Return the text of the schema that the last plan brought the file to; empty when none was kept."""
-    if not _exists(connection, "_repl_declared"):
-        return ""
-    text: str = connection.execute("SELECT max(sql) FROM _repl_declared").fetchone()[0]
-    return text
-
-
-def write_declared(connection: sqlite3.Connection, declared: str) -> None:
-    """Keep the text of a schema file, within the caller's transaction."""
-    connection.execute(_DECLARED)
-    connection.execute("INSERT OR REPLACE INTO _repl_declared VALUES (1, ?)", (declared,))
 
 
 def forget(connection: sqlite3.Connection) -> int:

@@ -36,10 +36,17 @@ from .schema_apply import (
     read_attic,
     restore_ddl,
     set_aside,
-    write_declared,
 )
 from .schema_plan import TablePlan, read_schema
-from .sidetables import GONE_TABLE, RECORD_COLUMNS, clock_table, create_triggers, key, pending_table
+from .sidetables import (
+    GONE_TABLE,
+    RECORD_COLUMNS,
+    clock_table,
+    create_triggers,
+    key,
+    pending_table,
+    write_declared,
+)
 from .snapshot import RowState, TableStates, read_states
 from .tables import Sites, Table
 

@@ -117,6 +117,23 @@ def write_collected(connection: sqlite3.Connection, hlc: int) -> None:
     connection.execute("INSERT OR REPLACE INTO _repl_collected VALUES (1, ?)", (hlc,))
 
 
+def read_declared(connection: sqlite3.Connection) -> str:
+    """Return the text of the schema file that tables were last made by; empty when none was kept."""
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = '_repl_declared'").fetchone() is None:
+        return ""
+    text: str = connection.execute("SELECT max(sql) FROM _repl_declared").fetchone()[0]
+    return text
+
+
+def write_declared(connection: sqlite3.Connection, declared: str) -> None:
+    """Keep the text of a schema file. Its table is made when it is first needed."""
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS _repl_declared "
+        "(id INTEGER PRIMARY KEY CHECK (id = 1), sql TEXT NOT NULL)"
+    )
+    connection.execute("INSERT OR REPLACE INTO _repl_declared VALUES (1, ?)", (declared,))
+
+
 def create_common(connection: sqlite3.Connection) -> None:
     """Create what every replica has, within the caller's transaction."""
     for statement in _COMMON.split(";\n"):

@@ -97,14 +97,10 @@ class Store:
         self._parking = Parking(connection, self._sites)
         self._seen: dict[SiteId, VersionRanges] = {}
         self._touched: dict[SiteId, None] = {}  # sites whose ranges the transaction has changed
-        self._names = Names.of_schema(schema)
-        self._tables = {name: Table(connection, table) for name, table in schema.tables.items()}
-        checks = ", ".join(table.has_pending for table in self._tables.values())
-        self._has_pending = f"SELECT {checks}" if checks else ""
+        self._use(schema)
         self._data_version = -1
         self._is_stale = False  # while a failed transaction is not undone: memory may be wrong
         self._log = ChangeLog(connection, self._sites)
-        self._guard = FileGuard(connection, path, schema)
         self._load()
         self._left = self._state()  # what the last commit left in the file
 
@@ -164,6 +160,26 @@ class Store:
         except BaseException:
             connection.close()
             raise
+
+    def _use(self, schema: Schema) -> None:
+        """Read and write by a schema that the file has."""
+        self._names = Names.of_schema(schema)
+        self._tables = {name: Table(self.connection, table) for name, table in schema.tables.items()}
+        checks = ", ".join(table.has_pending for table in self._tables.values())
+        self._has_pending = f"SELECT {checks}" if checks else ""
+        self._guard = FileGuard(self.connection, self._path, schema)
+
+    def extend(self, schema: Schema, declared: str | None = None) -> None:
+        """Take up tables, columns and indexes that a schema has beyond ours, without rewriting a row.
+
+        declared is the text of a schema file, kept as apply_plan keeps it. Raises SchemaError, with nothing
+        changed, for what takes a plan.
+        """
+        with self._transaction():
+            sidetables.migrate(self.connection, schema)
+            if declared is not None:
+                sidetables.write_declared(self.connection, declared)
+        self._use(schema)
 
     def close(self) -> None:
         """Close the file; a file that is closed keeps its identity across reboots."""

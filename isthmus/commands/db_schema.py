@@ -149,8 +149,8 @@ def run_forget(args: argparse.Namespace) -> int:
 def _make_plan(connection: sqlite3.Connection, file: Path | None) -> tuple[Plan, str]:
     """Return the plan, and the text of the schema file that it is for."""
     from isthmus.declared import combine_schema  # noqa: PLC0415 — other verbs start without it
-    from replication.schema_apply import read_declared  # noqa: PLC0415 — see above
     from replication.schema_plan import plan_schema  # noqa: PLC0415 — see above
+    from replication.sidetables import read_declared  # noqa: PLC0415 — see above
 
     declared = read_declared(connection) if file is None else file.read_text("utf-8")
     return plan_schema(connection, combine_schema(declared)), declared

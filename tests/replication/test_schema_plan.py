@@ -10,6 +10,7 @@ from replication.schema import Schema
 from replication.schema_apply import apply_plan, forget
 from replication.schema_plan import plan_schema, read_schema
 from replication.schema_rollback import rollback
+from replication.sidetables import read_declared
 from replication.store import Store
 
 NOW = 1_700_000_000_000
@@ -474,3 +475,34 @@ def test_undoing_keeps_what_was_written_since_without_the_log_too(make, mode, ch
     assert [row[2] for row in a.rows()][:2] == ["one", "two"]
     assert a.rows() == b.rows()
     assert a.store.digest("t") == b.store.digest("t")
+
+
+# While the replica is open
+
+
+def test_an_open_replica_takes_up_what_is_added_and_what_waited_for_it(make):
+    a, b = make(ROW)
+    a.write("INSERT INTO t (k, a) VALUES (1, 'x')")
+    sync(a, b)
+    more = ROW.replace("b TEXT DEFAULT 'b'", "b TEXT DEFAULT 'b', c TEXT")
+    more += "CREATE TABLE u (k INTEGER PRIMARY KEY); CREATE INDEX by_c ON t (c);"
+    a.store.extend(Schema.parse(more), "declared")
+    a.write("UPDATE t SET c = 'new'", "INSERT INTO u VALUES (1)")
+    sync(a, b)
+    with_plan(b.path, lambda other: other.execute("UPDATE t SET a = 'noted before' WHERE k = 1"))
+    b.store.extend(Schema.parse(more))
+    b.store.capture(b.now + 1)
+    b.store.retry_parked(b.now)
+    sync(a, b)
+    assert_equal(a, b, tables=("t", "u"))
+    assert a.rows() == [(1, "noted before", "b", None)]
+    assert read_declared(a.store.connection) == "declared"
+
+
+def test_an_open_replica_refuses_what_takes_a_plan_and_goes_on(make):
+    (a,) = make(ROW, "a")
+    with pytest.raises(SchemaError, match="plan"):
+        a.store.extend(Schema.parse("CREATE TABLE u (k INTEGER PRIMARY KEY);" + CHANGES["drop column"]))
+    a.write("INSERT INTO t VALUES (1, 'x', 'y')")
+    assert a.rows() == [(1, "x", "y")]
+    assert "u" not in read_schema(a.store.connection).tables
