@@ -106,6 +106,7 @@ class Agent:
                 self._hello,
                 self,
                 handshake_timeout_s=settings.connect_timeout_ms / 1000,
+                tls=settings.tls,
             )
             undo.push_async_callback(self._transport.stop)
             await self._transport.bind()
@@ -209,7 +210,10 @@ class Agent:
         return self._replica.site
 
     def replace_keys(self, keys: Sequence[bytes]) -> None:
-        """Adopt a new key ring; open streams stay open. Raises ValueError when there were no keys before."""
+        """Adopt a new key ring; streams made with a key that is gone are made anew.
+
+        Raises ValueError when there were no keys before.
+        """
         if not isinstance(self._seal, KeyRing):
             # Not a TypeError: which seal there is follows from the settings.
             raise ValueError("an agent that started without keys stays without")  # noqa: TRY004

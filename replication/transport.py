@@ -459,7 +459,7 @@ class Transport(asyncio.DatagramProtocol):
 
     def _revoke(self, link: Link) -> None:
         self.counters["links_revoked"] += 1
-        self._track(link.close_gently())
+        link.retire()
 
     def _may_reach(self, host: str) -> bool:
         return self._seal.secret or is_loopback(host)

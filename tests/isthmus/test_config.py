@@ -180,6 +180,26 @@ WRONG_FILES = {
         "32 bytes in base64",
     ),
     "too many keys": (f"[gossip]\nkeys = {[KEY] * 5}", "isthmus.toml:2: gossip.keys: ", "<= 4"),
+    "keys in two places": (
+        f'[gossip]\nkeys = ["{KEY}"]\nkeys_file = "/etc/keys"',
+        "isthmus.toml:3: gossip.keys_file: gossip.keys is set as well",
+        "keep one of the two",
+    ),
+    "certificate without its key": (
+        '[gossip]\ntls_cert = "a.crt"\ntls_ca = "ca.crt"',
+        "isthmus.toml",
+        "gossip.tls_key: tls_cert, tls_key and tls_ca go together",
+    ),
+    "TLS beyond loopback without a key": (
+        '[gossip]\nlisten = "10.0.0.1:8472"\ntls_cert = "a"\ntls_key = "b"\ntls_ca = "c"',
+        "isthmus.toml:2: gossip.listen: 10.0.0.1:8472 is open to others: set gossip.keys",
+        "`isthmus key`",
+    ),
+    "others told of an address without a key": (
+        '[gossip]\nadvertise = "10.0.0.1:8472"',
+        "isthmus.toml:2: gossip.advertise: 10.0.0.1:8472 is where others are: set gossip.keys",
+        "`isthmus key`",
+    ),
     "cluster without a name": ('[gossip]\ncluster = ""', "isthmus.toml:2: gossip.cluster: ", ">= 1"),
     "open gossip without a key": (
         '[gossip]\nlisten = "0.0.0.0:8472"',

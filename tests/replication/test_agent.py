@@ -561,7 +561,9 @@ async def test_who_is_asked_by_a_node_that_knows_more_asks_back_at_once(cluster)
     a = await cluster.start("a", sync=slow)
     b = await cluster.start("b", sync=slow)
     await eventually(lambda: linked(a) == linked(b) == 1)
-    await eventually(lambda: a._replica.puller._session is None and a.status()["counters"]["sync"].get("sessions"))
+    await eventually(
+        lambda: a._replica.puller._session is None and a.status()["counters"]["sync"].get("sessions")
+    )
     # Lost on the way: neither the broadcast nor the next regular sync will bring it for a minute.
     b._replica.tree.handle_peer_down(a.site)
     await insert(b, 1)
