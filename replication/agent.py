@@ -233,6 +233,21 @@ class Agent:
         """Read; raises QueryError for what is not a read, or too large, or too slow."""
         return await self._database.query(sql, params)
 
+    async def retry_parked(self) -> int:
+        """Try to apply at once what is parked; return how many changesets remain so."""
+
+        def act(store: Store) -> tuple[Commit | None, int]:
+            return store.retry_parked(self._wall_ms()), len(store.parked())
+
+        _, self._replica.parked = await self._database.commit(act, lambda result: result[0])
+        return self._replica.parked
+
+    async def drop_parked(self, site: SiteId, version: int) -> bool:
+        """Give up a changeset that is parked; return whether it was."""
+        was_parked = await self._database.run(lambda store: store.drop_parked(site, version))
+        self._replica.parked -= was_parked
+        return was_parked
+
     def _publish(self, commit: Commit) -> None:
         """Take a commit, on the event loop, in order: spread what is ours and tell the application."""
         self._seq = commit.seq

@@ -95,8 +95,8 @@ class Collector:
     def _drop_parked(self) -> None:
         """Give up parked changesets that all have passed, or that are too much.
 
-        So none is left that is older than a tombstone that goes, and could bring its row back. One that cannot
-        be read has no time: it goes when there is too much, or by hand.
+        So none is left that is older than a tombstone that goes, and could bring its row back. One that
+        cannot be read has no time: it goes when there is too much, or by hand.
         """
         store = self._store
         kept_bytes = 0

@@ -17,6 +17,7 @@ import msgspec
 import orjson
 from aiohttp import web
 
+from replication.core.clock import SiteId
 from replication.database import QueryError
 from replication.errors import BusyError, ReadOnlyError, ReplicationError, StatementError
 
@@ -28,6 +29,10 @@ Params = list[Value] | dict[str, Value]
 
 # Writing there would undo what replication rests on. The name cannot be put together within SQL.
 _RESERVED = re.compile(r"_repl_|sqlite_", re.IGNORECASE)
+_PARKED = (
+    "SELECT lower(hex(s.site)), p.version, p.reason, length(p.payload) FROM _repl_parked AS p "
+    "JOIN _repl_site AS s ON s.ordinal = p.site ORDER BY p.rowid"
+)
 _SCHEMA = (
     "SELECT m.type, m.name, m.tbl_name, m.sql, t.mode FROM sqlite_master AS m "
     "JOIN _repl_table AS t ON t.name = m.tbl_name "
@@ -43,6 +48,16 @@ class Replica(Protocol):
 
     async def query(self, sql: str, params: Params = ()) -> Any:  # type: ignore[assignment]  # no parameters
         """Run one that reads."""
+
+    async def retry_parked(self) -> int:
+        """Try to apply what is parked; return how many changesets remain so."""
+
+    async def drop_parked(self, site: SiteId, version: int) -> bool:
+        """Give up one; return whether it was parked."""
+
+
+class _NotParkedError(Exception):
+    """Something else is parked, or nothing."""
 
 
 class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,6 +85,9 @@ class DatabaseRoutes:
             web.get("/v1/db/schema", _answer(self._schema)),
             web.post("/v1/db/query", _answer(self._query)),
             web.post("/v1/db/exec", _answer(self._exec)),
+            web.get("/v1/db/parked", _answer(self._parked)),
+            web.post("/v1/db/parked/retry", _answer(self._retry_parked)),
+            web.delete("/v1/db/parked/{site}/{version}", _answer(self._drop_parked)),
         ]
 
     async def _query(self, request: web.Request) -> Any:
@@ -89,6 +107,28 @@ class DatabaseRoutes:
             [(statement.sql, _decode_params(statement.params)) for statement in body.statements]
         )
         return {"rows_affected": done.rows_affected, "version": done.version, "site": done.site.hex()}
+
+    async def _parked(self, _request: web.Request) -> Any:
+        found = (await self._replica.query(_PARKED)).rows
+        return {
+            "parked": [
+                {"site": site, "version": version, "reason": reason, "bytes": size}
+                for site, version, reason, size in found
+            ]
+        }
+
+    async def _retry_parked(self, _request: web.Request) -> Any:
+        return {"parked": await self._replica.retry_parked()}
+
+    async def _drop_parked(self, request: web.Request) -> Any:
+        site, version = request.match_info["site"], request.match_info["version"]
+        try:
+            was_parked = await self._replica.drop_parked(SiteId(bytes.fromhex(site)), int(version))
+        except (ValueError, OverflowError):
+            was_parked = False
+        if not was_parked:
+            raise _NotParkedError(f"version {version} of site {site} is not parked")
+        return {"site": site, "version": int(version)}
 
     async def _schema(self, _request: web.Request) -> Any:
         tables: dict[str, dict[str, Any]] = {}
@@ -138,8 +178,8 @@ def _answer(
     async def handler(request: web.Request) -> web.Response:
         try:
             return _json(await handle(request), 200)
-        except QueryError as error:
-            return _json({"error": str(error)}, 400)
+        except (QueryError, _NotParkedError) as error:
+            return _json({"error": str(error)}, 400 if isinstance(error, QueryError) else 404)
         except StatementError as error:
             return _json({"error": f"statement {error.index + 1}: {error}"}, 400)
         except BusyError as error:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from isthmus.client import ClientError, add_client_flags, make_client
+from isthmus.commands.db_parked import add_parked_parser
 from isthmus.commands.db_schema import add_schema_parser
 from isthmus.commands.listing import format_table
 from isthmus.config import Config, default_data_dir
@@ -58,6 +59,7 @@ def add_parser(verbs: Any) -> None:
     execute.set_defaults(run=run_exec)
 
     add_schema_parser(actions)
+    add_parked_parser(actions)
 
     backup = actions.add_parser("backup", help="copy the database to a file, while the node runs or not")
     backup.add_argument("target", metavar="PATH", type=Path, help="a new file, or a directory to put one in")

@@ -10,6 +10,8 @@ import pytest
 
 from isthmus.agent_role import AgentRole
 from isthmus.config import AdminConfig, Config, GossipConfig, ProxyConfig
+from replication.core.change import EncodedChangeset
+from replication.core.clock import SiteId
 from replication.errors import BusyError, ReadOnlyError, StoreError
 
 if TYPE_CHECKING:
@@ -181,3 +183,21 @@ async def test_the_schema_is_shown_as_the_node_has_it(role: AgentRole, post: Pos
     assert tables["apps"]["sql"].startswith("CREATE TABLE apps (")
     assert tables["apps"]["merge"] == "row"
     assert not [name for name in tables if name.startswith("_repl_")]
+
+
+async def test_what_is_parked_is_listed_tried_again_and_given_up(role: AgentRole, post: Post) -> None:
+    junk = [EncodedChangeset(SiteId(b"j" * 16), version, b"\x00") for version in (1, 2)]
+    await role._agent._database.run(lambda store: store.apply(junk, 1))
+    base = f"http://{role._admin.address}/v1/db/parked"
+    async with aiohttp.ClientSession() as session:
+        assert await post("parked/retry", None) == (200, {"parked": 2})
+        async with session.delete(f"{base}/{'6a' * 16}/1") as response:
+            assert (response.status, await response.json()) == (200, {"site": "6a" * 16, "version": 1})
+        for unknown in (f"{'6a' * 16}/1", "zz/1", f"{'6a' * 16}/x", f"{'6a' * 16}/{2**70}"):
+            async with session.delete(f"{base}/{unknown}") as response:
+                assert response.status == 404
+                assert "is not parked" in (await response.json())["error"]
+        async with session.get(base) as response:
+            (entry,) = (await response.json())["parked"]
+    assert entry == {"site": "6a" * 16, "version": 2, "bytes": 1, "reason": "not a changeset"}
+    assert role._agent.status()["parked"] == 1
