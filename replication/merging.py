@@ -285,10 +285,15 @@ def _complete(table: Table, values: Row, columns: Sequence[str]) -> Row:
     return tuple(given.get(column, defaults[column]) for column in table.schema.values)
 
 
-def offer_states(merge: TableMerge, table: Table, part: TableStates) -> None:
-    """Offer the states of a snapshot; raise CodecError when they do not fit the table's schema."""
+def check_states(table: Table, part: TableStates) -> None:
+    """Raise CodecError, with what is wrong, when states do not fit the table's schema."""
     columns = part.key_columns + part.columns
     check_change(table, TableChange(part.table, part.by_column, part.key_columns, columns, (), (), ()))
+
+
+def offer_states(merge: TableMerge, table: Table, part: TableStates) -> None:
+    """Offer the states of a snapshot; raise CodecError when they do not fit the table's schema."""
+    check_states(table, part)
     schema = table.schema
     is_same_shape = part.columns == schema.values
     merge.prepare([state.pk for state in part.states])

@@ -27,7 +27,7 @@ from .core.change import RowChange
 from .core.codec import CodecError, check_rows, pack, unpack
 from .core.merge import Record, get_clock, join
 from .errors import SnapshotError
-from .merging import TableMerge, offer_states
+from .merging import TableMerge, check_states, offer_states
 from .schema import MergeMode
 from .snapshot import Digest, RowState, TableStates, pack_states, read_states, read_states_chunk
 
@@ -136,6 +136,8 @@ def heal(
     for chunk in chunks:
         try:
             admitted = store.admit_states(read_states_chunk(chunk), wall_ms)
+            if admitted is not None:
+                check_states(*admitted)
         except CodecError as error:
             raise SnapshotError(str(error)) from error
         if admitted is not None:

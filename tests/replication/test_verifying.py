@@ -295,6 +295,18 @@ def test_a_column_that_one_does_not_have_yet_is_no_difference(pair, make):
     assert_equal(a, b)
 
 
+def test_states_with_a_column_that_is_not_known_here_are_refused(pair, make):
+    a, b = pair
+    w = make("w", WIDER)
+    w.apply_snapshot(a.snapshot(10_000), NOW)
+    write(w, "UPDATE t SET z = 1", at=NOW + 1)
+    before = rows(a)
+    with pytest.raises(SnapshotError, match=r"unknown column t\.z"):
+        Session(a, w, now=NOW + 1)
+    assert rows(a) == before
+    assert Session(w, b, now=NOW + 1).healed == 0
+
+
 def test_one_row_that_cannot_be_stored_does_not_keep_the_others_from_healing(pair, make):
     a, _ = pair
     lax = make("l", Schema.parse(SQL.replace(", CHECK (v IS NOT 'poison')", "")))
