@@ -229,6 +229,14 @@ class Agent:
         written = await self._database.execute(statements, self._wall_ms())
         return ExecuteResult(written.rows_affected, written.version, self.site)
 
+    async def extend(self, schema: Schema, declared: str) -> None:
+        """Take up tables, columns and indexes that a schema has beyond ours; raises SchemaError for the rest.
+
+        declared is kept in the file: the text of the schema file. What waited for the schema is applied.
+        """
+        await self._database.run(lambda store: store.extend(schema, declared))
+        await self._database.commit(lambda store: store.retry_parked(self._wall_ms()), lambda commit: commit)
+
     async def query(self, sql: str, params: Params = ()) -> QueryResult:
         """Read; raises QueryError for what is not a read, or too large, or too slow."""
         return await self._database.query(sql, params)

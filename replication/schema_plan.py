@@ -77,6 +77,11 @@ class Plan:
     steps: tuple[Step, ...]
     tables: tuple[TablePlan, ...]
 
+    @property
+    def only_adds(self) -> bool:
+        """True when an open replica can take it up."""
+        return not any(table.is_rewritten for table in self.tables)
+
 
 def read_schema(connection: sqlite3.Connection) -> Schema:
     """Return the schema of the replicated tables in a file."""
@@ -114,6 +119,13 @@ def plan_schema(connection: sqlite3.Connection, schema: Schema) -> Plan:
     current = read_schema(connection)
     steps: list[Step] = []
     tables: list[TablePlan] = []
+    for name in current.tables:
+        formers = {former for table in schema.tables.values() for former in table.former_names}
+        if name not in schema.tables and name not in formers and (name, "") not in schema.dropped:
+            raise SchemaError(
+                f"table {name} is not in the schema; say what became of it: `-- renamed from: {name}` before "
+                f"a table, or `-- dropped: {name}`"
+            )
     for table in schema.tables.values():
         was = _find_old(current, table)
         if was is None:

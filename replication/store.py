@@ -29,12 +29,13 @@ from .core.change import Changeset, Commit, EncodedChangeset, SqlValue
 from .core.clock import MAX_DRIFT_MS, NEVER, SITE_BYTES, Clock, Hlc, HybridClock, SiteId, compute_ms
 from .core.codec import CodecError, decode_changeset, encode_changeset, pack, unpack
 from .core.versions import VersionRanges
-from .errors import POISON, SnapshotError, StatementError, StoreError, is_trouble, translated
+from .errors import POISON, SchemaError, SnapshotError, StatementError, StoreError, is_trouble, translated
 from .guarding import FileGuard, State
 from .identity import Opened, prepare_identity, read_boot, read_home
 from .merging import TableMerge, check_change, offer_change, offer_states
 from .names import Names
 from .parking import ParkedChangeset, Parking
+from .schema_plan import plan_schema
 from .snapshot import (
     Head,
     TableStates,
@@ -176,6 +177,9 @@ class Store:
         changed, for what takes a plan.
         """
         with self._transaction():
+            for step in plan_schema(self.connection, schema).steps:
+                if not step.is_online:
+                    raise SchemaError(f"{step.text}: that takes a plan")
             sidetables.migrate(self.connection, schema)
             if declared is not None:
                 sidetables.write_declared(self.connection, declared)

@@ -78,6 +78,10 @@ class QueryReader:
         connection.text_factory = read_lossy
         connection.set_authorizer(self._authorize)
 
+    def extend(self, schema: Schema) -> None:
+        """Let the tables of this schema be read from now on; another thread may be reading."""
+        self._tables = frozenset(schema.tables)
+
     def read(self, sql: str, params: Params) -> Answer:
         """Run a query; raises QueryError for one that is not allowed, or costs too much, BusyError."""
         began = self._monotonic()

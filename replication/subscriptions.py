@@ -221,6 +221,11 @@ class Subscriptions:
         self._reader: QueryReader
         self._file: SubscriptionFile
 
+    def extend(self, schema: Schema) -> None:
+        """Read the tables of this schema from now on: those that there were, and more."""
+        self._schema = schema
+        self._reader.extend(schema)
+
     # --- life -----------------------------------------------------------------------------------------
 
     async def start(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from importlib import resources
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 import orjson
@@ -17,6 +17,7 @@ from aiohttp import web
 from isthmus.admin.database import DatabaseRoutes, Replica
 from isthmus.admin.guard import make_guard
 from isthmus.admin.metrics import expose
+from isthmus.admin.schema import Extensible, SchemaRoutes
 from isthmus.admin.subscriptions import SubscriptionRoutes
 from isthmus.config import AdminConfig, AppConfig, format_address, parse_listen
 from isthmus.registry import ACTIONS, NewMachine, Registry, RegistryError
@@ -78,6 +79,10 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _json({"error": "internal error; the log of this node says more"}, 500)
 
 
+class Agent(Replica, Extensible, Protocol):
+    """What is needed of the replication agent, by all routes together."""
+
+
 class AdminServer:
     """Serves one node's admin API. `address` is set by `start`."""
 
@@ -87,7 +92,7 @@ class AdminServer:
         views: Views,
         registry: Registry,
         samples: Callable[[], Iterable[Sample]],
-        replica: Replica,
+        replica: Agent,
         subscriptions: Subscriptions,
         keys: KeyRoutes,
     ) -> None:
@@ -96,6 +101,7 @@ class AdminServer:
         self._registry = registry
         self._samples = samples
         self._database = DatabaseRoutes(replica)
+        self._schema = SchemaRoutes(replica, subscriptions)
         self._subscriptions = SubscriptionRoutes(subscriptions)
         self._keys = keys
         self._runner: web.AppRunner | None = None
@@ -136,6 +142,7 @@ class AdminServer:
             web.delete("/v1/machines/{machine}", self._remove_machine),
             web.post("/v1/machines/{machine}/{action}", self._change_machine),
             *self._database.routes(),
+            *self._schema.routes(),
             *self._subscriptions.routes(),
             *self._keys.routes(),
         ]

@@ -1,7 +1,7 @@
 """`isthmus db schema`: the replicated tables, and how they are brought to another schema.
 
 Showing them asks a running node. `plan` reads the file beside it. `apply`, `rollback` and `forget` change the
-file of a stopped node: they hold its locks.
+file of a stopped node, whose locks they hold; a running one is asked for what only adds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import orjson
 
 from isthmus.client import ClientError, add_client_flags, make_client
 from isthmus.commands.listing import format_table
-from isthmus.config import Config, default_data_dir
+from isthmus.config import Config, ConfigError, default_data_dir
 from isthmus.supervisor import lock_data_dir
 from replication.errors import ReplicationError
 
@@ -46,7 +46,7 @@ def add_schema_parser(actions: Any) -> None:
     plan.add_argument("file", metavar="FILE", type=Path, nargs="?", help=_FILE_HELP)
     plan.set_defaults(run=run_plan)
 
-    apply = steps.add_parser("apply", help="carry out a plan, on a stopped node")
+    apply = steps.add_parser("apply", help="carry out a plan; on a stopped node, unless it only adds")
     apply.add_argument("file", metavar="FILE", type=Path, nargs="?", help=_FILE_HELP)
     apply.add_argument("--plan", metavar="ID", required=True, help="the id that `plan` printed for it")
     apply.set_defaults(run=run_apply)
@@ -58,7 +58,8 @@ def add_schema_parser(actions: Any) -> None:
     forget.set_defaults(run=run_forget)
     for action in (apply, rollback, forget):
         action.add_argument("--yes", action="store_true", help="do not ask")
-    for action in (plan, apply, rollback, forget):
+    add_client_flags(apply)
+    for action in (plan, rollback, forget):
         action.add_argument(
             "--data", metavar="DIR", type=Path, help="data directory of the node [ISTHMUS_DATA]"
         )
@@ -81,12 +82,8 @@ def run_show(args: argparse.Namespace) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Print the steps, what they lose, and the id that `apply` wants."""
-    database = _database(args)
-    if not database.exists():
-        raise ClientError(f"{database}: there is no database; start the node once")
-    with _told(), contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
-        connection.execute("PRAGMA query_only = ON")
-        plan, _ = _make_plan(connection, args.file)
+    with _told():
+        plan, _ = _read_plan(args)
     if args.json:
         steps = [
             {"text": step.text, "online": step.is_online, "lost": step.lost, "note": step.note}
@@ -105,17 +102,30 @@ def run_apply(args: argparse.Namespace) -> int:
     """Carry out the plan of that id; refuse when it is not what it would take any more."""
     from replication.schema_apply import apply_plan  # noqa: PLC0415 — other verbs start without it
 
-    with _told(), _stopped(args) as connection:
-        plan, declared = _make_plan(connection, args.file)
-        if plan.id != args.plan:
-            raise ClientError(
-                f"the plan is {plan.id} by now, not {args.plan}; look at it: isthmus db schema plan"
-            )
+    with _told():
+        plan, declared = _read_plan(args)
+        _check_shown(args, plan)
         print(_tell_plan(plan))
         _confirm(args, "Carry it out?")
-        apply_plan(connection, plan, declared)
+        try:
+            with _stopped(args) as connection:
+                _check_shown(args, _make_plan(connection, args.file)[0])
+                apply_plan(connection, plan, declared)
+        except ConfigError:
+            if not plan.only_adds:
+                raise
+            make_client(args).post("/v1/db/schema", {"sql": declared})
+            print("done; the running node has it")
+            return 0
     print("done; `isthmus db schema rollback` undoes it, until `isthmus db schema forget`")
     return 0
+
+
+def _check_shown(args: argparse.Namespace, plan: Plan) -> None:
+    if plan.id != args.plan:
+        raise ClientError(
+            f"the plan is {plan.id} by now, not {args.plan}; look at it: isthmus db schema plan"
+        )
 
 
 def run_rollback(args: argparse.Namespace) -> int:
@@ -144,6 +154,15 @@ def run_forget(args: argparse.Namespace) -> int:
             forget(connection)
     print(f"{count} plan{'' if count == 1 else 's'} forgotten")
     return 0
+
+
+def _read_plan(args: argparse.Namespace) -> tuple[Plan, str]:
+    database = _database(args)
+    if not database.exists():
+        raise ClientError(f"{database}: there is no database; start the node once")
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute("PRAGMA query_only = ON")
+        return _make_plan(connection, args.file)
 
 
 def _make_plan(connection: sqlite3.Connection, file: Path | None) -> tuple[Plan, str]:

@@ -119,23 +119,37 @@ def test_nothing_is_changed_without_a_yes(
     assert "notes" not in load_schema(node.database).tables
 
 
-def test_a_node_that_runs_can_be_planned_for_and_not_changed(
+def test_a_node_that_runs_is_asked_for_what_only_adds_and_refused_the_rest(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock = lock_file(node.database)
-    try:
-        shown = node.plan(NOTES)
-        with pytest.raises(ClientError, match="another agent"):
-            node.run("apply", str(node.file), "--plan", shown, "--yes")
-    finally:
-        os.close(lock)
+    asked: list[tuple[str, Any]] = []
+
+    class Running:
+        def post(self, path: str, body: Any) -> None:
+            asked.append((path, body))
 
     def is_in_use(_config: object) -> Any:
         raise ConfigError("data: in use")
 
+    monkeypatch.setattr(db_schema, "make_client", lambda _args: Running())
+    with monkeypatch.context() as running:
+        running.setattr(db_schema, "lock_data_dir", is_in_use)
+        assert "running node" in node.apply(NOTES)
+    assert asked == [("/v1/db/schema", {"sql": NOTES})]
+    node.apply(NOTES)
     monkeypatch.setattr(db_schema, "lock_data_dir", is_in_use)
     with pytest.raises(ConfigError):
-        node.run("apply", str(node.file), "--plan", shown, "--yes")
+        node.apply(BODY)
+    assert len(asked) == 1
+
+
+def test_an_agent_that_runs_alone_is_noticed_too(node: Node) -> None:
+    lock = lock_file(node.database)
+    try:
+        with pytest.raises(ClientError, match="another agent"):
+            node.apply(NOTES)
+    finally:
+        os.close(lock)
 
 
 @pytest.mark.parametrize(
