@@ -115,9 +115,7 @@ class _StoreConnection(aiosqlite.Connection):
         return result
 
     def submit(self, act: Callable[[Store], None]) -> None:
-        """Have the thread run something that raises nothing and answers by itself; raises StoreError."""
-        if not self._running:
-            raise StoreError("the database is closed")
+        """Have the thread run something that raises nothing and answers by itself."""
         assert self.store is not None, "the connection is open"
         self._tx.put_nowait((asyncio.get_running_loop().create_future(), partial(act, self.store)))
 
@@ -155,6 +153,7 @@ class Database:
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[_Call] = deque()
         self._is_writing = False  # from the first call that waits until none does
+        self._is_closing = False
         self._probing: asyncio.Task[None] | None = None  # from the first trouble on
 
     @classmethod
@@ -189,10 +188,11 @@ class Database:
 
     async def close(self) -> None:
         """Finish what was begun, then close both connections."""
-        if self._probing is not None:
-            self._probing.cancel()
+        self._is_closing = True
         while self._is_writing:
             await self._writer.run(lambda _: None)
+        if self._probing is not None:
+            self._probing.cancel()
         try:
             await self._reader.close()
         finally:
@@ -214,13 +214,15 @@ class Database:
 
         def run(store: Store) -> T:
             result = act(store)
-            commit = commit_of(result)
-            if commit is not None:
-                # Not in a callback of the awaiting task: that may have been cancelled meanwhile.
-                self._loop.call_soon_threadsafe(self._publish, commit)
+            self._publish_soon(commit_of(result))
             return result
 
         return await self.run(run)
+
+    def _publish_soon(self, commit: Commit | None) -> None:
+        """Hand out a commit from the thread that made it: the task that waits for it may be cancelled."""
+        if commit is not None:
+            self._loop.call_soon_threadsafe(self._publish, commit)
 
     # --- writes ---------------------------------------------------------------------------------------
 
@@ -231,6 +233,8 @@ class Database:
         """
         if self.trouble is not None:
             raise ReadOnlyError(self.trouble)
+        if self._is_closing:
+            raise StoreError("the database is closed")
         call = _Call(statements, wall_ms, self._loop.create_future())
         self._waiting.append(call)
         if not self._is_writing:
@@ -257,6 +261,8 @@ class Database:
                     self._write([call], store)
                 return
             batch = error
+        else:
+            self._publish_soon(batch[2])
         self._loop.call_soon_threadsafe(self._handle_written, calls, batch)
 
     def _handle_written(self, calls: Sequence[_Call], batch: _Batch | Exception) -> None:
@@ -267,9 +273,7 @@ class Database:
             if isinstance(batch, ReadOnlyError):
                 self._note_trouble(batch)
         else:
-            outcomes, version, commit = batch
-            if commit is not None:
-                self._publish(commit)
+            outcomes, version, _ = batch
         for call, outcome in zip(calls, outcomes, strict=False):
             if call.done.cancelled():
                 continue
@@ -283,7 +287,7 @@ class Database:
     # --- trouble --------------------------------------------------------------------------------------
 
     def _note_trouble(self, error: ReadOnlyError) -> None:
-        if self.trouble is None:
+        if self.trouble is None and not self._is_closing:
             self.trouble = f"{error}, since {datetime.now(UTC).isoformat(timespec='seconds')}"
             log.error("the database takes no writes, reads go on: %s", error)
             self._probing = asyncio.create_task(self._probe())
@@ -294,7 +298,7 @@ class Database:
             await asyncio.sleep(PROBE_S)
             try:
                 await self._writer.run(self._probe_once)
-            except (ReplicationError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed
                 log.debug("the database takes no writes yet: %s", error)
             else:
                 self.trouble = None

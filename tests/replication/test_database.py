@@ -9,7 +9,7 @@ import pytest
 import replication.database
 from replication.core.clock import SiteId
 from replication.database import Database, is_transient
-from replication.errors import BusyError, ReadOnlyError, StatementError
+from replication.errors import BusyError, ReadOnlyError, StatementError, StoreError
 from replication.schema import Schema
 from replication.store import Store
 
@@ -108,6 +108,28 @@ async def test_what_was_begun_is_written_before_it_closes(file):
         tasks = [asyncio.create_task(write(database, key)) for key in range(300)]
         await asyncio.sleep(0)
     assert [task.result().rows_affected for task in tasks] == [[1]] * 300
+
+
+async def test_a_database_that_is_closed_says_so(file):
+    async with opened(file) as (database, _):
+        pass
+    with pytest.raises(StoreError, match="closed"):
+        await write(database, 1)
+
+
+async def test_a_commit_that_nobody_could_take_keeps_no_writer_waiting(file):
+    told = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+
+    def refuse(_):
+        raise RuntimeError("not now")
+
+    limits = {"rows_max": 10, "timeout_ms": 5_000}
+    database = await Database.open(file, SCHEMA, refuse, **limits)
+    for key in range(2):
+        assert (await write(database, key)).version == key + 1
+    await database.close()
+    assert [str(error) for error in told] == ["not now"] * 2
 
 
 async def test_writers_wait_no_longer_than_the_lock_and_are_told(file, monkeypatch):
