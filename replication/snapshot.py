@@ -85,8 +85,11 @@ def read_states(
 ) -> Iterator[RowState]:
     """Yield the states of a table's rows, by key: those behind lower, up to upper."""
     width = table.key_width
+    fields: tuple[Any, ...] = ()
     for found in table.read_states(connection, lower, upper):
-        record = sites.decode(found[width : width + 6])
+        if found[width : width + 6] != fields:  # rows that were written together have equal records
+            fields = found[width : width + 6]
+            record = sites.decode(fields)
         limbo, exists, values = found[width + 6], found[width + 7], found[width + 8 :]
         if record.dead:
             values = None
@@ -280,7 +283,12 @@ def _decode_part(kind: object, fields: tuple[Any, ...]) -> Part:
     known = decode_sites(sites)
     check_rows([row[0] for row in rows], len(key_columns))
     check_rows([row[5] for row in rows if row[5] is not None], len(columns))
-    states = [RowState(row[0], _decode_record(row, known), row[5]) for row in rows]
+    states: list[RowState] = []
+    fields_before: tuple[Any, ...] = ()
+    for row in rows:
+        if row[1:5] != fields_before:  # rows that were written together share a record
+            fields_before, record = row[1:5], _decode_record(row, known)
+        states.append(RowState(row[0], record, row[5]))
     if any(values is None and not record.dead for _, record, values in states):
         raise CodecError("a live row without values")
     return TableStates(table, bool(by_column), key_columns, columns, states)

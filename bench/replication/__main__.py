@@ -17,6 +17,7 @@ from typing import NamedTuple
 from bench.table import Target, compute_spread, describe_machine, print_table, show_number
 
 from .crsqlite import CrSqlite, UnavailableError
+from .million import ROWS, measure_million
 from .ours import (
     CELLS,
     MODES,
@@ -96,6 +97,7 @@ def main() -> None:
     print_bytes(ours, theirs)
     with tempfile.TemporaryDirectory() as folder:
         print_visible(measure_visible(Path(folder)))
+    print_million({mode: measure_million(mode) for mode in MODES})
 
 
 @contextmanager
@@ -215,6 +217,26 @@ def print_visible(latencies: list[float]) -> None:
     ]
     print()
     print_table([f"write to visible on a peer, {WRITES} writes", "isthmus", "target", ""], rows)
+
+
+def print_million(found: Mapping[str, Mapping[str, float]]) -> None:
+    """Print what a snapshot of many rows takes, and the memory of each side."""
+    rows = []
+    for mode, figures in found.items():
+        total_s = figures["send_s"] + figures["take_s"]
+        for name, figure, unit, target in (
+            ("snapshot written and applied, together", total_s, "s", Target(60, at_least=False)),
+            ("written", figures["send_s"], "s", None),
+            ("applied to a new file", figures["take_s"], "s", None),
+            ("most memory of who writes it", figures["send_mb"], "MB", None),
+            ("most memory of who applies it", figures["take_mb"], "MB", None),
+            ("most memory of a store that opens the file and writes", figures["hold_mb"], "MB", None),
+            ("size of the snapshot", figures["snapshot_mb"], "MB", None),
+        ):
+            shown = f"{show_number(figure)} {unit}"
+            rows.append([name, mode, shown, *judge(figure, target, f" {unit}")])
+    print()
+    print_table([f"{ROWS:,} rows, store to store", "by", "isthmus", "target", ""], rows)
 
 
 if __name__ == "__main__":
