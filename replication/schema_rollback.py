@@ -169,8 +169,9 @@ class _Undo:
                 before = convert_record(self._sites.decode(fields), renamed, now.mode)
                 if before == state.record:
                     continue
+                if before.life == state.record.life:  # otherwise it is another row, with the same key
+                    self.lost[state.pk] = self._read_lost(state.pk)
             states.append(state)
-            self.lost[state.pk] = self._read_lost(state.pk)
         part = TableStates(now.name, now.mode is MergeMode.COLUMN, now.pk, now.values, states)
         translated = self.names.translate_states(part)
         assert translated is not None  # no name of a table means nothing here

@@ -435,6 +435,18 @@ def test_a_dropped_table_comes_back_with_what_others_wrote_to_it_meanwhile(make)
     assert_equal(a, b, tables=("t", "u"))
 
 
+@EVERY
+def test_a_row_that_was_made_anew_does_not_get_the_dropped_value_of_its_forerunner(make, mode):
+    old, new = f"-- merge: {mode}\n{ROW}", f"-- merge: {mode}\n{CHANGES['drop column']}"
+    (a,) = make(old, "a")
+    a.write("INSERT INTO t VALUES (1, 'x', 'mine')")
+    a.evolve(new)
+    a.write("DELETE FROM t")
+    a.write("INSERT INTO t VALUES (1, 'another')")
+    a.undo(old)
+    assert a.rows() == [(1, "another", "b")]
+
+
 def test_plans_are_undone_one_after_another_until_they_are_forgotten(make):
     (a,) = make(ROW, "a")
     a.write("INSERT INTO t VALUES (1, '01', 'one')")
