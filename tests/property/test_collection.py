@@ -94,7 +94,7 @@ class Members:
             store.close()
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(steps, max_size=40))
 def test_no_deleted_row_comes_back_when_tombstones_go_in_time(taken):
     cluster = Members()

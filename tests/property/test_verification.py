@@ -58,6 +58,8 @@ class Replicas:
             Store.open(path, SCHEMA, site=SiteId(bytes([index + 1]) * 16))
             for index, path in enumerate(self.paths)
         ]
+        for store in self.stores:
+            store.connection.execute("PRAGMA synchronous = OFF")
         self.now = NOW
 
     def write(self, batch):
@@ -97,7 +99,7 @@ class Replicas:
             store.close()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     early=st.lists(st.tuples(replicas, writes), max_size=8),
     late=st.lists(st.tuples(replicas, writes), max_size=8),
