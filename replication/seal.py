@@ -156,6 +156,7 @@ class KeyRing:
         self._cluster = cluster
         self._random = random
         self._senders: OrderedDict[bytes, _Sender] = OrderedDict()
+        self._openings: OrderedDict[bytes, None] = OrderedDict()  # salts of the last streams dialled to us
         self._watchers: list[Callable[[], None]] = []
         self._keys: tuple[bytes, ...] = ()
         self._session = b""
@@ -227,7 +228,16 @@ class KeyRing:
 
     def accept(self) -> Handshake:
         """Start a stream as the one who is connected to."""
-        return _Accept(self._keys, self._cluster, self._random(SALT_BYTES))
+        return _Accept(self._keys, self._cluster, self._random(SALT_BYTES), self._admit_opening)
+
+    def _admit_opening(self, salt: bytes) -> bool:
+        """Return whether the opening of a stream, which a holder of a key has made, is new; and note it."""
+        if salt in self._openings:
+            return False
+        self._openings[salt] = None
+        if len(self._openings) > SESSIONS_MAX:
+            self._openings.popitem(last=False)
+        return True
 
     def holds(self, box: StreamBox) -> bool:
         """Return whether the key that a stream was made with is still in the ring."""
@@ -279,8 +289,10 @@ class _Dial:
 
 
 class _Accept:
-    def __init__(self, keys: tuple[bytes, ...], cluster: str, salt: bytes) -> None:
-        self._keys, self._cluster, self._salt = keys, cluster, salt
+    def __init__(
+        self, keys: tuple[bytes, ...], cluster: str, salt: bytes, admit: Callable[[bytes], bool]
+    ) -> None:
+        self._keys, self._cluster, self._salt, self._admit = keys, cluster, salt, admit
         self._answer = b""  # set by finish
 
     def first_bytes(self) -> bytes:
@@ -296,6 +308,8 @@ class _Accept:
                 break
         else:
             raise SealError("tag")
+        if not self._admit(salt):
+            raise SealError("replayed")  # whoever plays it again could not go on, but is not answered either
         salts = salt + self._salt
         self._answer = STREAM_MAGIC + self._salt + _proof(key, salts, "accept v1", self._cluster)
         return _Box(

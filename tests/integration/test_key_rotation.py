@@ -42,8 +42,9 @@ def id_of(key: str) -> str:
 class Cluster:
     """Nodes with a key file each."""
 
-    def __init__(self, directory: Path, key: str, names: Sequence[str]) -> None:
+    def __init__(self, directory: Path, key: str, names: Sequence[str], workers: int = 1) -> None:
         self.directory = directory
+        self.workers = workers
         self.gossip = {name: f"127.0.0.1:{free_port()}" for name in names}
         self.nodes: dict[str, Node] = {}
         for name in names:
@@ -59,6 +60,7 @@ class Cluster:
     def config(self, name: str, gossip: str) -> str:
         join = json.dumps([address for other, address in self.gossip.items() if other != name])
         return f"""
+workers = {self.workers}
 proxy.listen = "127.0.0.1:0"
 admin.listen = "127.0.0.1:0"
 [gossip]
@@ -190,9 +192,10 @@ def test_the_key_changes_in_three_steps_under_load(tmp_path: Path, started: list
     assert "late" not in {member["node"] for member in nodes["a"].show("nodes")}
 
 
-def test_a_bad_key_file_is_refused_told_and_mended(tmp_path: Path, started: list[Any]) -> None:
+@pytest.mark.parametrize("workers", [0, 1], ids=["one process", "supervised"])
+def test_a_bad_key_file_is_refused_told_and_mended(tmp_path: Path, started: list[Any], workers: int) -> None:
     old, new = make_key(), make_key()
-    cluster = Cluster(tmp_path, old, ("a",))
+    cluster = Cluster(tmp_path, old, ("a",), workers)
     started.append(cluster)
     node = cluster.nodes["a"]
     file = cluster.key_file("a")

@@ -89,9 +89,8 @@ def test_strangers_cost_little_and_members_go_on(tmp_path: Path) -> None:
         write_and_wait(a, b, "meanwhile")
         write_and_wait(b, a, "and-back")
         for node in (a, b):
-            wait_for(
-                "what came to be counted", lambda n=node: n.metric("isthmus_gossip_dropped_total") > 1_000
-            )
+            # All connections and some datagrams: the kernel drops others when the node is slow to read.
+            wait_for("what came to be counted", lambda n=node: n.metric("isthmus_gossip_dropped_total") > 300)
             refused = [
                 node.metric(f'isthmus_gossip_dropped_total{{kind="stream",reason="{reason}"}}')
                 for reason in ("tls", "timeout", "too_many", "crowded_out", "io")

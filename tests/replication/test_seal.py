@@ -188,6 +188,16 @@ def test_nothing_is_said_to_a_dialer_without_the_key():
         accept.first_bytes()
 
 
+def test_the_opening_of_a_stream_is_answered_once():
+    a, b = rings()
+    first = a.dial().first_bytes()
+    b.accept().finish(first)
+    assert reason(b.accept().finish, first) == "replayed"
+    b.replace((NEW, OLD))
+    assert reason(b.accept().finish, first) == "replayed"
+    b.accept().finish(a.dial().first_bytes())
+
+
 def test_a_dialer_is_not_fooled_by_its_own_words_or_a_stranger():
     a, _ = rings()
     dial = a.dial()
