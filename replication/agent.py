@@ -351,7 +351,7 @@ class Agent:
 
     def members(self) -> list[MemberView]:
         """Return all nodes that this one knows of, itself first."""
-        return view_members(self._replica.swim, self._host.now_ms())
+        return view_members(self._replica, self._host.now_ms(), self._host.wall_ms())
 
     def status(self) -> dict[str, Any]:
         """Return what an operator wants to see, fit for JSON."""
@@ -370,12 +370,12 @@ class Agent:
             "sites": sites,
             "parked": replica.parked,
             "apply_queue": len(replica.inbox),
-            **describe_parts(self._parts(), self._host.now_ms()),
+            **describe_parts(self._parts(), self._host.now_ms(), self._host.wall_ms()),
         }
 
     def samples(self) -> Iterable[Sample]:
         """Yield the metrics that METRICS names."""
-        yield from collect_samples(self._parts(), self._host.now_ms())
+        yield from collect_samples(self._parts(), self._host.now_ms(), self._host.wall_ms())
         yield ("isthmus_commit_seq", (), self._seq)
         yield ("isthmus_database_read_only", (), float(self._database.trouble is not None))
 

@@ -15,7 +15,7 @@ from .core.change import EncodedChangeset
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from .core.clock import SiteId
     from .tables import Sites
@@ -114,21 +114,14 @@ class ChangeLog:
         ).fetchone()
         return None if found is None else (found[0] & _VERSION_MAX, found[1])
 
-    def read_part(self, site: SiteId, version: int, offset: int, size: int) -> bytes:
-        """Return some bytes of a payload, without reading all of it; none when there is no such entry."""
-        ordinal = self._sites.find(site)
-        if ordinal is None:
-            return b""
-        number, _ = _id_range(ordinal, version, version)
-        try:
-            blob = self._connection.blobopen("_repl_log", "payload", number, readonly=True)
-        except self._connection.OperationalError as error:
-            if "no such rowid" in str(error):
-                return b""
-            raise
-        with blob:
-            blob.seek(min(offset, len(blob)))
-            return blob.read(size)
+    def read_parts(self, site: SiteId, version: int, offset: int, size: int) -> Iterator[bytes]:
+        """Yield the payload of an entry, which must be there, from an offset on in parts of a size."""
+        number, _ = _id_range(self._sites.get_ordinal(site), version, version)
+        # One handle for all: where a part begins is found by walking the pages from the first on.
+        with self._connection.blobopen("_repl_log", "payload", number, readonly=True) as blob:
+            blob.seek(offset)
+            while part := blob.read(size):
+                yield part
 
     def drop(self, site: SiteId, last: int) -> int:
         """Drop the entries of a site up to a version; return how many."""

@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Iterable
 
 from replication.core.member import MemberState
-from replication.report import Parts
+from replication.report import Parts, compute_stable_ms_ago
 
 Sample = tuple[str, tuple[tuple[str, str], ...], float]
 
 METRICS: dict[str, tuple[str, str]] = {
     "isthmus_members": ("gauge", "Other nodes as this one sees them, by state."),
     "isthmus_member_staleness_seconds": ("gauge", "Time since this node last heard from a member itself."),
+    "isthmus_view_staleness_seconds": ("gauge", "Age of this node's view of what a member writes."),
+    "isthmus_stable_staleness_seconds": ("gauge", "How long ago everything had reached every member."),
+    "isthmus_freshness_events_total": ("counter", "Heartbeats: new, old, refused."),
     "isthmus_swim_events_total": ("counter", "Membership: probes, failures, refutations, refused claims."),
     "isthmus_broadcast_events_total": (
         "counter",
@@ -36,6 +39,7 @@ METRICS: dict[str, tuple[str, str]] = {
 
 _EVENTS = {
     "agent": "isthmus_agent_events_total",
+    "freshness": "isthmus_freshness_events_total",
     "swim": "isthmus_swim_events_total",
     "broadcast": "isthmus_broadcast_events_total",
     "sync": "isthmus_sync_events_total",
@@ -44,16 +48,23 @@ _EVENTS = {
 }
 
 
-def collect_samples(parts: Parts, now_ms: float) -> Iterable[Sample]:
+def collect_samples(parts: Parts, now_ms: float, wall_ms: int) -> Iterable[Sample]:
     """Yield the samples of all parts."""
     members = parts.replica.swim.members.values()
     states = Counter(member.state for member in members)
     for state in MemberState:
         yield ("isthmus_members", (("state", state.name.lower()),), states[state])
     for member in members:
+        age_ms = parts.replica.freshness.compute_staleness_ms(member.info.site, wall_ms)
+        if age_ms is not None and member.state is not MemberState.LEFT:
+            labels = (("member", member.info.name), ("site", member.info.site.hex()))
+            yield ("isthmus_view_staleness_seconds", labels, age_ms / 1000)
         if member.heard_ms is not None and member.state is not MemberState.LEFT:
             labels = (("member", member.info.name), ("site", member.info.site.hex()))
             yield ("isthmus_member_staleness_seconds", labels, (now_ms - member.heard_ms) / 1000)
+    stable_ms_ago = compute_stable_ms_ago(parts.replica, wall_ms)
+    if stable_ms_ago is not None:
+        yield ("isthmus_stable_staleness_seconds", (), stable_ms_ago / 1000)
     for part, counters in parts.counters().items():
         for event, count in counters.items():
             yield (_EVENTS[part], (("event", event),), count)

@@ -13,7 +13,19 @@ from replication.core.change import EncodedChangeset
 from replication.core.clock import SiteId
 from replication.core.links import Link
 from replication.core.needs import Seen
-from replication.core.pull import ROUNDS_MAX, Adopt, Answer, Ask, Keep, Over, PullRound, SyncError, Take
+from replication.core.pull import (
+    ROUNDS_MAX,
+    Adopt,
+    Answer,
+    Ask,
+    Keep,
+    Over,
+    Partial,
+    PullRound,
+    SyncError,
+    Take,
+    Wait,
+)
 from replication.core.wire import Members, SnapshotAsk, encode
 from replication.errors import ReplicationError
 from replication.host import Host, Spool
@@ -70,6 +82,7 @@ class Puller:
         self._timeout_ms = timeout_ms
         self._session: _Session | None = None
         self._number = 0
+        self._partial: Partial | None = None  # of a payload whose session ended before it was whole
 
     def begin(self, peer: SiteId, link: Link, *, borrowed: bool) -> None:
         """Bring over what the peer has and we lack; `on_over` is told when that has ended, and how."""
@@ -96,7 +109,8 @@ class Puller:
 
     def _make_round(self) -> PullRound:
         self._number = (self._number + 1) % 2**32
-        return PullRound(self._number, self._us, self._seen)
+        partial, self._partial = self._partial, None
+        return PullRound(self._number, self._us, self._seen, partial)
 
     def _begin_round(self, session: _Session) -> None:
         self._counters["sessions"] += 1
@@ -149,6 +163,8 @@ class Puller:
                     lambda count: self._go_on(session, count),
                     lambda error: self._finish(session, error),
                 )
+            case Wait():
+                pass
             case Keep(chunk):
                 assert session.spool is not None, "a snapshot was asked for"
                 session.spool.write(chunk)
@@ -190,6 +206,7 @@ class Puller:
         if self._session is not session:
             return
         self._session = None
+        self._partial = session.round.partial
         self._drop_spool(session)
         session.waiting.clear()
         session.link.resume()

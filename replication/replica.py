@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from replication.core import plumtree, swim
+from replication.core import freshness, plumtree, swim
 from replication.core.change import Commit, EncodedChangeset
-from replication.core.clock import SiteId
+from replication.core.clock import Hlc, SiteId
+from replication.core.freshness import Freshness, FreshnessSettings
 from replication.core.inbox import Inbox
 from replication.core.links import Link, Links
 from replication.core.member import Address, MemberInfo, MemberState
@@ -25,9 +26,11 @@ from replication.core.swim import Swim, SwimSettings
 from replication.core.sync import SyncSchedule, SyncSettings
 from replication.core.versions import VersionRanges
 from replication.core.wire import (
+    Beats,
     ChangesetId,
     Graft,
     IHave,
+    Large,
     Members,
     Prune,
     Push,
@@ -40,6 +43,7 @@ from replication.core.wire import (
     SyncChanges,
     SyncDone,
     SyncOpen,
+    SyncPart,
     SyncState,
     WireError,
     decode_datagram,
@@ -76,6 +80,7 @@ class ReplicaSettings:
     swim: SwimSettings = field(default_factory=SwimSettings)
     plumtree: PlumtreeSettings = field(default_factory=PlumtreeSettings)
     sync: SyncSettings = field(default_factory=SyncSettings)
+    freshness: FreshnessSettings = field(default_factory=FreshnessSettings)
     redial_ms: float = 200  # first wait before a lost link is dialled again, doubled up to the next
     redial_max_ms: float = 10_000
     # Without progress for this long a session is given up, and its link with it.
@@ -110,6 +115,7 @@ class Replica:
         self.recovery: Recovery | None = None  # while the host waits for our own versions
         self.swim = Swim(me, settings.swim, rng)
         self.tree = Plumtree(settings.plumtree, has=self._has, distance=self._distance)
+        self.freshness = Freshness(me.site, settings.freshness, rng, head=self._head)
         self.inbox = Inbox(settings.inbox_bytes_max)
         self.links = Links(
             host,
@@ -139,6 +145,7 @@ class Replica:
             timeout_ms=settings.session_timeout_ms,
             served_max=settings.sessions_served_max,
             chunk_bytes=settings.chunk_bytes,
+            whole_bytes_max=settings.plumtree.push_bytes_max,
         )
         self._host = host
         self._log = log
@@ -162,6 +169,7 @@ class Replica:
         """Begin to look for peers."""
         self._is_started = True
         self.swim.set_join_addresses(join)
+        self.freshness.start(self._host.now_ms())
         self._run_swim(self.swim.start(self._host.now_ms()))
         self._arm_sync()
         self._maintain()
@@ -197,6 +205,10 @@ class Replica:
             self.counters["changesets_applied"] += result.applied
             self.counters["changesets_parked"] += result.parked
             self.parked += result.parked
+            for changeset in batch:
+                if len(changeset.payload) > self._settings.plumtree.push_bytes_max:
+                    # It came by a sync; those who are linked to us may lack it too.
+                    self._run_tree(self.tree.announce_large(changeset, None))
             done(result.applied + result.parked)
 
         self._host.commit(act, lambda result: result.commit, applied, failed)
@@ -209,6 +221,7 @@ class Replica:
         def adopted(result: tuple[Commit | None, dict[SiteId, VersionRanges]]) -> None:
             for site, ranges in result[1].items():
                 self.seen.setdefault(site, VersionRanges()).update(ranges)
+                self.freshness.handle_seen(site)
             done()
 
         self._host.commit(act, lambda result: result[0], adopted, failed)
@@ -216,6 +229,11 @@ class Replica:
     def _mark_seen(self, changeset: EncodedChangeset) -> None:
         ranges = self.seen.setdefault(changeset.site, VersionRanges())
         ranges.add(changeset.version, changeset.version)
+        self.freshness.handle_seen(changeset.site)
+
+    def _head(self, site: SiteId) -> int:
+        ranges = self.seen.get(site)
+        return ranges.head if ranges is not None else 0
 
     def _has(self, site: SiteId, version: int) -> bool:
         ranges = self.seen.get(site)
@@ -249,6 +267,7 @@ class Replica:
 
     def _maintain(self) -> None:
         """Keep the log bounded, and try again what is parked for a clock that was ahead."""
+        self.freshness.set_roll(self.swim.compute_roll(self._host.now_ms()))
         limit = self._settings.log_versions_max
         keep = {site: ranges.head - limit for site, ranges in self.seen.items() if ranges.head > limit}
 
@@ -300,7 +319,7 @@ class Replica:
         peer = link.peer.site
         self.swim.heard(peer, now_ms)
         match message:
-            case Push() | IHave() | Graft() | Prune():
+            case Push() | IHave() | Graft() | Prune() | Large():
                 self._run_tree(self.tree.handle_message(peer, message, now_ms))
             case StreamPing():
                 link.send(encode(StreamAck(message.number)))
@@ -310,9 +329,14 @@ class Replica:
                 if self.recovery is not None:
                     self.recovery.handle_claims(message.updates)
                 self._run_swim(self.swim.handle_members(message, peer, now_ms))
+            case Beats():
+                self.freshness.handle_beats(peer, message.beats, now_ms, self._host.wall_ms())
+                self._arm()
             case SyncOpen() | SyncAsk() | SnapshotAsk():
+                if isinstance(message, SyncOpen):
+                    self._send_beats(link)
                 self.server.handle_request(link, message)
-            case SyncState() | SyncBusy() | SyncChanges() | SyncDone() | SnapshotChunk():
+            case SyncState() | SyncBusy() | SyncChanges() | SyncPart() | SyncDone() | SnapshotChunk():
                 self.puller.handle_answer(link, message)
             case _:
                 raise WireError("kind")
@@ -356,6 +380,7 @@ class Replica:
 
     def _relink(self) -> None:
         self._relinking = False
+        self.freshness.set_roll(self.swim.compute_roll(self._host.now_ms()))
         members = {site: item for site, item in self.swim.members.items() if item.is_reachable}
         chosen = plan_neighbours(
             [*self.tree.eager, *self.tree.lazy],
@@ -392,7 +417,9 @@ class Replica:
         def done(found: list[EncodedChangeset]) -> None:
             self._resends -= 1
             for changeset in found:
-                if self.links.send(peer, encode(Push(changeset))):
+                if len(changeset.payload) > self._settings.plumtree.push_bytes_max:
+                    self._run_tree(self.tree.announce_large(changeset, None))
+                elif self.links.send(peer, encode(Push(changeset))):
                     self.counters["payloads_pushed"] += 1
 
         def failed(error: Exception) -> None:
@@ -405,12 +432,39 @@ class Replica:
         rtt_ms = self.swim.estimate_rtt_ms(site)
         return rtt_ms if rtt_ms is not None else float("inf")
 
+    def _run_freshness(self) -> None:
+        for output in self.freshness.tick(self._host.now_ms(), self.tree.eager):
+            match output:
+                case freshness.SendFrame(peer, message):
+                    self.links.send(peer, encode(message))
+                case freshness.BeatDue():
+                    self._beat(output)
+        self._arm()
+
+    def _beat(self, due: freshness.BeatDue) -> None:
+        floor = self.freshness.own_hlc_floor
+
+        def done(own: tuple[int, Hlc]) -> None:
+            self.freshness.handle_own(due, *own, self._host.now_ms())
+            self._arm()
+
+        self._host.run(
+            lambda store: store.beat(self._host.wall_ms(), floor),
+            done,
+            lambda error: self._note_failed("beat", error),
+        )
+
+    def _send_beats(self, link: Link) -> None:
+        for message in self.freshness.export():
+            link.send(encode(message))
+
     # --- time -----------------------------------------------------------------------------------------
 
     def _arm(self) -> None:
         """Wake up when the first core is due."""
-        due = min((at for at in (self.swim.next_at(), self.tree.next_at()) if at is not None), default=None)
-        if not self._is_started or due is None or due >= self._wake_at:
+        times = (self.swim.next_at(), self.tree.next_at(), self.freshness.next_at())
+        due = min(at for at in times if at is not None)
+        if not self._is_started or due >= self._wake_at:
             return
         self._wake_at = due
         self._host.call_later(due - self._host.now_ms(), lambda: self._wake(due))
@@ -422,6 +476,7 @@ class Replica:
         now_ms = self._host.now_ms()
         self._run_swim(self.swim.tick(now_ms))
         self._run_tree(self.tree.tick(now_ms))
+        self._run_freshness()
 
     # --- repair ---------------------------------------------------------------------------------------
 
@@ -454,6 +509,7 @@ class Replica:
                 self.sync_counters["failed_dial"] += 1
                 self._end_sync(peer, ok=False, received=0)
             else:
+                self._send_beats(link)
                 self.puller.begin(peer, link, borrowed=is_ours)
 
         self.links.borrow(peer, self.swim.members[peer].info.address, borrowed)
@@ -477,4 +533,9 @@ class Replica:
     def measure(self) -> dict[str, tuple[int, int]]:
         """Return what each bounded memory holds, and its bound."""
         inbox_max = self._settings.inbox_bytes_max + self._settings.chunk_bytes
-        return {**self.tree.measure(), **self.swim.measure(), "inbox_bytes": (self.inbox.bytes, inbox_max)}
+        return {
+            **self.tree.measure(),
+            **self.swim.measure(),
+            **self.freshness.measure(),
+            "inbox_bytes": (self.inbox.bytes, inbox_max),
+        }

@@ -5,11 +5,11 @@ Decides names and shapes. Changes nothing. Invariant: all of it can be written a
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from replication.core.clock import compute_ms
 from replication.core.member import Address, MemberInfo
-from replication.core.swim import Swim
 from replication.replica import Replica
 from replication.transport import Transport
 
@@ -29,6 +29,7 @@ class MemberView:
     rtt_ms: float | None
     heard_ms_ago: float | None
     is_self: bool
+    staleness_ms: int | None = None  # of our view of what it writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Parts:
         """Return all counters, by part."""
         return {
             "agent": self.agent,
+            "freshness": self.replica.freshness.counters,
             "swim": self.replica.swim.counters,
             "broadcast": self.replica.tree.counters,
             "sync": self.replica.sync_counters,
@@ -51,10 +53,11 @@ class Parts:
         }
 
 
-def view_members(swim: Swim, now_ms: float) -> list[MemberView]:
+def view_members(replica: Replica, now_ms: float, wall_ms: int) -> list[MemberView]:
     """Return all nodes that this one knows of, itself first."""
-    me = swim.me
-    views = [MemberView(me.name, me.site.hex(), me.address, "alive", me.incarnation, 0.0, 0.0, is_self=True)]
+    swim, me = replica.swim, replica.swim.me
+    own = MemberView(me.name, me.site.hex(), me.address, "alive", me.incarnation, 0.0, 0.0, is_self=True)
+    views = [replace(own, staleness_ms=0)]
     for member in sorted(swim.members.values(), key=lambda member: (member.info.name, member.info.site)):
         info = member.info
         heard = now_ms - member.heard_ms if member.heard_ms is not None else None
@@ -69,16 +72,18 @@ def view_members(swim: Swim, now_ms: float) -> list[MemberView]:
                 swim.estimate_rtt_ms(info.site),
                 heard,
                 is_self=False,
+                staleness_ms=replica.freshness.compute_staleness_ms(info.site, wall_ms),
             )
         )
     return views
 
 
-def describe_parts(parts: Parts, now_ms: float) -> dict[str, Any]:
+def describe_parts(parts: Parts, now_ms: float, wall_ms: int) -> dict[str, Any]:
     """Return what an operator wants to know of the parts, fit for JSON."""
     replica = parts.replica
     return {
         "local_health": replica.swim.health.score,
+        "stable_ms_ago": compute_stable_ms_ago(replica, wall_ms),
         "site_conflict": _describe_twin(replica.swim.get_twin(now_ms)),
         "own_versions_lost": replica.puller.own_versions_lost,
         "peers": {
@@ -90,6 +95,12 @@ def describe_parts(parts: Parts, now_ms: float) -> dict[str, Any]:
             "dropped": {f"{kind}:{why}": count for (kind, why), count in parts.transport.dropped.items()},
         },
     }
+
+
+def compute_stable_ms_ago(replica: Replica, wall_ms: int) -> int | None:
+    """Return how long ago everything had reached every member; None while that is not known."""
+    stable = replica.freshness.compute_stable_hlc()
+    return max(0, wall_ms - compute_ms(stable)) if stable else None
 
 
 def _describe_twin(twin: MemberInfo | None) -> dict[str, Any] | None:

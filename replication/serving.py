@@ -7,13 +7,14 @@ than a chunk of anybody's answer is in memory, beside what their links may hold.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from replication.core.change import EncodedChangeset
 from replication.core.clock import SiteId
 from replication.core.links import Link
 from replication.core.needs import Need, Seen, WireSeen, encode_seen, is_ahead
 from replication.core.wire import (
+    PART_BYTES_MAX,
     Frame,
     Members,
     SnapshotAsk,
@@ -23,6 +24,7 @@ from replication.core.wire import (
     SyncChanges,
     SyncDone,
     SyncOpen,
+    SyncPart,
     SyncState,
     encode,
 )
@@ -36,8 +38,18 @@ T = TypeVar("T")
 CHUNK_BYTES = 256 * 1024
 # A log entry can be very small; this keeps a frame under the wire's limit of items.
 CHUNK_VERSIONS = 4_096
+# A chunk with a large row takes several frames of this.
+PIECE_BYTES = 1024 * 1024
 # Chunks of a snapshot that are read before the store's other callers get their turn: about 20 ms.
 SPOOLED_AT_ONCE = 4
+
+
+class Batch(NamedTuple):
+    """What was read of a log at once: changesets, or one that is too large; and what is still needed."""
+
+    changesets: list[EncodedChangeset]
+    large: tuple[SiteId, int, int] | None  # site, version, bytes
+    remaining: list[Need]
 
 
 class _Serving:
@@ -47,8 +59,7 @@ class _Serving:
         self.link = link
         self.request = request
         self.moved = 0
-        self.spool: Spool | None = None
-        self.chunks: Iterator[bytes] = iter(())
+        self.spool: Spool | None = None  # while something waits there to be sent
 
 
 class Server:
@@ -64,7 +75,8 @@ class Server:
         on_peer_ahead: Callable[[SiteId], None],
         timeout_ms: float,
         served_max: int,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int,
+        whole_bytes_max: int,
     ) -> None:
         self._host = host
         self._counters = counters
@@ -74,6 +86,7 @@ class Server:
         self._timeout_ms = timeout_ms
         self._served_max = served_max
         self._chunk_bytes = chunk_bytes
+        self._whole_bytes_max = whole_bytes_max  # what is larger goes in parts
         self._serving: dict[_Serving, None] = {}
 
     def handle_request(self, link: Link, request: Request) -> None:
@@ -89,7 +102,7 @@ class Server:
             case SyncOpen():
                 self._serve_state(serving, request)
             case SyncAsk():
-                self._serve_changes(serving, list(request.needs))
+                self._serve_changes(serving, list(request.needs), request.offset)
             case SnapshotAsk():
                 self._serve_snapshot(serving)
 
@@ -112,26 +125,56 @@ class Server:
 
         self._run(serving, partial(read_floors, seen=seen, theirs=request.seen), done)
 
-    def _serve_changes(self, serving: _Serving, needs: list[Need]) -> None:
+    def _serve_changes(self, serving: _Serving, needs: list[Need], offset: int = 0) -> None:
         if not needs:
             self._finish(serving)
             return
 
-        def done(found: tuple[list[EncodedChangeset], list[Need]]) -> None:
-            changesets, remaining = found
-            if changesets:
-                if not self._send(serving, SyncChanges(serving.request.session, tuple(changesets))):
+        def done(batch: Batch) -> None:
+            if batch.large is not None:
+                self._serve_parts(serving, batch.large, offset, batch.remaining)
+                return
+            if batch.changesets:
+                if not self._send(serving, SyncChanges(serving.request.session, tuple(batch.changesets))):
                     return
-                self._counters["changesets_served"] += len(changesets)
-            self._when_writable(serving, lambda: self._serve_changes(serving, remaining))
+                self._counters["changesets_served"] += len(batch.changesets)
+            self._when_writable(serving, lambda: self._serve_changes(serving, batch.remaining))
 
-        self._run(serving, partial(read_needs, needs=needs, chunk_bytes=self._chunk_bytes), done)
+        read = partial(
+            read_needs, needs=needs, chunk_bytes=self._chunk_bytes, whole_bytes_max=self._whole_bytes_max
+        )
+        self._run(serving, read, done)
+
+    def _serve_parts(
+        self, serving: _Serving, large: tuple[SiteId, int, int], offset: int, remaining: list[Need]
+    ) -> None:
+        site, version, size = large
+        spool = self._make_spool(serving)
+        if spool is None:
+            return
+
+        def act(store: Store) -> None:
+            for part in store.read_parts(site, version, offset, min(self._chunk_bytes, PART_BYTES_MAX)):
+                spool.write(part)
+
+        position = offset
+
+        def make(part: bytes) -> Sequence[Frame]:
+            nonlocal position
+            frame = SyncPart(serving.request.session, site, version, size, position, part)
+            position += len(part)
+            return (frame,)
+
+        def sent() -> None:
+            self._drop_spool(serving)
+            self._counters["changesets_served"] += 1
+            self._serve_changes(serving, remaining)
+
+        self._run(serving, act, lambda _: self._send_spooled(serving, spool.read(), make, sent))
 
     def _serve_snapshot(self, serving: _Serving) -> None:
-        try:
-            spool = serving.spool = self._host.make_spool()
-        except OSError as error:
-            self._fail(serving, error)
+        spool = self._make_spool(serving)
+        if spool is None:
             return
 
         def begun(chunks: Iterator[bytes]) -> None:
@@ -141,21 +184,53 @@ class Server:
             if not is_over:
                 begun(chunks)  # writes of others get their turn in between
                 return
-            serving.chunks = spool.read()
-            self._send_chunks(serving)
+            self._send_spooled(serving, spool.read(), make, sent)
+
+        def make(chunk: bytes) -> Sequence[Frame]:
+            starts = range(0, len(chunk), PIECE_BYTES)
+            return [
+                SnapshotChunk(
+                    serving.request.session, chunk[start : start + PIECE_BYTES], more=start != starts[-1]
+                )
+                for start in starts
+            ]
+
+        def sent() -> None:
+            self._counters["snapshots_served"] += 1
+            self._finish(serving)
 
         self._run(serving, lambda store: store.snapshot(self._chunk_bytes), begun)
 
-    def _send_chunks(self, serving: _Serving) -> None:
+    # --- what waits on disk ---------------------------------------------------------------------------
+
+    def _make_spool(self, serving: _Serving) -> Spool | None:
+        try:
+            serving.spool = self._host.make_spool()
+        except OSError as error:
+            self._fail(serving, error)
+        return serving.spool
+
+    def _drop_spool(self, serving: _Serving) -> None:
+        if serving.spool is not None:
+            serving.spool.close()
+            serving.spool = None
+
+    def _send_spooled(
+        self,
+        serving: _Serving,
+        chunks: Iterator[bytes],
+        make: Callable[[bytes], Sequence[Frame]],
+        sent: Callable[[], None],
+    ) -> None:
+        """Send chunks, as the frames that `make` returns, as fast as the peer takes them."""
         while serving.link.is_writable:
-            chunk = next(serving.chunks, None)
+            chunk = next(chunks, None)
             if chunk is None:
-                self._counters["snapshots_served"] += 1
-                self._finish(serving)
+                sent()
                 return
-            if not self._send(serving, SnapshotChunk(serving.request.session, chunk)):
+            if not all(self._send(serving, frame) for frame in make(chunk)):
                 return
-        self._when_writable(serving, lambda: self._send_chunks(serving))
+        self._when_writable(serving, lambda: self._send_spooled(serving, chunks, make, sent))
 
     # --- one step -------------------------------------------------------------------------------------
 
@@ -206,8 +281,7 @@ class Server:
         if serving not in self._serving:
             return
         del self._serving[serving]
-        if serving.spool is not None:
-            serving.spool.close()
+        self._drop_spool(serving)
 
 
 def read_floors(store: Store, seen: Seen, theirs: WireSeen) -> dict[SiteId, int]:
@@ -219,9 +293,7 @@ def read_floors(store: Store, seen: Seen, theirs: WireSeen) -> dict[SiteId, int]
     }
 
 
-def read_needs(
-    store: Store, needs: Sequence[Need], chunk_bytes: int = CHUNK_BYTES
-) -> tuple[list[EncodedChangeset], list[Need]]:
+def read_needs(store: Store, needs: Sequence[Need], chunk_bytes: int, whole_bytes_max: int) -> Batch:
     """Return one chunk of log entries and what then remains to be read; runs on the store's thread."""
     chunk: list[EncodedChangeset] = []
     size = 0
@@ -229,6 +301,16 @@ def read_needs(
     while remaining and size < chunk_bytes and len(chunk) < CHUNK_VERSIONS:
         site, first, last = remaining.pop(0)
         until = min(last, first + CHUNK_VERSIONS - 1)
+        large = store.find_large(site, first, until, whole_bytes_max)
+        if large is not None and large[0] == first:
+            if chunk:
+                remaining.insert(0, (site, first, last))
+                break
+            if first < last:
+                remaining.insert(0, (site, first + 1, last))
+            return Batch([], (site, *large), remaining)
+        if large is not None:
+            until = large[0] - 1
         part = store.read_log(site, first, until, chunk_bytes - size)
         chunk += part
         size += sum(len(changeset.payload) for changeset in part)
@@ -236,7 +318,7 @@ def read_needs(
         following = part[-1].version + 1 if part else until + 1
         if following <= last:
             remaining.insert(0, (site, following, last))
-    return chunk, remaining
+    return Batch(chunk, None, remaining)
 
 
 def _spool_part(_: Store, chunks: Iterator[bytes], spool: Spool) -> bool:

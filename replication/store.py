@@ -25,9 +25,9 @@ from . import sidetables
 from .capture import TableCapture
 from .changelog import ChangeLog
 from .collecting import Replacement
-from .core.change import Changeset, Commit, EncodedChangeset, SqlValue
+from .core.change import CHANGESET_BYTES_MAX, Changeset, Commit, EncodedChangeset, SqlValue
 from .core.clock import MAX_DRIFT_MS, NEVER, SITE_BYTES, Clock, Hlc, HybridClock, SiteId, compute_ms
-from .core.codec import CodecError, decode_changeset, encode_changeset, pack, unpack
+from .core.codec import CodecError, decode_changeset, encode_bounded, pack, unpack
 from .core.versions import VersionRanges
 from .errors import POISON, SchemaError, SnapshotError, StatementError, StoreError, is_trouble, translated
 from .guarding import FileGuard, State
@@ -208,6 +208,7 @@ class Store:
             for index, (sql, values) in enumerate(statements):
                 affected.append(self._run(index, sql, values))
             rows, own = self._capture_noted(wall_ms)
+            _check_whole(own)
             commit = self._conclude(rows, own)
         return affected, commit
 
@@ -222,6 +223,7 @@ class Store:
         with self._transaction():
             outcomes = [self._run_apart(statements) for statements in calls]
             rows, own = self._capture_noted(wall_ms)
+            _check_whole(own)
             commit = self._conclude(rows, own)
         return outcomes, commit
 
@@ -373,10 +375,10 @@ class Store:
         with self._sound():
             return self._log.find_large(site, first, last, over_bytes)
 
-    def read_part(self, site: SiteId, version: int, offset: int, size: int) -> bytes:
-        """Return some bytes of a logged payload; none when it is not in the log."""
+    def read_parts(self, site: SiteId, version: int, offset: int, size: int) -> Iterator[bytes]:
+        """Yield a logged payload from an offset on in parts; raises StoreError when it is not in the log."""
         with self._sound():
-            return self._log.read_part(site, version, offset, size)
+            yield from self._log.read_parts(site, version, offset, size)
 
     def read_log(self, site: SiteId, first: int, last: int, max_bytes: int) -> list[EncodedChangeset]:
         """Return logged changesets in order of version, at least one if any, then up to the size."""
@@ -552,6 +554,11 @@ class Store:
         self.is_held = sidetables.is_held(self.connection)
         self.collected_hlc = Hlc(sidetables.read_collected(self.connection))
 
+    def beat(self, wall_ms: int, floor: Hlc) -> tuple[int, Hlc]:
+        """Return our last version, and a time, after floor, that all later ones will be after."""
+        self._clock.observe(floor)
+        return self._version, self._clock.tick(wall_ms)
+
     def _state(self) -> State:
         return State(self.site, self._version, self.seq)
 
@@ -592,7 +599,10 @@ class Store:
         return [table for table, noted in zip(self._tables.values(), flags, strict=True) if noted]
 
     def _capture_noted(self, wall_ms: int) -> tuple[list[RowChange], list[EncodedChangeset]]:
-        """Make one changeset of what triggers have noted; nothing when no value changed."""
+        """Make one changeset of what triggers have noted; nothing when no value changed.
+
+        What somebody else wrote cannot be refused: more than a changeset may hold becomes several.
+        """
         noted = self._noted_tables()
         if not noted:
             return [], []
@@ -607,12 +617,13 @@ class Store:
             rows += gathered.rows
         if not changes:
             return [], []
-        self._version += 1
-        payload = encode_changeset(Changeset(hlc, tuple(changes)))
-        own = EncodedChangeset(self.site, self._version, payload)
-        self._log.append([own])
-        self._mark_seen(self.site, self._version, self._version)
-        return rows, [own]
+        own = []
+        for payload in encode_bounded(Changeset(hlc, tuple(changes)), CHANGESET_BYTES_MAX):
+            self._version += 1
+            own.append(EncodedChangeset(self.site, self._version, payload))
+        self._log.append(own)
+        self._mark_seen(self.site, own[0].version, own[-1].version)
+        return rows, own
 
     def _merge_encoded(
         self, changesets: Sequence[EncodedChangeset], wall_ms: int
@@ -745,6 +756,12 @@ def _merge_states(table: Table, part: TableStates, sites: Sites) -> list[RowChan
     offer_states(merge, table, part)
     merge.flush()
     return merge.rows
+
+
+def _check_whole(own: Sequence[EncodedChangeset]) -> None:
+    if len(own) > 1:
+        limit = f"{CHANGESET_BYTES_MAX >> 20} MiB"
+        raise StatementError(0, f"the transaction changes more than {limit}; make several of it")
 
 
 def _is_disjoint(ranges: VersionRanges, first: int, last: int) -> bool:

@@ -10,9 +10,11 @@ Invariant: a site and a version name one changeset, for ever.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .clock import Clock, Hlc, SiteId
 
 SqlValue: TypeAlias = int | float | str | bytes | None
@@ -53,6 +55,14 @@ class Commit:
     reload: tuple[str, ...] = ()
 
 
+# Above this a payload is not pushed but named, and pulled in parts: it would hold up all else on its link.
+PUSH_BYTES_MAX: Final = 256 * 1024
+# A payload is decoded and applied as one, so it has to fit into memory a few times.
+CHANGESET_BYTES_MAX: Final = 256 * 1024 * 1024
+# What a peer is believed to send: a single row can be larger than that, up to what SQLite stores as one.
+PAYLOAD_BYTES_MAX: Final = 2**30
+
+
 class TableChange(NamedTuple):
     """What a changeset does to one table.
 
@@ -68,6 +78,27 @@ class TableChange(NamedTuple):
     rows: tuple[Row, ...]
     created: tuple[Clock | None, ...]
     deleted: tuple[Key, ...]
+
+
+def split_changes(changes: Sequence[TableChange]) -> tuple[tuple[TableChange, ...], tuple[TableChange, ...]]:
+    """Return two halves, by rows, of changes that have more than one."""
+    if len(changes) > 1:
+        middle = len(changes) // 2
+        return tuple(changes[:middle]), tuple(changes[middle:])
+    (change,) = changes
+    rows, gone = (len(change.rows) + 1) // 2, len(change.deleted) // 2
+    return (
+        (
+            change._replace(
+                rows=change.rows[:rows], created=change.created[:rows], deleted=change.deleted[:gone]
+            ),
+        ),
+        (
+            change._replace(
+                rows=change.rows[rows:], created=change.created[rows:], deleted=change.deleted[gone:]
+            ),
+        ),
+    )
 
 
 class Changeset(NamedTuple):

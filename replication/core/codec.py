@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgpack
 
-from .change import Changeset, TableChange
+from .change import Changeset, TableChange, split_changes
 from .clock import HLC_MAX, SITE_BYTES, Clock, Hlc, SiteId
 
 if TYPE_CHECKING:
@@ -71,6 +71,24 @@ def encode_changeset(changeset: Changeset) -> bytes:
             )
         )
     return pack((FORMAT, changeset.hlc, sites.sites, tables))
+
+
+def encode_bounded(changeset: Changeset, bytes_max: int) -> list[bytes]:
+    """Return the payloads of a changeset: one, or several where one would be larger than that.
+
+    A row is never divided, so a payload with a single row may be larger.
+    """
+    payload = encode_changeset(changeset)
+    if (
+        len(payload) <= bytes_max
+        or sum(len(change.rows) + len(change.deleted) for change in changeset.changes) == 1
+    ):
+        return [payload]
+    return [
+        part
+        for half in split_changes(changeset.changes)
+        for part in encode_bounded(Changeset(changeset.hlc, half), bytes_max)
+    ]
 
 
 def decode_changeset(payload: bytes) -> Changeset:

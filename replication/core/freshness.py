@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
 
-from replication.core.clock import HLC_MAX, MAX_DRIFT_MS, Hlc, SiteId, compute_ms
+from replication.core.clock import HLC_MAX, MAX_DRIFT_MS, NEVER, Hlc, SiteId, compute_ms
 from replication.core.probe import Rng, jitter
-from replication.core.wire import NEVER, Beats, Heartbeat
+from replication.core.wire import Beats, Heartbeat
 
 # Frames of about 50 kB, so that a probe does not wait behind one.
 _BEATS_PER_FRAME = 1_024

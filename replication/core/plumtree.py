@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from replication.core.change import EncodedChangeset
+from replication.core.change import PUSH_BYTES_MAX, EncodedChangeset
 from replication.core.clock import SiteId
 from replication.core.timers import Timers
-from replication.core.wire import ITEMS_MAX, ChangesetId, Frame, Graft, IHave, Prune, Push
+from replication.core.wire import ITEMS_MAX, ChangesetId, Frame, Graft, IHave, Large, Prune, Push
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class PlumtreeSettings:
     announced_max: int = 4_096  # per peer; what does not fit is found by the next sync
     missing_max: int = 16_384
     recent_max: int = 65_536  # about a minute of a busy cluster
+    push_bytes_max: int = PUSH_BYTES_MAX  # what is larger is named, and pulled by those who lack it
     cache_bytes_max: int = 16 * 1024 * 1024  # what can be resent without reading the log
 
 
@@ -152,12 +153,20 @@ class Plumtree:
 
     def broadcast(self, changeset: EncodedChangeset, now_ms: float) -> list[Output]:
         """Spread a changeset of our own."""
+        if len(changeset.payload) > self._settings.push_bytes_max:
+            return self.announce_large(changeset, None)
         self._remember(changeset, None)
         self._spread(changeset, None, now_ms)
         return self._drain()
 
+    def announce_large(self, changeset: EncodedChangeset, source: SiteId | None) -> list[Output]:
+        """Tell all peers but the one that it came from that there is a changeset to be pulled."""
+        named = Large(((changeset.site, changeset.version, len(changeset.payload)),))
+        self.counters["large_announced"] += 1
+        return [SendFrame(site, named) for site in sorted(self._peers, key=self._distance) if site != source]
+
     def handle_message(self, peer: SiteId, message: Frame, now_ms: float) -> list[Output]:
-        """Take one of the four broadcast messages from a peer."""
+        """Take one of the five broadcast messages from a peer."""
         match message:
             case Push():
                 self._handle_push(peer, message.changeset, now_ms)
@@ -165,6 +174,9 @@ class Plumtree:
                 self._handle_ihave(peer, message.ids, now_ms)
             case Graft():
                 self._handle_graft(peer, message.ids)
+            case Large():
+                if any(not self._has(site, version) for site, version, _ in message.ids):
+                    self._out.append(NeedSync(peer))
             case Prune():
                 self.counters["prunes_received"] += 1
                 if peer in self._peers:

@@ -6,9 +6,10 @@ more answers.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from replication.core.change import EncodedChangeset
+from replication.core.change import PAYLOAD_BYTES_MAX, EncodedChangeset
 from replication.core.clock import SiteId
 from replication.core.needs import Seen, compute_missing, encode_seen, plan_needs
 from replication.core.wire import (
@@ -20,11 +21,12 @@ from replication.core.wire import (
     SyncChanges,
     SyncDone,
     SyncOpen,
+    SyncPart,
     SyncState,
 )
 from replication.errors import ReplicationError
 
-Answer = SyncState | SyncBusy | SyncChanges | SyncDone | SnapshotChunk
+Answer = SyncState | SyncBusy | SyncChanges | SyncPart | SyncDone | SnapshotChunk
 
 # Asked for at once; what is over comes in the next round.
 NEEDS_MAX = 1_024
@@ -52,8 +54,12 @@ class Take(NamedTuple):
     changesets: tuple[EncodedChangeset, ...]
 
 
+class Wait(NamedTuple):
+    """There is nothing to do until the next answer."""
+
+
 class Keep(NamedTuple):
-    """Keep this part of a snapshot with those before it."""
+    """Keep this chunk of a snapshot with those before it."""
 
     chunk: bytes
 
@@ -68,19 +74,32 @@ class Over(NamedTuple):
     more: bool  # whether anything was asked for, so that another round may find more
 
 
-Step = Ask | Take | Keep | Adopt | Over
+Step = Ask | Take | Wait | Keep | Adopt | Over
+
+
+@dataclass(slots=True)
+class Partial:
+    """What has come so far of a payload that travels in parts; any peer can send the rest."""
+
+    site: SiteId
+    version: int
+    data: bytearray = field(default_factory=bytearray)
 
 
 class PullRound:
     """Our side of one round."""
 
-    def __init__(self, number: int, us: SiteId, seen: Callable[[], Seen]) -> None:
+    def __init__(
+        self, number: int, us: SiteId, seen: Callable[[], Seen], partial: Partial | None = None
+    ) -> None:
         self.number = number
+        self.partial = partial  # set with the first part of a payload, cleared with its last
         # Versions of our own site that the peer has and we do not: our database went back in time.
         self.own_versions_lost = 0
         self._us = us
         self._seen = seen
         self._asked: type[SyncOpen | SyncAsk | SnapshotAsk] = SyncOpen  # the last thing we sent
+        self._pieces: list[bytes] = []  # of a chunk that takes several frames
 
     def open(self) -> Frame:
         """Return what starts the round."""
@@ -94,8 +113,10 @@ class PullRound:
             return self._handle_state(answer)
         if self._asked is SyncAsk and isinstance(answer, SyncChanges):
             return Take(answer.changesets)
+        if self._asked is SyncAsk and isinstance(answer, SyncPart):
+            return self._handle_part(answer)
         if self._asked is SnapshotAsk and isinstance(answer, SnapshotChunk):
-            return Keep(answer.chunk)
+            return self._handle_chunk(answer)
         if self._asked is not SyncOpen and isinstance(answer, SyncDone):
             if not answer.complete:
                 raise SyncError("incomplete")
@@ -114,4 +135,36 @@ class PullRound:
         if not plan.needs:
             return Over(more=False)
         self._asked = SyncAsk
-        return Ask(SyncAsk(self.number, plan.needs))
+        needs = list(plan.needs)
+        offset = 0
+        if self.partial is not None:
+            site, version = self.partial.site, self.partial.version
+            if any(who == site and first <= version <= last for who, first, last in needs):
+                needs.insert(0, (site, version, version))
+                offset = len(self.partial.data)
+            else:
+                self.partial = None
+        return Ask(SyncAsk(self.number, tuple(needs), offset))
+
+    def _handle_part(self, part: SyncPart) -> Step:
+        partial = self.partial
+        if partial is None or (partial.site, partial.version) != (part.site, part.version):
+            partial = self.partial = Partial(part.site, part.version)
+        if part.offset != len(partial.data) or part.total_bytes > PAYLOAD_BYTES_MAX:
+            self.partial = None
+            raise SyncError("part")
+        partial.data += part.data
+        if len(partial.data) < part.total_bytes:
+            return Wait()
+        self.partial = None
+        return Take((EncodedChangeset(part.site, part.version, bytes(partial.data)),))
+
+    def _handle_chunk(self, chunk: SnapshotChunk) -> Step:
+        self._pieces.append(chunk.chunk)
+        if sum(map(len, self._pieces)) > PAYLOAD_BYTES_MAX:
+            raise SyncError("chunk")
+        if chunk.more:
+            return Wait()
+        whole = b"".join(self._pieces)
+        self._pieces.clear()
+        return Keep(whole)

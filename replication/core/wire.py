@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import msgpack
 
 from replication.core.change import EncodedChangeset
-from replication.core.clock import HLC_MAX, Hlc, SiteId
+from replication.core.clock import HLC_MAX, NEVER, Hlc, SiteId
 from replication.core.codec import CodecError, unpack_foreign
 from replication.core.fields import WireError as WireError  # noqa: PLC0414  part of this module's interface
 from replication.core.fields import blob, by_site, optional, read_flag, read_row, read_site, rows, text, whole
@@ -30,8 +30,8 @@ PROTOCOL_VERSION = 1
 
 # A datagram leaves room for the seal, UDP and IPv6 within 1280, the MTU that every IPv6 path has.
 DATAGRAM_BYTES_MAX = 1160
-# A changeset travels whole, so this bounds the largest transaction that can be broadcast.
-FRAME_BYTES_MAX = 64 * 1024 * 1024
+# What a peer may make us hold before it is decoded; larger payloads and chunks travel in parts.
+FRAME_BYTES_MAX = 4 * 1024 * 1024
 # Before the peer has said who it is, it may not make us buffer more than this.
 HELLO_BYTES_MAX = 4096
 
@@ -53,8 +53,6 @@ DIGEST_ROWS_MAX = 2**20
 DIGEST_BYTES_MIN, DIGEST_BYTES_MAX = 8, 32
 # Third-hand coordinates that are older than a day are of no use; the age saturates there.
 AGE_S_MAX = 86_400
-
-NEVER = Hlc(0)
 
 Range = tuple[int, int]
 ChangesetId = tuple[SiteId, int]
@@ -264,10 +262,11 @@ class SnapshotAsk:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotChunk:
-    """A bounded part of a snapshot; order matters."""
+    """A bounded part of a snapshot; order matters. `more` when the chunk goes on in the next frame."""
 
     session: int
     chunk: bytes
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -515,7 +514,7 @@ class _Registry:
         SyncChanges: (_SESSION, _CHANGESETS),
         SyncDone: (_SESSION, _FLAG),
         SnapshotAsk: (_SESSION,),
-        SnapshotChunk: (_SESSION, _PAYLOAD),
+        SnapshotChunk: (_SESSION, _PAYLOAD, _FLAG),
         Large: (_many(_read_large),),
         SyncPart: (_SESSION, _SITE, _plain(_read_number), _PAYLOAD_BYTES, _PAYLOAD_BYTES, _PAYLOAD),
         DigestAsk: (_SESSION, _TABLE, _KEY, _plain(whole(1, DIGEST_ROWS_MAX))),

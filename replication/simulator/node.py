@@ -226,7 +226,7 @@ class Node:
         self, act: Callable[[Store], T], done: Callable[[T], None], failed: Callable[[Exception], None]
     ) -> None:
         """Run something on the store that makes no commit."""
-        self.commit(act, lambda _: None, done, failed)
+        self._on_disk(lambda: act(self.store), lambda _: None, done, failed)
 
     def commit(
         self,
@@ -235,11 +235,21 @@ class Node:
         done: Callable[[T], None],
         failed: Callable[[Exception], None],
     ) -> None:
-        """Run something on the store that may commit, when the disk has done what was asked for before."""
+        """Run something on the store that may commit, with the fault that waits for it."""
+        self._on_disk(lambda: self._write(lambda: act(self.store)), commit_of, done, failed)
+
+    def _on_disk(
+        self,
+        act: Callable[[], T],
+        commit_of: Callable[[T], Commit | None],
+        done: Callable[[T], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        """Call `act` when the disk has done what was asked for before."""
 
         def run() -> None:
             try:
-                result = self._write(lambda: act(self.store))
+                result = act()
             except (NodeKilledError, InvariantError):
                 raise
             except Exception as error:  # noqa: BLE001 - whoever asked decides

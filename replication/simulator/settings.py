@@ -18,7 +18,7 @@ class NodeSettings:
     replica: ReplicaSettings = field(
         default_factory=lambda: ReplicaSettings(
             plumtree=PlumtreeSettings(
-                announced_max=64, missing_max=64, recent_max=64, cache_bytes_max=8 * 1024
+                announced_max=64, missing_max=64, recent_max=64, cache_bytes_max=8 * 1024, push_bytes_max=1024
             ),
             chunk_bytes=4 * 1024,
             inbox_bytes_max=64 * 1024,

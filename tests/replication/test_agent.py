@@ -573,3 +573,26 @@ async def test_who_is_asked_by_a_node_that_knows_more_asks_back_at_once(cluster)
         return await ids(a) == [1]
 
     assert await eventually(there) < 5
+
+
+async def test_a_transaction_of_100_megabytes_arrives_whole_in_parts(cluster):
+    agents = await cluster.three()
+    a = agents[0]
+    value = "x" * 10_000
+    ids_ = range(10_000)
+    await a.execute([("INSERT INTO items VALUES (?, ?)", (number, value)) for number in ids_])
+    seen: set[int] = set()
+
+    async def there() -> bool:
+        for agent in agents[1:]:
+            seen.add((await agent.query("SELECT count(*) FROM items")).rows[0][0])
+        return all(ranges(agent, a) == 1 for agent in agents)
+
+    def ranges(agent: Agent, of: Agent) -> int:
+        return agent.status()["sites"].get(of.site.hex(), {"head": 0})["head"]
+
+    await eventually(there, within_s=60)
+    await there()
+    assert seen == {0, 10_000}, "never a part of it"
+    assert {await digest(agent) for agent in agents} == {await digest(a)}
+    assert all(agent.status()["counters"]["broadcast"].get("pushes_new", 0) == 0 for agent in agents)

@@ -18,6 +18,7 @@ from replication.core.wire import (
     SyncChanges,
     SyncDone,
     SyncOpen,
+    SyncPart,
     SyncState,
 )
 from replication.pulls import WAITING_MAX, Failed, Puller
@@ -43,6 +44,7 @@ class Pulling:
         self.seen: dict[SiteId, VersionRanges] = {}
         self.applying: list[tuple[list[int], Callable[[int], None], Failed]] = []
         self.adopting: list[tuple[Spool, Callable[[], None], Failed]] = []
+        self.payloads: list[bytes] = []
         self.over: list[tuple[SiteId, int, str]] = []
         self.puller = Puller(
             self.host,
@@ -59,6 +61,7 @@ class Pulling:
 
     def _apply(self, batch: Sequence[EncodedChangeset], done: Callable[[int], None], failed: Failed) -> None:
         self.applying.append(([item.version for item in batch], done, failed))
+        self.payloads += [item.payload for item in batch]
 
     def begin(self, *, borrowed: bool = False) -> int:
         """Begin a session and return its number."""
@@ -163,3 +166,48 @@ def test_what_is_applied_after_the_end_changes_nothing() -> None:
     pulling.link.close()
     pulling.applying[0][1](1)
     assert pulling.over == [(PEER, 0, "link_lost")]
+
+
+def test_parts_make_one_changeset_and_a_later_session_goes_on_where_one_ended() -> None:
+    pulling = Pulling()
+    number = pulling.ask(3)
+    pulling.answer(SyncPart(number, PEER, 2, 10, 0, b"01234"))
+    assert not pulling.applying
+    pulling.link.close()
+    pulling.link.is_closed = False
+    number = pulling.begin()
+    pulling.answer(SyncState(number, {PEER: ((1, 3),)}, {PEER: 1}))
+    assert pulling.link.frames[-1] == SyncAsk(number, ((PEER, 2, 2), (PEER, 1, 3)), 5)
+    pulling.answer(SyncPart(number, PEER, 2, 10, 5, b"56789"))
+    assert [versions for versions, *_ in pulling.applying] == [[2]]
+    assert pulling.payloads == [b"0123456789"]
+
+
+def test_what_has_come_meanwhile_is_not_asked_for_again() -> None:
+    pulling = Pulling()
+    number = pulling.ask(3)
+    pulling.answer(SyncPart(number, PEER, 2, 10, 0, b"01234"))
+    pulling.link.close()
+    pulling.link.is_closed = False
+    pulling.seen[PEER] = VersionRanges([(1, 2)])
+    number = pulling.begin()
+    pulling.answer(SyncState(number, {PEER: ((1, 3),)}, {PEER: 1}))
+    assert pulling.link.frames[-1] == SyncAsk(number, ((PEER, 3, 3),), 0)
+
+
+def test_parts_that_do_not_fit_together_end_the_session() -> None:
+    for wrong in (3, 6):
+        pulling = Pulling()
+        number = pulling.ask(3)
+        pulling.answer(SyncPart(number, PEER, 2, 10, 0, b"01234"), SyncPart(number, PEER, 2, 10, wrong, b"5"))
+        assert pulling.over == [(PEER, 0, "part")]
+
+
+def test_a_chunk_in_pieces_is_kept_as_one() -> None:
+    pulling = Pulling()
+    number = pulling.begin()
+    pulling.answer(SyncState(number, {PEER: ((1, 9),)}, {PEER: 5}))
+    pulling.answer(
+        SnapshotChunk(number, b"1", more=True), SnapshotChunk(number, b"2"), SnapshotChunk(number, b"3")
+    )
+    assert pulling.host.spools[0].chunks == [b"12", b"3"]

@@ -15,11 +15,12 @@ from replication.core.wire import (
     SyncChanges,
     SyncDone,
     SyncOpen,
+    SyncPart,
     SyncState,
 )
 from replication.errors import StoreError
 from replication.schema import Schema
-from replication.serving import SPOOLED_AT_ONCE, Server
+from replication.serving import PIECE_BYTES, SPOOLED_AT_ONCE, Server
 from replication.store import Store
 from tests.fakes.host import FakeHost
 from tests.fakes.links import FakeLink
@@ -27,6 +28,7 @@ from tests.fakes.links import FakeLink
 SCHEMA = Schema.parse("CREATE TABLE items (id INTEGER PRIMARY KEY, v TEXT NOT NULL DEFAULT '');")
 US, PEER = SiteId(b"u" * 16), SiteId(b"p" * 16)
 CHUNK = 1_000
+WHOLE = 800
 
 
 class Served:
@@ -47,12 +49,13 @@ class Served:
             timeout_ms=1_000,
             served_max=served_max,
             chunk_bytes=CHUNK,
+            whole_bytes_max=WHOLE,
         )
         self.link = FakeLink(MemberInfo(PEER, "p", "10.0.0.1", 1, 1), on_close=self.server.handle_link_down)
 
-    def write(self, count: int) -> None:
-        for number in range(count):
-            self.store.execute([("INSERT INTO items VALUES (?, ?)", (number, "x" * 400))], 1_700_000_000_000)
+    def write(self, count: int, *, size: int = 400) -> None:
+        for _ in range(count):
+            self.store.execute([("INSERT INTO items (v) VALUES (?)", ("x" * size,))], 1_700_000_000_000)
         self.seen = self.store.seen()
 
 
@@ -87,6 +90,43 @@ def test_changes_go_out_in_chunks_and_wait_for_a_slow_peer() -> None:
     ]
     assert versions == list(range(1, 8))
     assert len(chunks) > 2
+
+
+def test_a_large_changeset_goes_in_parts_from_where_the_peer_has_it_between_whole_ones() -> None:
+    served = Served()
+    served.write(2)
+    served.write(1, size=5_000)
+    served.write(2)
+    (large,) = served.store.read_log(US, 3, 3, 1)
+    served.server.handle_request(served.link, SyncAsk(1, ((US, 3, 3), (US, 1, 5)), offset=1_500))
+    served.host.settle()
+    while served.link.waits:
+        served.link.waits.pop(0)()
+        served.host.settle()
+    assert served.link.frames[-1] == SyncDone(1, complete=True)
+    resumed, whole = bytearray(large.payload[:1_500]), bytearray()
+    versions = []
+    for frame in served.link.frames:
+        if isinstance(frame, SyncPart):
+            assert (frame.version, frame.total_bytes) == (3, len(large.payload))
+            assert len(frame.data) <= CHUNK
+            target = whole if versions else resumed
+            assert frame.offset == len(target)
+            target += frame.data
+        elif isinstance(frame, SyncChanges):
+            versions += [item.version for item in frame.changesets]
+    assert resumed == whole == large.payload
+    assert versions == [1, 2, 4, 5]
+
+
+def test_a_chunk_with_a_large_row_goes_in_pieces() -> None:
+    served = Served()
+    served.write(1, size=3 * PIECE_BYTES)
+    served.server.handle_request(served.link, SnapshotAsk(1))
+    served.host.settle()
+    pieces = [frame for frame in served.link.frames if isinstance(frame, SnapshotChunk)]
+    assert max(len(piece.chunk) for piece in pieces) == PIECE_BYTES
+    assert [piece.more for piece in pieces].count(False) == 3, "head, rows, end"
 
 
 def test_a_peer_that_takes_nothing_for_a_while_loses_its_link() -> None:
