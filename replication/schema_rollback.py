@@ -201,11 +201,12 @@ class _Undo:
         self._execute(f"DELETE FROM {self._clocks} WHERE ({keys}) IN ({gone})")
 
     def replay(self, change: TableChange, is_renamed: bool, clock: Clock) -> None:
-        """Merge what a changeset that came since says of this table."""
+        """Merge what a changeset that came since says of this table, if it is not in there anyway."""
         check_change(self.table, change)
-        merge = TableMerge(self.table, self._sites)
-        offer_change(merge, self.table, change, clock)
-        merge.flush()
+        if self.shelf.is_kept:
+            merge = TableMerge(self.table, self._sites)
+            offer_change(merge, self.table, change, clock)
+            merge.flush()
         lacks = not change.by_column and not set(self.dropped) <= set(change.columns)
         if is_renamed or lacks:
             order = [change.columns.index(column) for column in self.was.pk] if change.rows else []
@@ -285,8 +286,6 @@ def _replay(connection: sqlite3.Connection, past: Past, undos: list[_Undo]) -> N
 def _find_changes(changeset: Changeset, undos: list[_Undo]) -> Iterator[tuple[_Undo, TableChange, bool]]:
     for change in changeset.changes:
         for undo in undos:
-            if not undo.shelf.is_kept:
-                continue
             translated = undo.names.translate_change(change)
             if translated is not None and translated.table == undo.was.name:
                 yield undo, translated, translated is not change

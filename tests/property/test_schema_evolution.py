@@ -147,7 +147,7 @@ steps = st.lists(
     ),
     max_size=30,
 )  # fmt: skip
-PROFILE = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+PROFILE = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def make_versions(kinds: list[str]) -> list[Version]:

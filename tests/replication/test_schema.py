@@ -21,6 +21,16 @@ from replication.schema import MergeMode, Schema
         ("\n\nDROP TABLE t;", "line 3"),
         ("CREATE TABLE t (a INTEGER PRIMARY KEY", "line 1"),
         ("CREATE TABLE t (a INTEGER PRIMARY KEY));", "line 1"),
+        ("-- dropped: t\nCREATE TABLE t (a INTEGER PRIMARY KEY);", "t is a table and dropped"),
+        ("-- dropped: t.b\nCREATE TABLE t (a INTEGER PRIMARY KEY, b);", "t.b is a column and dropped"),
+        ("CREATE TABLE t (a INTEGER PRIMARY KEY, -- renamed from: b\nc);", "line of its own"),
+        ("CREATE TABLE t (a INTEGER PRIMARY KEY, c\n-- renamed from: b\n);", "line of its own"),
+        ("CREATE TABLE t (\n-- renamed from: b\na INTEGER PRIMARY KEY, b);", "a former name of t.a"),
+        (
+            "CREATE TABLE u (a INTEGER PRIMARY KEY);\n"
+            "-- renamed from: u\nCREATE TABLE t (a INTEGER PRIMARY KEY);",
+            "u is a table and a former name of t",
+        ),
         ("SELECT 'x", "without an end"),
     ],
 )
@@ -60,3 +70,26 @@ def test_key_columns_travel_first_and_rows_keep_the_order_of_the_file():
     table = Schema.parse("CREATE TABLE t (v TEXT, k INTEGER PRIMARY KEY, w TEXT);").tables["t"]
     assert table.stored == ("k", "v", "w")
     assert table.to_row((1, "v", "w")) == ("v", 1, "w")
+
+
+def test_comments_say_what_was_renamed_and_dropped():
+    schema = Schema.parse(
+        """
+        -- dropped: gone
+        -- renamed from: s
+        -- renamed from: old table
+        CREATE TABLE t (
+            -- renamed from: id
+            k INTEGER PRIMARY KEY,
+            -- renamed from: a
+            -- renamed from: b c
+            "the value" TEXT DEFAULT ('-- renamed from: x')
+        );
+        -- dropped: t.v
+        """
+    )
+    table = schema.tables["t"]
+    assert table.former_names == ("s", "old table")
+    assert table.former_columns == {"id": "k", "a": "the value", "b c": "the value"}
+    assert schema.dropped == {("gone", ""), ("t", "v")}
+    assert table.definitions["the value"] == "\"the value\" TEXT DEFAULT ('-- renamed from: x')"

@@ -422,6 +422,20 @@ def test_undoing_later_keeps_what_was_written_since_and_nodes_agree(make, mode, 
     assert a.store.digest("t") == b.store.digest("t")
 
 
+@EVERY
+def test_undoing_what_was_added_tells_others_what_was_written_with_it(make, mode):
+    old = f"-- merge: {mode}\n{ROW}"
+    a, b = make(old)
+    a.evolve(old.replace("a TEXT,", "a TEXT, c TEXT,"))
+    a.write("INSERT INTO t (k, a, c) VALUES (1, 'x', 'c')")
+    sync(a, b)
+    assert b.rows() == []
+    a.undo(old)
+    sync(a, b)
+    assert a.rows() == b.rows() == [(1, "x", "b")]
+    assert a.store.digest("t") == b.store.digest("t")
+
+
 def test_a_dropped_table_comes_back_with_what_others_wrote_to_it_meanwhile(make):
     a, b = make(TWO)
     a.write("INSERT INTO u VALUES ('x', 1, NULL)")
