@@ -27,9 +27,8 @@ from replication.schema import MergeMode, Schema
         ("CREATE TABLE t (a INTEGER PRIMARY KEY, c\n-- renamed from: b\n);", "line of its own"),
         ("CREATE TABLE t (\n-- renamed from: b\na INTEGER PRIMARY KEY, b);", "a former name of t.a"),
         (
-            "CREATE TABLE u (a INTEGER PRIMARY KEY);\n"
-            "-- renamed from: u\nCREATE TABLE t (a INTEGER PRIMARY KEY);",
-            "u is a table and a former name of t",
+            "-- renamed from: u\nCREATE TABLE t (a INTEGER PRIMARY KEY);\n-- dropped: u",
+            "u is a former name of t",
         ),
         ("SELECT 'x", "without an end"),
     ],
