@@ -191,6 +191,7 @@ def _describe_node(name: str, row: NodeRow | None, member: MemberView | None) ->
         "state": member.state if member else "unknown",
         "heard_ms_ago": 0 if is_self else member.heard_ms_ago if member else None,
         "rtt_ms": member.rtt_ms if member else None,
+        "staleness_ms": member.staleness_ms if member else None,
         "gossip": format_address(*member.address) if member else None,
         "self": is_self,
     }

@@ -4,9 +4,9 @@ from random import Random
 
 import pytest
 
-from replication.core.clock import SiteId, hlc_from_ms
+from replication.core.clock import NEVER, SiteId, hlc_from_ms
 from replication.core.freshness import BeatDue, Freshness, FreshnessSettings, SendFrame
-from replication.core.wire import NEVER, Beats, Heartbeat
+from replication.core.wire import Beats, Heartbeat
 
 WALL = 1_000_000
 
