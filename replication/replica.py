@@ -66,6 +66,11 @@ BATCH_CHANGESETS = 512
 BATCH_BYTES = 1024 * 1024
 # A random part of the member list goes along with each session; gossip and other sessions bring the rest.
 MEMBERS_EXCHANGED = 128
+# Sessions that follow sooner carry only a few: links that come up in numbers would make it the main cost.
+MEMBERS_INTERVAL_MS = 5_000.0
+MEMBERS_EXCHANGED_SOON = 8
+# So many changesets in one session are more than were on their way along the tree.
+NEWS_MIN = 8
 # How soon links are chosen again after membership changed: a cluster that forms changes many times.
 RELINK_MS = 20.0
 # After a batch that could not be applied: whatever is wrong with the file is not over at once.
@@ -157,7 +162,9 @@ class Replica:
         self._sync_at = float("inf")  # when the next session is due
         self._syncing = False  # from the choice of a peer to the end of the session
         self._applying = False  # while a batch of the inbox is under way, or the wait after one that failed
+        self._heads_before: dict[SiteId, int] = {}  # of each site, when the last session began
         self._relinking = False
+        self._exported_ms = float("-inf")  # when a large part of the member list last went along
         self._resends = 0
 
     @property
@@ -165,10 +172,13 @@ class Replica:
         """The identity of this database."""
         return self.swim.me.site
 
-    def start(self, join: Iterable[Address]) -> None:
-        """Begin to look for peers."""
+    def start(self, join: Iterable[Address], *, known: Iterable[MemberInfo] = ()) -> None:
+        """Begin to look for peers; who is known from before counts as alive until it fails to answer."""
         self._is_started = True
         self.swim.set_join_addresses(join)
+        self.swim.remember(known, self._host.now_ms())
+        if self.swim.members:
+            self._relink_soon()
         self.freshness.start(self._host.now_ms())
         self._run_swim(self.swim.start(self._host.now_ms()))
         self._arm_sync()
@@ -374,6 +384,9 @@ class Replica:
         if state in (MemberState.DEAD, MemberState.LEFT):
             self.links.close(info.site)
             self._schedule.forget(info.site)
+        self._relink_soon()
+
+    def _relink_soon(self) -> None:
         if not self._relinking:
             self._relinking = True
             self._host.call_later(RELINK_MS, self._relink)
@@ -381,7 +394,7 @@ class Replica:
     def _relink(self) -> None:
         self._relinking = False
         self.freshness.set_roll(self.swim.compute_roll(self._host.now_ms()))
-        members = {site: item for site, item in self.swim.members.items() if item.is_reachable}
+        members = self.swim.reachable
         chosen = plan_neighbours(
             [*self.tree.eager, *self.tree.lazy],
             {site: self.swim.estimate_rtt_ms(site) for site in members},
@@ -390,7 +403,11 @@ class Replica:
         self.links.want({site: members[site].info.address for site in chosen})
 
     def _export_members(self) -> Members:
-        return self.swim.export(MEMBERS_EXCHANGED, self._host.now_ms())
+        now_ms = self._host.now_ms()
+        is_due = now_ms - self._exported_ms >= MEMBERS_INTERVAL_MS
+        if is_due:
+            self._exported_ms = now_ms
+        return self.swim.export(MEMBERS_EXCHANGED if is_due else MEMBERS_EXCHANGED_SOON, now_ms)
 
     def _run_tree(self, outputs: Iterable[plumtree.Output]) -> None:
         for output in outputs:
@@ -497,12 +514,12 @@ class Replica:
         self._sync_at = float("inf")
         if self._syncing:
             return  # the end of the session sets the next one
-        reachable = [site for site, member in self.swim.members.items() if member.is_reachable]
-        peer = self._schedule.choose(reachable, self._host.now_ms())
+        peer = self._schedule.choose(self.swim.reachable, self._host.now_ms())
         if peer is None:
             self._arm_sync()
             return
         self._syncing = True
+        self._heads_before = {site: ranges.head for site, ranges in self.seen.items()}
 
         def borrowed(link: Link | None, is_ours: bool) -> None:
             if link is None:
@@ -521,7 +538,18 @@ class Replica:
             self._log.debug("sync with %s: %r", peer.hex(), error)
         elif self.recovery is not None:
             self.recovery.handle_synced(peer)
+        self._tell_news(peer)
         self._end_sync(peer, ok=error is None, received=received)
+
+    def _tell_news(self, peer: SiteId) -> None:
+        """After a session that brought much, let the peers sync with us at once: we were apart from others."""
+        came = {
+            site: head + 1
+            for site, ranges in self.seen.items()
+            if ranges.head > (head := self._heads_before.get(site, 0))
+        }
+        if sum(self._head(site) - first + 1 for site, first in came.items()) >= NEWS_MIN:
+            self._run_tree(self.tree.announce_news(next(iter(came.items())), peer))
 
     def _end_sync(self, peer: SiteId, *, ok: bool, received: int) -> None:
         self._syncing = False

@@ -165,6 +165,12 @@ class Plumtree:
         self.counters["large_announced"] += 1
         return [SendFrame(site, named) for site in sorted(self._peers, key=self._distance) if site != source]
 
+    def announce_news(self, id_: ChangesetId, source: SiteId) -> list[Output]:
+        """Name a changeset that a sync brought with many others: a peer that lacks it syncs with us."""
+        self.counters["news_announced"] += 1
+        named = Large(((*id_, 0),))
+        return [SendFrame(site, named) for site in self._peers if site != source]
+
     def handle_message(self, peer: SiteId, message: Frame, now_ms: float) -> list[Output]:
         """Take one of the five broadcast messages from a peer."""
         match message:

@@ -138,6 +138,7 @@ class Swim:
     def __init__(self, me: MemberInfo, settings: SwimSettings, rng: Rng) -> None:
         self.me = me  # its incarnation grows with each refutation
         self.members: dict[SiteId, Member] = {}  # all but us; the dead are forgotten after `forget_ms`
+        self.reachable: dict[SiteId, Member] = {}  # those of them that are, kept as all of them are many
         self.counters: Counter[str] = Counter()
         self.health = LocalHealth()
         self.atlas = Atlas(me.site, rng)
@@ -173,6 +174,13 @@ class Swim:
         self._timers.set(now_ms + jitter(self._rng, self._settings.gossip_interval_ms), _GossipRound())
         self._on_reconnect_round(_ReconnectRound(), now_ms)
         return self._drain()
+
+    def remember(self, infos: Iterable[MemberInfo], now_ms: float) -> None:
+        """Count members as alive that are known from before; call it before `start`."""
+        self.members.update(
+            (info.site, Member(info, MemberState.ALIVE, now_ms)) for info in infos if info.site != self.me.site
+        )
+        self.reachable.update(self.members)
 
     def set_join_addresses(self, addresses: Iterable[Address]) -> None:
         """Replace the addresses to try while nobody, or somebody, is missing."""
@@ -261,8 +269,7 @@ class Swim:
         """Tell members that we go on purpose; call it twice, a little apart, against loss."""
         self._leaving = True
         farewell = Update(self.me, MemberState.LEFT)
-        reachable = [member for member in self.members.values() if member.is_reachable]
-        for member in pick(self._rng, reachable, 16):
+        for member in pick(self._rng, list(self.reachable.values()), 16):
             self._send(member.info.address, Rumors(self.me, (farewell,)))
         return self._drain()
 
@@ -369,6 +376,8 @@ class Swim:
             if update.state is MemberState.ALIVE:
                 self._add(update.info, now_ms)
             return
+        if update.info is known.info and update.state is known.state and known.suspicion is None:
+            return  # nearly all of them, and so worth an early end
         if not is_jump_sane(update.info.incarnation, known.info.incarnation):
             self.counters["claims_refused"] += 1
         elif is_newer(update, known.update):
@@ -419,7 +428,7 @@ class Swim:
             self.counters["members_refused"] += 1
             return
         self._forget_former(info)
-        self.members[info.site] = Member(info, MemberState.ALIVE, now_ms)
+        self.members[info.site] = self.reachable[info.site] = Member(info, MemberState.ALIVE, now_ms)
         self._joins_failed = 0
         self._rumors.add(Update(info, MemberState.ALIVE))
         self._out.append(MemberChanged(info, MemberState.ALIVE, None))
@@ -437,14 +446,17 @@ class Swim:
         if moved:
             self._forget_former(update.info)
         if member.is_reachable:
+            self.reachable[update.info.site] = member
             self._joins_failed = 0
+        else:
+            self.reachable.pop(update.info.site, None)
         self._rumors.add(update)
         if previous is not update.state or moved:
             self.counters[f"became_{update.state.name.lower()}"] += 1
             self._out.append(MemberChanged(update.info, update.state, previous))
 
     def _begin_suspicion(self, member: Member, accuser: SiteId, now_ms: float) -> None:
-        count = 1 + sum(1 for other in self.members.values() if other.is_reachable)
+        count = 1 + len(self.reachable)
         shortest, longest = compute_suspicion_bounds_ms(
             count,
             self._settings.probe_interval_ms,
@@ -490,6 +502,7 @@ class Swim:
 
     def _forget(self, site: SiteId) -> None:
         del self.members[site]
+        self.reachable.pop(site, None)
         self.atlas.forget(site)
         self._rumors.drop(site)
 
@@ -498,7 +511,6 @@ class Swim:
     def _begin_probe(self, token: _ProbeRound, now_ms: float) -> None:
         interval = self.health.scale(self._settings.probe_interval_ms)
         self._timers.set(now_ms + jitter(self._rng, interval), token)
-        self._forget_old(now_ms)
         site = self._order.next(self._rng, self.members, self._is_probed)
         if site is None:
             return
@@ -512,8 +524,7 @@ class Swim:
         self._timers.set(now_ms + interval, _ProbeEnd(number))
 
     def _is_probed(self, site: SiteId) -> bool:
-        member = self.members.get(site)
-        return member is not None and member.is_reachable
+        return site in self.reachable
 
     def _on_probe_timeout(self, token: _ProbeTimeout, _now_ms: float) -> None:
         probe = self._probes.get(token.number)
@@ -571,6 +582,8 @@ class Swim:
         member.rtt_ms = rtt_ms if member.rtt_ms is None else member.rtt_ms + (rtt_ms - member.rtt_ms) / 8
 
     def _forget_old(self, now_ms: float) -> None:
+        if len(self.reachable) == len(self.members):
+            return
         for site, member in list(self.members.items()):
             if not member.is_reachable and now_ms - member.changed_ms > self._settings.forget_ms:
                 self._forget(site)
@@ -581,32 +594,32 @@ class Swim:
         self._timers.set(now_ms + jitter(self._rng, self._settings.gossip_interval_ms), token)
         if not self._rumors:
             return
-        reachable = [member for member in self.members.values() if member.is_reachable]
-        for member in pick(self._rng, reachable, self._settings.gossip_fanout):
+        for member in pick(self._rng, list(self.reachable.values()), self._settings.gossip_fanout):
             updates = self._take_updates(member.info.site, self.me)
             if updates:
                 self._send(member.info.address, Rumors(self.me, updates))
 
     def _on_reconnect_round(self, token: _ReconnectRound, now_ms: float) -> None:
-        taken = {member.info.address for member in self.members.values() if member.is_reachable}
-        strangers = [address for address in self._join if address not in taken]
-        if taken:
+        self._forget_old(now_ms)
+        fallen: dict[Address, Member] = {}
+        if len(self.reachable) < len(self.members):
+            fallen = {item.info.address: item for item in self.members.values() if not item.is_reachable}
+        if self.reachable:
             wait = self._settings.reconnect_interval_ms
-            fallen = [
-                member.info.address for member in self.members.values() if member.state is MemberState.DEAD
-            ]
-            targets = pick(self._rng, list(dict.fromkeys(strangers + fallen)), 1)
+            hosts = {host for host, _ in self._join}
+            taken = {info.address for item in self.reachable.values() if (info := item.info).host in hosts}
+            strangers = [address for address in self._join if address not in taken]
+            dead = [address for address, member in fallen.items() if member.state is MemberState.DEAD]
+            targets = pick(self._rng, list(dict.fromkeys(strangers + dead)), 1)
         else:
             doubled = self._settings.join_backoff_ms * 2 ** min(self._joins_failed, 16)
             wait = min(self._settings.join_backoff_max_ms, doubled)
             self._joins_failed += 1
-            lost = [member.info.address for member in self.members.values()]
-            targets = pick(self._rng, list(dict.fromkeys(strangers + lost)), 16)
-        by_address = {member.info.address: member.update for member in self.members.values()}
+            targets = pick(self._rng, list(dict.fromkeys([*self._join, *fallen])), 16)
         for address in targets:
             self.counters["joins_sent"] += 1
-            known = by_address.get(address)
-            self._send(address, Join(self.me, (known,) if known is not None else ()))
+            known = fallen.get(address)
+            self._send(address, Join(self.me, (known.update,) if known is not None else ()))
         self._timers.set(now_ms + jitter(self._rng, wait), token)
 
     # --- sending --------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ all is quiet. Knows nothing of what a session transfers. Invariant: a peer that 
 longest time is never passed over for ever, and one that failed waits, so no single peer blocks repair.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from replication.core.clock import SiteId
@@ -49,7 +49,7 @@ class SyncSchedule:
         self._tried_ms.pop(peer, None)
         self._failed_ms.pop(peer, None)
 
-    def choose(self, peers: Sequence[SiteId], now_ms: float) -> SiteId | None:
+    def choose(self, peers: Collection[SiteId], now_ms: float) -> SiteId | None:
         """Return the peer to sync with now, out of those that are reachable, and count it as tried.
 
         Wanted peers go first, then a random one of the longer-untried half.

@@ -7,6 +7,7 @@ range that its class declares, or raises `WireError`; it never raises anything e
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import msgpack
@@ -368,7 +369,15 @@ _read_digest = blob(DIGEST_BYTES_MAX, DIGEST_BYTES_MIN)
 
 
 def _read_info(value: Any) -> MemberInfo:
-    site, name, host, port, incarnation = read_row(value, 5)
+    try:
+        return _make_info(*read_row(value, 5))
+    except TypeError:  # something that cannot be hashed
+        raise WireError("field") from None
+
+
+# The same few members are named in every message; to check one costs as much as all else in a datagram.
+@lru_cache(maxsize=4_096, typed=True)
+def _make_info(site: Any, name: Any, host: Any, port: Any, incarnation: Any) -> MemberInfo:
     host = _read_host(host)
     if not is_address_literal(host) or _read_port(port) == 0:
         raise WireError("address")

@@ -102,10 +102,10 @@ def _lose(cluster: Cluster, rng: Random) -> Begun:
     cluster.note(None, f"loses {loss:.0%} of packets")
 
     def heal() -> None:
-        cluster.conditions.loss = 0.0
-        cluster.note(None, "loses no more packets")
+        cluster.conditions.loss = cluster.conditions.usual_loss
+        cluster.note(None, "loses no more packets than usual")
 
-    cluster.conditions.loss = loss
+    cluster.conditions.loss = max(loss, cluster.conditions.usual_loss)
     return heal, rng.uniform(2, 10)
 
 

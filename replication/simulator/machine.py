@@ -37,12 +37,22 @@ class WallClock:
 class Disk:
     """One node's database, across its lives."""
 
-    def __init__(self, seed: int, index: int, schema: Schema, store_class: type[Store], renews: bool) -> None:
+    def __init__(
+        self,
+        seed: int,
+        index: int,
+        schema: Schema,
+        *,
+        store_class: type[Store],
+        renews: bool,
+        keeps_synced: bool,
+    ) -> None:
         self.is_full = False
         self._rng = Random(f"{seed}/disk/{index}")
         self._schema = schema
         self._store_class = store_class
         self._renews = renews  # whether a store that comes back from a power failure is told so
+        self._keeps_synced = keeps_synced  # whether there will be power failures, so that it is worth its time
         self._boot = 0
         self._synced = b""  # the image that a power failure leaves
         self._left = b""  # the image that the next life finds
@@ -66,7 +76,8 @@ class Disk:
 
     def sync(self) -> None:
         """Make all that was committed survive a power failure."""
-        self._synced = self._read_image()
+        if self._keeps_synced:
+            self._synced = self._read_image()
 
     def kill(self) -> None:
         """End a life with the process: what was committed is in the operating system's hands."""

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from replication.core.member import Address, MemberInfo
 from replication.simulator.events import EventQueue
-from replication.simulator.regions import compute_one_way_us, place
+from replication.simulator.regions import REGIONS, compute_one_way_us
 from replication.simulator.trace import Trace
 from replication.transport import DRAIN_BYTES, SEND_BYTES_MAX, USER_TIMEOUT_MS
 
@@ -55,6 +55,7 @@ class Host(Protocol):
 class Conditions:
     """What is wrong with the network now; set and cleared by faults."""
 
+    usual_loss: float = 0.0  # without any fault
     loss: float = 0.0  # of datagrams; on a stream it costs a retransmission
     duplicate: float = 0.0  # of datagrams
     reorder_us: int = 0  # a datagram may be late by up to this
@@ -171,6 +172,10 @@ class Link:
         self._attempts = 0
         _, frame = self._queue.popleft()
         self._queued_bytes -= len(frame)
+        if not self.other.is_open:
+            # The other side has closed, and could not tell: its kernel answers with a reset.
+            network.queue.after(network.compute_delay_us(self.other.owner.index, self.owner.index), self.break_)
+            return
         network.trace.add(
             network.queue.now_us, f"frame n{self.owner.index} n{self.other.owner.index} {len(frame)}"
         )
@@ -184,10 +189,10 @@ class Link:
 class Network:
     """Delays, faults and what is under way."""
 
-    def __init__(self, queue: EventQueue, trace: Trace, seed: int) -> None:
+    def __init__(self, queue: EventQueue, trace: Trace, seed: int, *, regions: int, loss: float) -> None:
         self.queue = queue
         self.trace = trace
-        self.conditions = Conditions()
+        self.conditions = Conditions(usual_loss=loss, loss=loss)
         self.counters: Counter[str] = Counter()
         # A stream for each kind of chance, so that one fault more does not change all others.
         self._loss = Random(f"{seed}/network/loss")
@@ -196,7 +201,8 @@ class Network:
         self._jitter = Random(f"{seed}/network/jitter")
         self._hosts: dict[Address, Host] = {}
         self._free_us: dict[int, int] = {}  # when a node's uplink has sent all that it was given
-        self._matrix: dict[tuple[str, str], int] = {}
+        self._regions = regions
+        self._matrix: dict[tuple[int, int], int] = {}
 
     def attach(self, address: Address, host: Host) -> None:
         """Route an address to a node."""
@@ -204,14 +210,14 @@ class Network:
 
     def is_cut(self, source: int, target: int) -> bool:
         """Return whether nothing gets from one node to another."""
-        return self.conditions.cuts[source, target] > 0
+        return self.conditions.cuts.get((source, target), 0) > 0
 
     def compute_delay_us(self, source: int, target: int) -> int:
         """Return how long the path takes now: a tenth of jitter on top of the distance."""
-        pair = (place(source), place(target))
+        pair = (source % self._regions, target % self._regions)
         base = self._matrix.get(pair)
         if base is None:
-            base = self._matrix[pair] = compute_one_way_us(*pair)
+            base = self._matrix[pair] = compute_one_way_us(REGIONS[pair[0]], REGIONS[pair[1]])
         return base + int(base * 0.1 * self._jitter.random()) + self._jitter.randrange(200)
 
     def _compute_departure_us(self, source: int, size: int) -> int:

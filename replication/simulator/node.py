@@ -125,12 +125,12 @@ class Node:
 
     # --- life -----------------------------------------------------------------------------------------
 
-    def start(self, join: Iterable[Address]) -> None:
-        """Begin to look for peers."""
+    def start(self, join: Iterable[Address], known: Iterable[MemberInfo] = ()) -> None:
+        """Begin to look for peers, and for those that are known from before."""
         self.note(f"starts as site {self.store.site.hex()[:8]} with seq {self.store.seq}")
         self._world.checkers.check_opened(self)
         self._world.checkers.note_synced(self.index)
-        self.replica.start(join)
+        self.replica.start(join, known=known)
         self.call_later(self._world.settings.fsync_ms * self._rng.random(), self._sync_disk)
 
     def end(self, *, power: bool) -> None:

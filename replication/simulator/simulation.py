@@ -16,6 +16,7 @@ from replication.simulator.machine import Disk, WallClock
 from replication.simulator.network import Conditions, Network
 from replication.simulator.node import Node, World
 from replication.simulator.planted import Build
+from replication.simulator.regions import REGIONS
 from replication.simulator.settings import NodeSettings
 from replication.simulator.trace import Trace
 from replication.simulator.workload import TABLES, Workload, make_schema
@@ -39,6 +40,9 @@ class Scenario:
     faults: tuple[str, ...] = tuple(FAULTS)
     writes_per_s: float = 4  # of the whole cluster
     converge_s: float = CONVERGE_WITHIN_S  # after everything has healed
+    regions: int = 10
+    loss: float = 0.0  # of packets, all the time
+    joined: bool = False  # whether everybody knows everybody from the beginning
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
@@ -47,6 +51,8 @@ class Scenario:
             raise ValueError(f"unknown faults: {', '.join(unknown)}; there are {', '.join(FAULTS)}")
         if not 2 <= self.nodes <= 1_000 or not 0 < self.seconds <= 86_400 or self.writes_per_s <= 0:
             raise ValueError("2 to 1000 nodes, up to 86400 seconds, and some writes")
+        if not 1 <= self.regions <= len(REGIONS) or not 0 <= self.loss < 1:
+            raise ValueError(f"1 to {len(REGIONS)} regions, and a loss below 1")
 
 
 @dataclass(slots=True)
@@ -71,23 +77,38 @@ class Simulation:
     """A cluster in virtual time."""
 
     def __init__(
-        self, scenario: Scenario, *, build: Build | None = None, trace: BinaryIO | None = None
+        self,
+        scenario: Scenario,
+        *,
+        build: Build | None = None,
+        trace: BinaryIO | None = None,
+        settings: NodeSettings | None = None,
     ) -> None:
         seed = scenario.seed
         build = build if build is not None else Build()
+        settings = settings if settings is not None else NodeSettings(seed)
         self.queue = EventQueue()
         self.nodes: list[Node] = []  # by index; of one that is down its last life
         self.clocks = [WallClock() for _ in range(scenario.nodes)]
         schema = make_schema()
         self.disks = [
-            Disk(seed, index, schema, build.store_class, build.renews_identity)
+            Disk(
+                seed,
+                index,
+                schema,
+                store_class=build.store_class,
+                renews=build.renews_identity,
+                keeps_synced="power" in scenario.faults,
+            )
             for index in range(scenario.nodes)
         ]
         self._scenario = scenario
         self._trace = Trace(trace)
-        self._network = Network(self.queue, self._trace, seed)
+        self._network = Network(
+            self.queue, self._trace, seed, regions=scenario.regions, loss=scenario.loss
+        )
         self._checkers = Checkers()
-        self._world = World(self.queue, self._trace, self._network, self._checkers, NodeSettings(seed), build)
+        self._world = World(self.queue, self._trace, self._network, self._checkers, settings, build)
         self._workload = Workload(seed)
         self._faults = Faults(self, seed, scenario.faults, int(scenario.seconds * 1e6))
         self._lives: Counter[int] = Counter()
@@ -107,6 +128,17 @@ class Simulation:
         """Start a node that is down."""
         if index < len(self.nodes) and self.nodes[index].running:
             return
+        self._make(index).start(JOIN)
+
+    def start_all(self) -> None:
+        """Start a new cluster."""
+        nodes = [self._make(index) for index in range(self._scenario.nodes)]
+        known = [node.info for node in nodes] if self._scenario.joined else []
+        for node in nodes:
+            node.start(JOIN, known)
+
+    def _make(self, index: int) -> Node:
+        """Open what the last life of a node left."""
         self._lives[index] += 1
         address = _address(index)
         node = Node(
@@ -120,7 +152,7 @@ class Simulation:
             node.count("identities_renewed")
         self._sites[index] = node.store.site
         self._network.attach(address, node)
-        node.start([_address(0), _address(1)])
+        return node
 
     def run(self) -> Report:
         """Run to the end, or to the first failure."""
@@ -146,8 +178,7 @@ class Simulation:
         return report
 
     def _run(self) -> int:
-        for index in range(self._scenario.nodes):
-            self.start(index)
+        self.start_all()
         self._faults.start()
         self.queue.after(self._workload.next_in_us(self._scenario.writes_per_s), self._write)
         self.queue.after(CHECK_EVERY_US, self._check)
@@ -213,6 +244,9 @@ class Simulation:
 
 def _address(index: int) -> Address:
     return (f"10.0.{index // 250}.{index % 250 + 1}", PORT)
+
+
+JOIN = (_address(0), _address(1))
 
 
 def run(scenario: Scenario, *, build: Build | None = None, trace: BinaryIO | None = None) -> Report:
