@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from replication.core.change import Commit
+from replication.core.change import Commit, some
 from replication.core.clock import SiteId
 from replication.core.member import Address, MemberInfo, is_address_literal
 from replication.core.probe import Rng
@@ -122,7 +122,7 @@ class Agent:
             if await self._database.run(lambda store: store.is_held):
                 self._replica.recovery = Recovery()
             # What was written while no agent ran; peers get it by sync.
-            await self._database.commit(lambda store: store.capture(self._wall_ms()), lambda commit: commit)
+            await self._database.commit(lambda store: store.capture(self._wall_ms()), some)
             await self._transport.serve()
             undo.pop_all()
         self._running = True
@@ -152,6 +152,8 @@ class Agent:
                 session_timeout_ms=settings.session_timeout_ms,
                 sessions_served_max=settings.sessions_served_max,
                 log_versions_max=settings.log_versions_max,
+                tombstone_keep_ms=settings.tombstone_keep_ms,
+                verify=settings.verify,
             ),
             MemberInfo(site, settings.name, host, port, incarnation=max(0, self._wall_ms())),
             self._rng,
@@ -235,7 +237,7 @@ class Agent:
         declared is kept in the file: the text of the schema file. What waited for the schema is applied.
         """
         await self._database.run(lambda store: store.extend(schema, declared))
-        await self._database.commit(lambda store: store.retry_parked(self._wall_ms()), lambda commit: commit)
+        await self._database.commit(lambda store: store.retry_parked(self._wall_ms()), some)
 
     async def query(self, sql: str, params: Params = ()) -> QueryResult:
         """Read; raises QueryError for what is not a read, or too large, or too slow."""
@@ -247,7 +249,7 @@ class Agent:
         def act(store: Store) -> tuple[Commit | None, int]:
             return store.retry_parked(self._wall_ms()), len(store.parked())
 
-        _, self._replica.parked = await self._database.commit(act, lambda result: result[0])
+        _, self._replica.parked = await self._database.commit(act, lambda result: some(result[0]))
         return self._replica.parked
 
     async def drop_parked(self, site: SiteId, version: int) -> bool:
@@ -307,7 +309,7 @@ class Agent:
 
         while True:
             await asyncio.sleep(self._settings.poll_interval_ms / 1000)
-            if await self._database.commit(act, lambda commit: commit) is not None:
+            if await self._database.commit(act, some) is not None:
                 self.counters["captures"] += 1
 
     async def _resolve_loop(self) -> None:
@@ -369,6 +371,8 @@ class Agent:
             "read_only": self._database.trouble,
             "sites": sites,
             "parked": replica.parked,
+            "schema_problem": replica.schema_problem,
+            "passes_verified": replica.verifier.passes,
             "apply_queue": len(replica.inbox),
             **describe_parts(self._parts(), self._host.now_ms(), self._host.wall_ms()),
         }

@@ -209,12 +209,13 @@ class Database:
             self._note_trouble(error)
             raise
 
-    async def commit(self, act: Callable[[Store], T], commit_of: Callable[[T], Commit | None]) -> T:
+    async def commit(self, act: Callable[[Store], T], commits_of: Callable[[T], Sequence[Commit]]) -> T:
         """Run something that may commit, and publish the commit from the thread that made it."""
 
         def run(store: Store) -> T:
             result = act(store)
-            self._publish_soon(commit_of(result))
+            for commit in commits_of(result):
+                self._publish_soon(commit)
             return result
 
         return await self.run(run)

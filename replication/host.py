@@ -5,7 +5,7 @@ with threads and sockets, and in the simulator's virtual time. Invariant: everyt
 one thing after another, and nothing is called back after the host has stopped.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from replication.core.change import Commit
@@ -57,8 +57,8 @@ class Host(Dialler, Protocol):
     def commit(
         self,
         act: Callable[[Store], T],
-        commit_of: Callable[[T], Commit | None],
+        commits_of: Callable[[T], Sequence[Commit]],
         done: Callable[[T], None],
         failed: Callable[[Exception], None],
     ) -> None:
-        """Like run, for what may commit; the commit is handed to the replica before `done` is called."""
+        """Like run, for what may commit; commits are handed to the replica before `done` is called."""

@@ -7,7 +7,7 @@ Invariant: nothing is called back after `stop`.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -93,12 +93,12 @@ class LoopHost:
     def commit(
         self,
         act: Callable[[Store], T],
-        commit_of: Callable[[T], Commit | None],
+        commits_of: Callable[[T], Sequence[Commit]],
         done: Callable[[T], None],
         failed: Callable[[Exception], None],
     ) -> None:
         """Run something on the store that may commit."""
-        self._spawn(self._settle(self._database.commit(act, commit_of), done, failed))
+        self._spawn(self._settle(self._database.commit(act, commits_of), done, failed))
 
     async def stop(self) -> None:
         """Give up what is under way and wait until it is."""

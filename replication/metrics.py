@@ -23,6 +23,10 @@ METRICS: dict[str, tuple[str, str]] = {
         "Spreading: pushes, duplicates, grafts, prunes.",
     ),
     "isthmus_sync_events_total": ("counter", "Repair: sessions, changesets and snapshots moved, refusals."),
+    "isthmus_verification_events_total": (
+        "counter",
+        "Tables compared with peers: slices, ranges that differed, rows healed or left to their writer.",
+    ),
     "isthmus_link_events_total": ("counter", "Links to peers: dials, failures, frames dropped."),
     "isthmus_transport_events_total": ("counter", "Datagrams, and bytes on streams, by what happened."),
     "isthmus_gossip_dropped_total": ("counter", "Input that was dropped, by kind and reason."),
@@ -44,6 +48,7 @@ _EVENTS = {
     "broadcast": "isthmus_broadcast_events_total",
     "sync": "isthmus_sync_events_total",
     "links": "isthmus_link_events_total",
+    "verification": "isthmus_verification_events_total",
     "transport": "isthmus_transport_events_total",
 }
 

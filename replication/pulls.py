@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from replication.core.change import EncodedChangeset
-from replication.core.clock import SiteId
+from replication.core.clock import Hlc, SiteId
 from replication.core.links import Link
 from replication.core.needs import Seen
 from replication.core.pull import (
@@ -32,6 +32,9 @@ from replication.host import Host, Spool
 
 # Answers that may wait while one is applied: enough that the peer need not wait for each.
 WAITING_MAX = 2
+
+# Sessions that compare tables have numbers from here on; see `verifier`.
+NUMBER_END = 2**31
 
 Failed = Callable[[Exception], None]
 
@@ -64,7 +67,7 @@ class Puller:
         *,
         seen: Callable[[], Seen],
         apply: Callable[[Sequence[EncodedChangeset], Callable[[int], None], Failed], None],
-        adopt: Callable[[Spool, Callable[[], None], Failed], None],
+        adopt: Callable[[Spool, Hlc, Callable[[], None], Failed], None],
         members: Callable[[], Members],
         on_over: Callable[[SiteId, int, Exception | None], None],
         timeout_ms: float,
@@ -108,7 +111,7 @@ class Puller:
             self._finish(session, SyncError("link_lost"))
 
     def _make_round(self) -> PullRound:
-        self._number = (self._number + 1) % 2**32
+        self._number = (self._number + 1) % NUMBER_END
         partial, self._partial = self._partial, None
         return PullRound(self._number, self._us, self._seen, partial)
 
@@ -173,6 +176,7 @@ class Puller:
                 session.busy = True
                 self._adopt(
                     session.spool,
+                    session.round.collected,
                     lambda: self._adopted(session),
                     lambda error: self._finish(session, error),
                 )

@@ -9,11 +9,12 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from replication.collecting import Collector
 from replication.core import freshness, plumtree, swim
-from replication.core.change import Commit, EncodedChangeset
-from replication.core.clock import Hlc, SiteId
+from replication.core.change import Commit, EncodedChangeset, some
+from replication.core.clock import NEVER, Hlc, SiteId
 from replication.core.freshness import Freshness, FreshnessSettings
 from replication.core.inbox import Inbox
 from replication.core.links import Link, Links
@@ -28,6 +29,8 @@ from replication.core.versions import VersionRanges
 from replication.core.wire import (
     Beats,
     ChangesetId,
+    DigestAsk,
+    DigestRanges,
     Graft,
     IHave,
     Large,
@@ -36,6 +39,7 @@ from replication.core.wire import (
     Push,
     SnapshotAsk,
     SnapshotChunk,
+    StatesAsk,
     StreamAck,
     StreamPing,
     SyncAsk,
@@ -55,6 +59,7 @@ from replication.host import Host, Spool
 from replication.pulls import Failed, Puller
 from replication.serving import CHUNK_BYTES, Server
 from replication.store import ApplyResult, Store
+from replication.verifier import Verifier, VerifySettings
 
 if TYPE_CHECKING:
     from replication.core.recovery import Recovery
@@ -76,6 +81,11 @@ RELINK_MS = 20.0
 # After a batch that could not be applied: whatever is wrong with the file is not over at once.
 RETRY_MS = 1_000.0
 RESENDS_MAX = 256
+# Records looked at per maintenance: 10 ms.
+COLLECTED_AT_ONCE = 100_000
+CHECKPOINT_WAIT_MS = 50
+# Whom nobody has told us of by then is no member.
+SETTLED_MS = 60_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +106,22 @@ class ReplicaSettings:
     inbox_bytes_max: int = 32 * 1024 * 1024
     # How many changesets per site the log keeps for repair; who lacks more gets a snapshot.
     log_versions_max: int = 100_000
+    log_bytes_min: int = 16 * 1024 * 1024  # and never less of it than this
+    wal_bytes_max: int = 64 * 1024 * 1024  # above it the WAL is emptied, as soon as no reader is in the way
     maintenance_ms: float = 15_000
+    # Deletions are remembered for this long at least: who was away for longer starts from a snapshot.
+    tombstone_keep_ms: int = 24 * 3600 * 1000
+    verify: VerifySettings = field(default_factory=VerifySettings)
+
+
+class _Tidied(NamedTuple):
+    """What a look after the file has found and done."""
+
+    parked: int  # changesets that are left
+    parked_dropped: int  # since the store was opened
+    tombstones: int  # that were forgotten now
+    collected_hlc: Hlc
+    schema_problem: str
 
 
 class Replica:
@@ -152,6 +177,21 @@ class Replica:
             chunk_bytes=settings.chunk_bytes,
             whole_bytes_max=settings.plumtree.push_bytes_max,
         )
+        self.verifier = Verifier(
+            host,
+            settings.verify,
+            rng,
+            peers=self._find_equals,
+            borrow=self.links.borrow,
+            seen=lambda: self.seen,
+            is_gone=self._is_gone,
+        )
+        self.collected = NEVER  # up to when deletions may have been forgotten here, as of the last look
+        self.schema_problem = (
+            ""  # how others left the tables, where that cannot be undone; as of the last look
+        )
+        self._collector: Collector | None = None  # made with the first look, on the store's thread
+        self._started_ms = 0.0
         self._host = host
         self._log = log
         self._settings = settings
@@ -175,6 +215,8 @@ class Replica:
     def start(self, join: Iterable[Address], *, known: Iterable[MemberInfo] = ()) -> None:
         """Begin to look for peers; who is known from before counts as alive until it fails to answer."""
         self._is_started = True
+        self._started_ms = self._host.now_ms()
+        self.verifier.start()
         self.swim.set_join_addresses(join)
         self.swim.remember(known, self._host.now_ms())
         if self.swim.members:
@@ -221,11 +263,11 @@ class Replica:
                     self._run_tree(self.tree.announce_large(changeset, None))
             done(result.applied + result.parked)
 
-        self._host.commit(act, lambda result: result.commit, applied, failed)
+        self._host.commit(act, lambda result: some(result.commit), applied, failed)
 
-    def _adopt(self, spool: Spool, done: Callable[[], None], failed: Failed) -> None:
+    def _adopt(self, spool: Spool, collected: Hlc, done: Callable[[], None], failed: Failed) -> None:
         def act(store: Store) -> tuple[Commit | None, dict[SiteId, VersionRanges]]:
-            commit = store.apply_snapshot(spool.read(), self._host.wall_ms())
+            commit = store.apply_snapshot(spool.read(), self._host.wall_ms(), collected)
             return commit, store.seen()
 
         def adopted(result: tuple[Commit | None, dict[SiteId, VersionRanges]]) -> None:
@@ -234,7 +276,7 @@ class Replica:
                 self.freshness.handle_seen(site)
             done()
 
-        self._host.commit(act, lambda result: result[0], adopted, failed)
+        self._host.commit(act, lambda result: some(result[0]), adopted, failed)
 
     def _mark_seen(self, changeset: EncodedChangeset) -> None:
         ranges = self.seen.setdefault(changeset.site, VersionRanges())
@@ -276,26 +318,47 @@ class Replica:
         self._apply(batch, done, failed)
 
     def _maintain(self) -> None:
-        """Keep the log bounded, and try again what is parked for a clock that was ahead."""
+        """Try again what is parked; bound the log, the WAL and what is known of deleted rows."""
         self.freshness.set_roll(self.swim.compute_roll(self._host.now_ms()))
-        limit = self._settings.log_versions_max
-        keep = {site: ranges.head - limit for site, ranges in self.seen.items() if ranges.head > limit}
+        self._host.commit(
+            lambda store: store.retry_parked(self._host.wall_ms()),
+            some,
+            lambda _: self._tidy_up(),  # after the retry: what can be applied by now is not given up
+            self._on_maintenance_failed,
+        )
 
-        def act(store: Store) -> tuple[Commit | None, int]:
-            if keep:
-                store.prune_log(keep)
-            commit = store.retry_parked(self._host.wall_ms()) if store.parked() else None
-            return commit, len(store.parked())
+    def _tidy_up(self) -> None:
+        settings = self._settings
+        stable = self.freshness.compute_stable_hlc()
 
-        def done(result: tuple[Commit | None, int]) -> None:
-            self.parked = result[1]
-            self._host.call_later(self._settings.maintenance_ms, self._maintain)
+        def act(store: Store) -> _Tidied:
+            if self._collector is None:
+                self._collector = Collector(store, keep_ms=settings.tombstone_keep_ms)
+            store.check_file()
+            collected = self._collector.run(stable, self._host.wall_ms(), COLLECTED_AT_ONCE)
+            store.trim_log(settings.log_versions_max, settings.log_bytes_min)
+            store.checkpoint(settings.wal_bytes_max, CHECKPOINT_WAIT_MS)
+            return _Tidied(
+                len(store.parked()),
+                store.dropped_parked,
+                collected,
+                store.collected_hlc,
+                store.schema_problem,
+            )
 
-        def failed(error: Exception) -> None:
-            self._note_failed("maintenance", error)
-            self._host.call_later(self._settings.maintenance_ms, self._maintain)
+        def done(found: _Tidied) -> None:
+            self.parked = found.parked
+            self.collected = found.collected_hlc
+            self.schema_problem = found.schema_problem
+            self.counters["tombstones_collected"] += found.tombstones
+            self.counters["parked_dropped"] = found.parked_dropped
+            self._host.call_later(settings.maintenance_ms, self._maintain)
 
-        self._host.commit(act, lambda result: result[0], done, failed)
+        self._host.run(act, done, self._on_maintenance_failed)
+
+    def _on_maintenance_failed(self, error: Exception) -> None:
+        self._note_failed("maintenance", error)
+        self._host.call_later(self._settings.maintenance_ms, self._maintain)
 
     def _note_failed(self, what: str, error: Exception) -> None:
         """Count and tell what the database refused; that somebody else holds its lock is no news."""
@@ -317,6 +380,7 @@ class Replica:
     def handle_link_down(self, link: Link) -> None:
         """Take note that a link is gone."""
         self.puller.handle_link_down(link)
+        self.verifier.handle_link_down(link)
         self.server.handle_link_down(link)
         self.links.handle_link_down(link)
         if self.links.get(link.peer.site) is None:
@@ -342,10 +406,14 @@ class Replica:
             case Beats():
                 self.freshness.handle_beats(peer, message.beats, now_ms, self._host.wall_ms())
                 self._arm()
-            case SyncOpen() | SyncAsk() | SnapshotAsk():
+            case SyncOpen() | SyncAsk() | SnapshotAsk() | DigestAsk() | StatesAsk():
                 if isinstance(message, SyncOpen):
                     self._send_beats(link)
                 self.server.handle_request(link, message)
+            case DigestRanges() | SyncState() | SnapshotChunk() | SyncDone() | SyncBusy() if (
+                self.verifier.owns(message)
+            ):
+                self.verifier.handle_answer(link, message)
             case SyncState() | SyncBusy() | SyncChanges() | SyncPart() | SyncDone() | SnapshotChunk():
                 self.puller.handle_answer(link, message)
             case _:
@@ -474,6 +542,26 @@ class Replica:
     def _send_beats(self, link: Link) -> None:
         for message in self.freshness.export():
             link.send(encode(message))
+
+    def _find_equals(self) -> dict[SiteId, Address]:
+        """Return the peers to compare tables with: they know of all deletions that we have forgotten.
+
+        None while something is parked here: of what it stands for they would bring a part.
+        """
+        if self.parked:
+            return {}
+        return {
+            site: member.info.address
+            for site, member in self.swim.members.items()
+            if member.is_reachable and self.freshness.get_complete_hlc(site) >= self.collected
+        }
+
+    def _is_gone(self, site: SiteId) -> bool:
+        """Return whether a site will not be heard of again, as far as can be told."""
+        member = self.swim.members.get(site)
+        if site == self.site or self._host.now_ms() - self._started_ms < SETTLED_MS:
+            return False
+        return member is None or member.state is MemberState.LEFT
 
     # --- time -----------------------------------------------------------------------------------------
 

@@ -49,6 +49,7 @@ class Parts:
             "broadcast": self.replica.tree.counters,
             "sync": self.replica.sync_counters,
             "links": self.replica.links.counters,
+            "verification": self.replica.verifier.counters,
             "transport": self.transport.compute_counters(),
         }
 

@@ -17,6 +17,7 @@ from replication.errors import ReplicationError
 from replication.seal import KEY_BYTES, KEYS_MAX
 from replication.store import Synchronous
 from replication.tls import StreamTls
+from replication.verifier import VerifySettings
 
 
 class SettingsError(ReplicationError, ValueError):
@@ -80,6 +81,9 @@ class AgentSettings:
     resolve_interval_ms: float = 30_000  # join names are looked up again, as addresses change
     # How many changesets per site the log keeps for repair; who lacks more gets a snapshot.
     log_versions_max: int = 100_000
+    # Deletions are remembered for this long at least: who was away for longer starts from a snapshot.
+    tombstone_keep_ms: int = 24 * 3600 * 1000
+    verify: VerifySettings = field(default_factory=VerifySettings)
     query_rows_max: int = 10_000
     query_timeout_ms: float = 5_000
 

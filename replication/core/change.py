@@ -55,6 +55,11 @@ class Commit:
     reload: tuple[str, ...] = ()
 
 
+def some(commit: Commit | None) -> tuple[Commit, ...]:
+    """Return the commits that there are."""
+    return () if commit is None else (commit,)
+
+
 # Above this a payload is not pushed but named, and pulled in parts: it would hold up all else on its link.
 PUSH_BYTES_MAX: Final = 256 * 1024
 # A payload is decoded and applied as one, so it has to fit into memory a few times.

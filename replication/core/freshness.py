@@ -169,6 +169,11 @@ class Freshness:
             return None
         return max(0, wall_ms - compute_ms(origin.covered.hlc))
 
+    def get_complete_hlc(self, site: SiteId) -> Hlc:
+        """Return up to which time a site says that it has all changesets; NEVER when it never said."""
+        origin = self._origins.get(site)
+        return NEVER if origin is None else origin.newest.complete_hlc
+
     def compute_stable_hlc(self) -> Hlc:
         """Return up to which time everything has reached everybody on the roll; NEVER while it is not known.
 

@@ -314,7 +314,7 @@ class DigestRanges:
 
 @dataclass(frozen=True, slots=True)
 class StatesAsk:
-    """Asks for the rows with lower < key <= upper, as SnapshotChunks and a SyncDone; None is no bound."""
+    """Asks for rows with lower < key <= upper, as SyncState, SnapshotChunks, SyncDone; None is no bound."""
 
     session: int
     table: str

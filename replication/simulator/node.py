@@ -6,7 +6,7 @@ nothing of a node acts any more, whatever was under way.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
@@ -158,6 +158,9 @@ class Node:
             "sync_rounds": replica.sync_counters["sessions"],
             "snapshots_served": replica.sync_counters["snapshots_served"],
             "snapshots_adopted": replica.sync_counters["snapshots_received"],
+            "slices_verified": replica.verifier.counters["slices"],
+            "rows_healed": replica.verifier.counters["rows_healed"],
+            "tombstones_collected": replica.counters["tombstones_collected"],
             "changesets_parked": replica.counters["changesets_parked"],
             "merges_failed": replica.counters["apply_failed"],
         }
@@ -226,22 +229,22 @@ class Node:
         self, act: Callable[[Store], T], done: Callable[[T], None], failed: Callable[[Exception], None]
     ) -> None:
         """Run something on the store that makes no commit."""
-        self._on_disk(lambda: act(self.store), lambda _: None, done, failed)
+        self._on_disk(lambda: act(self.store), lambda _: (), done, failed)
 
     def commit(
         self,
         act: Callable[[Store], T],
-        commit_of: Callable[[T], Commit | None],
+        commits_of: Callable[[T], Sequence[Commit]],
         done: Callable[[T], None],
         failed: Callable[[Exception], None],
     ) -> None:
         """Run something on the store that may commit, with the fault that waits for it."""
-        self._on_disk(lambda: self._write(lambda: act(self.store)), commit_of, done, failed)
+        self._on_disk(lambda: self._write(lambda: act(self.store)), commits_of, done, failed)
 
     def _on_disk(
         self,
         act: Callable[[], T],
-        commit_of: Callable[[T], Commit | None],
+        commits_of: Callable[[T], Sequence[Commit]],
         done: Callable[[T], None],
         failed: Callable[[Exception], None],
     ) -> None:
@@ -255,8 +258,7 @@ class Node:
             except Exception as error:  # noqa: BLE001 - whoever asked decides
                 failed(error)
                 return
-            commit = commit_of(result)
-            if commit is not None:
+            for commit in commits_of(result):
                 self._publish(commit)
             done(result)
 

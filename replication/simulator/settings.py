@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from replication.core.plumtree import PlumtreeSettings
 from replication.replica import ReplicaSettings
+from replication.verifier import VerifySettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,10 @@ class NodeSettings:
             chunk_bytes=4 * 1024,
             inbox_bytes_max=64 * 1024,
             log_versions_max=12,  # who was away for longer needs a snapshot
+            log_bytes_min=1 << 30,
             maintenance_ms=5_000,
+            tombstone_keep_ms=4_000,
+            verify=VerifySettings(slice_rows=32, pause_ms=500, interval_ms=3_000),
         )
     )
     connect_timeout_ms: float = 3_000

@@ -1,7 +1,7 @@
 """A host whose store answers when the test says so."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from replication.core.change import Commit
@@ -63,12 +63,12 @@ class FakeHost:
     def run(
         self, act: Callable[[Store], Any], done: Callable[[Any], None], failed: Callable[[Exception], None]
     ) -> None:
-        self.commit(act, lambda _: None, done, failed)
+        self.commit(act, lambda _: (), done, failed)
 
     def commit(
         self,
         act: Callable[[Store], Any],
-        commit_of: Callable[[Any], Commit | None],
+        commits_of: Callable[[Any], Sequence[Commit]],
         done: Callable[[Any], None],
         failed: Callable[[Exception], None],
     ) -> None:
@@ -78,9 +78,7 @@ class FakeHost:
             except Exception as error:  # noqa: BLE001 - as a host does
                 failed(error)
                 return
-            commit = commit_of(result)
-            if commit is not None:
-                self.commits.append(commit)
+            self.commits += commits_of(result)
             done(result)
 
         self.calls.append(call)

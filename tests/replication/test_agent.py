@@ -21,6 +21,8 @@ from replication.metrics import METRICS
 from replication.schema import Schema
 from replication.settings import AgentSettings, SettingsError, parse_address
 from replication.transport import LinkError
+from replication.verifier import VerifySettings
+from tests.fakes.verification import write_past_triggers
 from tests.replication.network import Network, Relay
 
 KEY = b"k" * 32
@@ -596,3 +598,25 @@ async def test_a_transaction_of_100_megabytes_arrives_whole_in_parts(cluster):
     assert seen == {0, 10_000}, "never a part of it"
     assert {await digest(agent) for agent in agents} == {await digest(a)}
     assert all(agent.status()["counters"]["broadcast"].get("pushes_new", 0) == 0 for agent in agents)
+
+
+async def test_what_was_changed_behind_the_triggers_is_found_and_put_right(cluster, tmp_path):
+    quick = VerifySettings(slice_rows=64, pause_ms=20, interval_ms=50)
+    a, b, c = [await cluster.start(name, verify=quick) for name in "abc"]
+    await a.execute([("INSERT INTO items VALUES (?, ?)", (number, f"v{number}")) for number in range(300)])
+    await eventually(lambda: all(agent.status()["passes_verified"] for agent in (a, b, c)))
+    right = await digest(a)
+    write_past_triggers(
+        tmp_path / "b.db",
+        ("UPDATE items SET v = 'wrong' WHERE id % 50 = 7",),
+        ("DELETE FROM items WHERE id BETWEEN 100 AND 110",),
+        ("DELETE FROM _repl_clock_items WHERE k_id BETWEEN 105 AND 115",),
+    )
+    assert await digest(b) != right
+
+    async def equal() -> bool:
+        return [await digest(agent) for agent in (a, b, c)] == [right] * 3
+
+    await eventually(equal)
+    assert (await b.query("SELECT count(*) FROM items WHERE v = 'v' || id")).rows == [(300,)]
+    assert b.status()["counters"]["verification"]["rows_healed"] >= 17

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 import replication.database
+from replication.core.change import some
 from replication.core.clock import SiteId
 from replication.database import Database, is_transient
 from replication.errors import BusyError, ReadOnlyError, StatementError, StoreError
@@ -208,10 +209,10 @@ async def test_what_a_full_disk_did_not_take_is_not_seen_and_can_be_applied_late
         await fill(database)
         before = len(commits)
         with pytest.raises(ReadOnlyError) as caught:
-            await database.commit(apply, lambda result: result.commit)
+            await database.commit(apply, lambda result: some(result.commit))
         assert is_transient(caught.value)
         assert source.site not in await database.run(Store.seen)
         await limit(database, 10_000)
-        assert (await database.commit(apply, lambda result: result.commit)).applied == 1
+        assert (await database.commit(apply, lambda result: some(result.commit))).applied == 1
         assert len(commits) == before + 1
     source.close()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from replication.core.change import some
 from replication.database import Database
 from replication.schema import Schema
 from replication.store import Store
@@ -25,7 +26,7 @@ def test_snapshot_is_made_of_a_replica_that_holds_one(tmp_path: Path) -> None:
 async def test_query_finds_all_rows_of_a_table_that_holds_one(tmp_path: Path) -> None:
     database = await Database.open(tmp_path / "a.db", SCHEMA, lambda _: None, rows_max=10, timeout_ms=1_000)
     try:
-        await database.commit(lambda store: store.execute(WRITE, NOW), lambda result: result[1])
+        await database.commit(lambda store: store.execute(WRITE, NOW), lambda result: some(result[1]))
         assert (await database.query("SELECT * FROM t ORDER BY k")).rows == SHOWN
     finally:
         await database.close()
