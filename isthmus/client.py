@@ -46,8 +46,9 @@ class AdminClient:
         """Return what is at the path."""
         return self._ask("GET", path, None)
 
-    def post(self, path: str, body: Any = None) -> Any:
-        """Change something, and return what the node says of it."""
+    def post(self, path: str, body: Any = None, wait_s: float = 0.0) -> Any:
+        """Change something, and return what the node says of it; it may take so long on purpose."""
+        self._connection.timeout = TIMEOUT_S + wait_s
         return self._ask("POST", path, body)
 
     def delete(self, path: str) -> Any:

@@ -20,9 +20,10 @@ from replication.core.clock import SiteId
 from replication.core.member import Address, MemberInfo, is_address_literal
 from replication.core.probe import Rng
 from replication.core.recovery import Recovery
+from replication.core.tokens import Token
 from replication.core.wire import Hello
 from replication.database import Database, Params, QueryResult, Statement, is_transient
-from replication.errors import StoreError
+from replication.errors import BehindError, ParkedError, StoreError
 from replication.loop_host import LoopHost
 from replication.metrics import Sample, collect_samples
 from replication.replica import Replica, ReplicaSettings
@@ -40,6 +41,10 @@ RESTART_S = 1.0
 # waits for a node to start must wait longer.
 RECOVERY_S = 30.0
 RECOVERY_LOOK_S = 0.05
+_PARKED = (
+    "SELECT p.reason FROM _repl_parked AS p JOIN _repl_site AS s ON s.ordinal = p.site "
+    "WHERE s.site = ? AND p.version = ?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,11 @@ class ExecuteResult:
     rows_affected: list[int]
     version: int | None
     site: SiteId
+
+    @property
+    def token(self) -> Token | None:
+        """What `wait_for` takes on another node."""
+        return None if self.version is None else Token(self.site, self.version)
 
 
 class Agent:
@@ -242,6 +252,28 @@ class Agent:
     async def query(self, sql: str, params: Params = ()) -> QueryResult:
         """Read; raises QueryError for what is not a read, or too large, or too slow."""
         return await self._database.query(sql, params)
+
+    async def wait_for(self, token: Token, timeout_ms: float) -> None:
+        """Return when a write and all that its site wrote before it are here, and it was applied.
+
+        Of what its site wrote before, something may be parked. Raises BehindError at the timeout, ParkedError
+        for this write, BusyError when too many wait.
+        """
+        arrived = asyncio.Event()
+        forget = self._replica.await_write(token, arrived.set)
+        try:
+            async with asyncio.timeout(timeout_ms / 1000):
+                await arrived.wait()
+        except TimeoutError:
+            head = self._replica.head(token.site)
+            raise BehindError(
+                f"version {token.version} of site {token.site.hex()} is not here after {timeout_ms:g} ms: "
+                + (f"this node has up to version {head}" if head else "this node has nothing of that site")
+            ) from None
+        finally:
+            forget()
+        for (reason,) in (await self._database.query(_PARKED, token)).rows:
+            raise ParkedError(f"version {token.version} of site {token.site.hex()} is parked: {reason!s}")
 
     async def retry_parked(self) -> int:
         """Try to apply at once what is parked; return how many changesets remain so."""

@@ -45,7 +45,7 @@ class StatementError(ReplicationError):
 
 
 class BusyError(ReplicationError):
-    """Another process held the write lock for longer than the busy timeout; try again."""
+    """Another process held the write lock for too long, or too many ask at once; try again."""
 
 
 class StoreError(ReplicationError):
@@ -58,6 +58,14 @@ class ReadOnlyError(StoreError):
 
 class ReplacedError(StoreError):
     """The file is not what this replica left in it; only opening it afresh, as another site, helps."""
+
+
+class BehindError(ReplicationError):
+    """A write that was waited for has not arrived in time; nothing says that it will not."""
+
+
+class ParkedError(ReplicationError):
+    """A write that was waited for is here and could not be applied."""
 
 
 class SnapshotError(ReplicationError):

@@ -25,6 +25,7 @@ from replication.core.plumtree import Plumtree, PlumtreeSettings
 from replication.core.probe import Rng
 from replication.core.swim import Swim, SwimSettings
 from replication.core.sync import SyncSchedule, SyncSettings
+from replication.core.tokens import Arrivals, Token
 from replication.core.versions import VersionRanges
 from replication.core.wire import (
     Beats,
@@ -86,6 +87,8 @@ COLLECTED_AT_ONCE = 100_000
 CHECKPOINT_WAIT_MS = 50
 # Whom nobody has told us of by then is no member.
 SETTLED_MS = 60_000.0
+# Who waits for a write holds a connection of the application's; so many at once are a queue that grows.
+WAITING_MAX = 1_024
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +148,9 @@ class Replica:
         self.recovery: Recovery | None = None  # while the host waits for our own versions
         self.swim = Swim(me, settings.swim, rng)
         self.tree = Plumtree(settings.plumtree, has=self._has, distance=self._distance)
-        self.freshness = Freshness(me.site, settings.freshness, rng, head=self._head)
+        self.freshness = Freshness(me.site, settings.freshness, rng, head=self.head)
         self.inbox = Inbox(settings.inbox_bytes_max)
+        self.arrivals = Arrivals(self.head, WAITING_MAX)
         self.links = Links(
             host,
             rng,
@@ -273,7 +277,7 @@ class Replica:
         def adopted(result: tuple[Commit | None, dict[SiteId, VersionRanges]]) -> None:
             for site, ranges in result[1].items():
                 self.seen.setdefault(site, VersionRanges()).update(ranges)
-                self.freshness.handle_seen(site)
+                self._on_seen(site)
             done()
 
         self._host.commit(act, lambda result: some(result[0]), adopted, failed)
@@ -281,9 +285,26 @@ class Replica:
     def _mark_seen(self, changeset: EncodedChangeset) -> None:
         ranges = self.seen.setdefault(changeset.site, VersionRanges())
         ranges.add(changeset.version, changeset.version)
-        self.freshness.handle_seen(changeset.site)
+        self._on_seen(changeset.site)
 
-    def _head(self, site: SiteId) -> int:
+    def _on_seen(self, site: SiteId) -> None:
+        self.freshness.handle_seen(site)
+        self.arrivals.handle_seen(site)
+
+    def await_write(self, token: Token, act: Callable[[], None]) -> Callable[[], None]:
+        """Call `act` when a write and all that its site wrote before are here; return what ends the wait.
+
+        Raises BusyError when too many wait.
+        """
+        if self.arrivals.is_full:
+            raise BusyError(f"{WAITING_MAX} others wait for writes to arrive")
+        if self.head(token.site) < token.version and token.site != self.site:
+            # If its site is out of reach, somebody else may have it.
+            self.want_sync(token.site)
+        return self.arrivals.wait(token, act)
+
+    def head(self, site: SiteId) -> int:
+        """Return up to which version all that a site wrote is here."""
         ranges = self.seen.get(site)
         return ranges.head if ranges is not None else 0
 
@@ -636,7 +657,7 @@ class Replica:
             for site, ranges in self.seen.items()
             if ranges.head > (head := self._heads_before.get(site, 0))
         }
-        if sum(self._head(site) - first + 1 for site, first in came.items()) >= NEWS_MIN:
+        if sum(self.head(site) - first + 1 for site, first in came.items()) >= NEWS_MIN:
             self._run_tree(self.tree.announce_news(next(iter(came.items())), peer))
 
     def _end_sync(self, peer: SiteId, *, ok: bool, received: int) -> None:
@@ -654,4 +675,5 @@ class Replica:
             **self.swim.measure(),
             **self.freshness.measure(),
             "inbox_bytes": (self.inbox.bytes, inbox_max),
+            "arrivals": (len(self.arrivals), WAITING_MAX),
         }

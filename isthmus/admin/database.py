@@ -17,6 +17,7 @@ import msgspec
 import orjson
 from aiohttp import web
 
+from isthmus.admin import tokens
 from replication.core.clock import SiteId
 from replication.database import QueryError
 from replication.errors import BusyError, ReadOnlyError, ReplicationError, StatementError
@@ -40,7 +41,7 @@ _SCHEMA = (
 )
 
 
-class Replica(Protocol):
+class Replica(tokens.Replica, Protocol):
     """What is needed of the replication agent."""
 
     async def execute(self, statements: Sequence[tuple[str, Params]]) -> Any:
@@ -92,6 +93,7 @@ class DatabaseRoutes:
 
     async def _query(self, request: web.Request) -> Any:
         query = msgspec.json.decode(await request.read(), type=Query)
+        await tokens.wait_for_write(request, self._replica)
         found = await self._replica.query(query.sql, _decode_params(query.params))
         return {
             "columns": found.columns,
@@ -106,7 +108,12 @@ class DatabaseRoutes:
         done = await self._replica.execute(
             [(statement.sql, _decode_params(statement.params)) for statement in body.statements]
         )
-        return {"rows_affected": done.rows_affected, "version": done.version, "site": done.site.hex()}
+        return {
+            "rows_affected": done.rows_affected,
+            "version": done.version,
+            "site": done.site.hex(),
+            "token": None if done.token is None else str(done.token),
+        }
 
     async def _parked(self, _request: web.Request) -> Any:
         found = (await self._replica.query(_PARKED)).rows
@@ -182,6 +189,8 @@ def _answer(
             return _json({"error": str(error)}, 400 if isinstance(error, QueryError) else 404)
         except StatementError as error:
             return _json({"error": f"statement {error.index + 1}: {error}"}, 400)
+        except tuple(tokens.REFUSALS):
+            raise  # told alike by all routes
         except BusyError as error:
             return _json({"error": f"{error}; try again"}, 503)
         except ReadOnlyError as error:

@@ -19,6 +19,7 @@ from isthmus.admin.guard import make_guard
 from isthmus.admin.metrics import expose
 from isthmus.admin.schema import Extensible, SchemaRoutes
 from isthmus.admin.subscriptions import SubscriptionRoutes
+from isthmus.admin.tokens import answer_refusals
 from isthmus.config import AdminConfig, AppConfig, format_address, parse_listen
 from isthmus.registry import ACTIONS, NewMachine, Registry, RegistryError
 from replication.errors import BusyError, ReadOnlyError, StoreError
@@ -65,7 +66,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except (BusyError, StoreError) as error:
         match error:
             case BusyError():
-                problem = "another program holds the database; try again"
+                problem = f"{error}; try again"
             case ReadOnlyError():
                 problem = f"this node is read-only: {error}"
             case _:
@@ -102,14 +103,14 @@ class AdminServer:
         self._samples = samples
         self._database = DatabaseRoutes(replica)
         self._schema = SchemaRoutes(replica, subscriptions)
-        self._subscriptions = SubscriptionRoutes(subscriptions)
+        self._subscriptions = SubscriptionRoutes(subscriptions, replica)
         self._keys = keys
         self._runner: web.AppRunner | None = None
         self.address = config.listen
 
     async def start(self) -> None:
         """Listen. Raises OSError when the address cannot be had."""
-        middlewares = [make_guard(self._config.token), _errors]
+        middlewares = [make_guard(self._config.token), _errors, answer_refusals]
         app = web.Application(middlewares=middlewares, client_max_size=BODY_BYTES_MAX)
         app.add_routes(self._routes())
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)

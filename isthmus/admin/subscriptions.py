@@ -14,6 +14,7 @@ import msgspec
 import orjson
 from aiohttp import web
 
+from isthmus.admin import tokens
 from replication.core.subscription import unpack_cells
 from replication.database import QueryError
 from replication.subscriptions import (
@@ -124,8 +125,9 @@ def _answer_error(error: Exception) -> web.Response:
 class SubscriptionRoutes:
     """The routes of subscriptions."""
 
-    def __init__(self, subscriptions: Subscriptions) -> None:
+    def __init__(self, subscriptions: Subscriptions, replica: tokens.Replica) -> None:
         self._subscriptions = subscriptions
+        self._replica = replica
 
     def routes(self) -> list[web.RouteDef]:
         """Return what to add to the application."""
@@ -142,6 +144,7 @@ class SubscriptionRoutes:
     async def _subscribe(self, request: web.Request) -> web.StreamResponse:
         sql, params = read_statement(await request.read())
         options = _Options(request)
+        await tokens.wait_for_write(request, self._replica)
         if options.from_id is None:
             subscription = await self._subscriptions.subscribe(sql, params)
         else:

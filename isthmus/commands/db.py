@@ -6,6 +6,7 @@ data directory: a backup is made beside a running node, in a process of its own,
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import os
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from isthmus.client import ClientError, add_client_flags, make_client
+from isthmus.admin.tokens import WAIT_MS
+from isthmus.client import ClientError, add_client_flags, make_client, quote
 from isthmus.commands.db_parked import add_parked_parser
 from isthmus.commands.db_schema import add_schema_parser
 from isthmus.commands.listing import format_table
@@ -28,8 +30,6 @@ from isthmus.supervisor import lock_data_dir
 from replication.errors import ReplicationError
 
 if TYPE_CHECKING:
-    import argparse
-
     from replication.backup import Restored
 
 _NAMED = re.compile(r"[:@$]([A-Za-z_]\w*)=(.*)", re.DOTALL)
@@ -48,6 +48,12 @@ def add_parser(verbs: Any) -> None:
 
     query = actions.add_parser("query", help="read with one SQL statement")
     query.add_argument("sql", metavar="SQL", help="the statement; - reads it from standard input")
+    query.add_argument(
+        "--after", metavar="TOKEN", help="wait for a write, as `db exec` names it, to get here"
+    )
+    query.add_argument(
+        "--wait", metavar="TIME", type=_parse_wait, help="with --after: how long, as 500ms or 5s [5s]"
+    )
     _add_statement_flags(query)
     query.set_defaults(run=run_query)
 
@@ -94,7 +100,15 @@ def _add_file_flags(parser: argparse.ArgumentParser) -> None:
 def run_query(args: argparse.Namespace) -> int:
     """Ask, and print a table."""
     sql = _read_sql([args.sql])
-    answer = make_client(args).post("/v1/db/query", {"sql": sql, "params": _parse_params(args.param)})
+    body = {"sql": sql, "params": _parse_params(args.param)}
+    if args.wait is not None and args.after is None:
+        raise ClientError("--wait says how long to wait for the write that --after names")
+    if args.after is None:
+        answer = make_client(args).post("/v1/db/query", body)
+    else:
+        wait_ms = WAIT_MS if args.wait is None else args.wait
+        path = f"/v1/db/query?after={quote(args.after)}&wait_ms={wait_ms}"
+        answer = make_client(args).post(path, body, wait_s=wait_ms / 1000)
     if args.json:
         _print_json(answer)
     elif answer["columns"]:
@@ -116,8 +130,7 @@ def run_exec(args: argparse.Namespace) -> int:
         return 0
     for count in answer["rows_affected"]:
         print(f"{count} row{'' if count == 1 else 's'} affected")
-    version = answer["version"]
-    print("no value changed" if version is None else f"version {version} of site {answer['site']}")
+    print("no value changed" if answer["token"] is None else f"token {answer['token']}")
     return 0
 
 
@@ -199,6 +212,14 @@ def _tell_restored(database: Path, done: Restored) -> str:
             f"up to version {done.backup.version}"
         )
     return "\n".join(lines)
+
+
+def _parse_wait(text: str) -> int:
+    """Return milliseconds; raises ArgumentTypeError."""
+    match = re.fullmatch(r"(\d{1,9})(ms|s)", text, re.ASCII)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"`{text}` is no time: give it as 500ms or 5s")
+    return int(match[1]) * (1000 if match[2] == "s" else 1)
 
 
 def split_statements(text: str) -> list[str]:

@@ -18,7 +18,7 @@ class FakeNode:
         self.answer = answer
         self.asked: list[tuple[str, Any]] = []
 
-    def post(self, path: str, body: Any) -> Any:
+    def post(self, path: str, body: Any, wait_s: float = 0.0) -> Any:
         self.asked.append((path, body))
         return self.answer
 
@@ -84,7 +84,7 @@ def test_table_shows_every_value_on_one_line_and_nothing_that_steers_a_terminal(
 def test_exec_sends_all_statements_at_once_and_says_what_became_of_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answer = {"rows_affected": [1, 2], "version": 7, "site": "ab"}
+    answer = {"rows_affected": [1, 2], "version": 7, "site": "ab", "token": "ab:7"}
     sql = ("DELETE FROM t WHERE a = :a; DELETE FROM u", "DELETE FROM v")
     node = run(monkeypatch, answer, "exec", *sql, "--param", ":a=5")
     (asked,) = node.asked
@@ -94,17 +94,32 @@ def test_exec_sends_all_statements_at_once_and_says_what_became_of_them(
         "DELETE FROM v",
     ]
     assert {statement["params"]["a"] for statement in asked[1]["statements"]} == {5}
-    assert capsys.readouterr().out == "1 row affected\n2 rows affected\nversion 7 of site ab\n"
+    assert capsys.readouterr().out == "1 row affected\n2 rows affected\ntoken ab:7\n"
+
+
+def test_query_waits_for_the_write_that_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer: dict[str, Any] = {"columns": [], "rows": []}
+    (asked,) = run(monkeypatch, answer, "query", "SELECT 1", "--after", "ab:7", "--wait", "500ms").asked
+    assert asked[0] == "/v1/db/query?after=ab%3A7&wait_ms=500"
+    (asked,) = run(monkeypatch, answer, "query", "SELECT 1", "--after", "a&b").asked
+    assert asked[0] == "/v1/db/query?after=a%26b&wait_ms=5000"
+
+
+@pytest.mark.parametrize("wait", ["5", "-1s", "1.5s", "9999999999s", "x"])
+def test_a_wait_that_is_no_time_is_refused(monkeypatch: pytest.MonkeyPatch, wait: str) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, {}, "query", "SELECT 1", "--after", "ab:7", "--wait", wait)
 
 
 @pytest.mark.parametrize(
     "args",
     [
+        ("query", "SELECT 1", "--wait", "5s"),
         ("exec", "DELETE FROM t WHERE a = ?; DELETE FROM u", "--param", "1"),
         ("query", "SELECT ?, :a", "--param", "1", "--param", ":a=1"),
     ],
 )
-def test_parameters_that_could_be_meant_for_several_places_are_refused(
+def test_arguments_that_do_not_go_together_are_refused(
     monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...]
 ) -> None:
     with pytest.raises(ClientError):
