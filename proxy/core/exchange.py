@@ -16,28 +16,19 @@ from typing import TYPE_CHECKING, Final
 
 from routing.balancer import ANYWHERE, AT_LIMIT, Refusal, Want
 from routing.health import record_failure, record_success
-from routing.replay import (
-    JSON_BYTES_MAX,
-    Replay,
-    ReplayError,
-    format_replay_src,
-    parse_replay_header,
-    parse_replay_json,
-    plan_replay,
-)
+from routing.replay import Replay, ReplayError
 
 from .errors import (
-    BAD_REPLAY,
     BAD_RESPONSE,
     BODY_TOO_LARGE,
     CONNECT_FAILED,
     RETRIES_EXHAUSTED,
-    TOO_MANY_REPLAYS,
     UPSTREAM_RESET,
     prefers_plain,
     render_error,
 )
 from .framing import COPIED_BYTES_MAX, LAST_CHUNK, encode_chunk
+from .replays import Replays
 from .request_head import IDEMPOTENT, WITH_BODY
 from .response_head import SWITCHING_PROTOCOLS
 
@@ -47,6 +38,7 @@ if TYPE_CHECKING:
 
     from .framing import Data
     from .plane import Client, Machine, Plane
+    from .replays import Course
     from .request_head import RequestHead
     from .response_head import ResponseHead
 
@@ -69,6 +61,7 @@ _RELAYING: Final = Phase.RELAYING
 _READING_REPLAY: Final = Phase.READING_REPLAY
 _DONE: Final = Phase.DONE
 
+_UNLIMITED: Final = float("inf")
 _VIA: Final = b"Via: 1.1 isthmus\r\n"
 
 
@@ -85,25 +78,20 @@ class Exchange:
         "continued",
         "deadline",
         "extra",
-        "fallback_used",
         "forwarded",
         "fresh",
         "head",
         "informational",
-        "instruction",
         "kept",
         "last_failure",
         "machine",
         "phase",
         "plane",
         "queued_at",
-        "replay",
-        "replay_started",
         "replays",
         "request_id",
         "resends",
         "service",
-        "source",
         "started",
         "status",
         "target",
@@ -142,13 +130,7 @@ class Exchange:
         self.informational = 0
         self.status = 0
         self.chunk_response = False
-        self.instruction: list[Data] | None = None  # pieces of a JSON replay
-        # Replays.
-        self.replays = 0
-        self.replay: Replay | None = None  # the one being carried out; None again once it reached a machine
-        self.replay_started = 0.0
-        self.source: tuple[Service, Target] | None = None  # who asked for it
-        self.fallback_used = False
+        self.replays: Replays | None = None  # set when a machine asks for the first one
         self.extra = b""  # lines that only the next machine gets
 
     # From the client
@@ -216,7 +198,7 @@ class Exchange:
         plane = self.plane
         now = plane.now()
         self.phase = _REACHING
-        if self.replay is not None and self._replay_expired(now):
+        if self.replays is not None and self._seconds_left(now) <= 0:
             self._fail_to_reach("timeout", RETRIES_EXHAUSTED, "the replay's timeout passed")
             return
         if self.attempts >= plane.settings.attempts_max:
@@ -236,9 +218,7 @@ class Exchange:
             return False
         self.phase = _QUEUED
         self.queued_at = now
-        self.deadline = now + self.plane.settings.queue_timeout_s
-        if self.replay is not None and self.replay.timeout_ms is not None:
-            self.deadline = min(self.deadline, self.replay_started + self.replay.timeout_ms / 1000)
+        self.deadline = now + min(self.plane.settings.queue_timeout_s, self._seconds_left(now))
         return True
 
     def _leave_queue(self) -> None:
@@ -273,17 +253,14 @@ class Exchange:
         if machine is not None:
             self._send(machine)
 
-    def _replay_expired(self, now: float) -> bool:
-        timeout_ms = self.replay.timeout_ms if self.replay is not None else None
-        return timeout_ms is not None and (now - self.replay_started) * 1000 >= timeout_ms
+    def _seconds_left(self, now: float) -> float:
+        """Return how long the replay that is being carried out may still take."""
+        left = self.replays.compute_time_left(now) if self.replays is not None else None
+        return _UNLIMITED if left is None else left
 
     def reach_timeout_s(self) -> float:
         """Return how long a connection for this exchange may take."""
-        limit = self.plane.settings.connect_timeout_s
-        if self.replay is not None and self.replay.timeout_ms is not None:
-            left = self.replay.timeout_ms / 1000 - (self.plane.now() - self.replay_started)
-            return max(0.001, min(limit, left))
-        return limit
+        return max(0.001, min(self.plane.settings.connect_timeout_s, self._seconds_left(self.plane.now())))
 
     def handle_connected(self, machine: Machine) -> None:
         """The connection asked for is there."""
@@ -315,36 +292,19 @@ class Exchange:
 
     def _fail_to_reach(self, reason: str, code: str, detail: str) -> None:
         """Nobody could be reached: back to who asked for the replay if it wants that, else give up."""
-        replay, source = self.replay, self.source
-        if replay is None or replay.fallback is None or source is None or self.fallback_used:
+        course = self.replays.fall_back(reason) if self.replays is not None else None
+        if course is None:
             self._fail(code, detail)
-            return
-        elapsed_ms = int((self.plane.now() - self.replay_started) * 1000)
-        named = {
-            "instance": replay.instance or replay.prefer_instance,
-            "app": replay.app,
-            "region": ",".join(replay.regions),
-            "replay_source": source[1].id,
-            "reason": reason,
-            "elapsed_ms": str(elapsed_ms),
-        }
-        value = ";".join(f"{name}={text}" for name, text in named.items() if text)
-        self.extra = b"fly-replay-failed: %b\r\n" % value.encode("ascii")
-        self.fallback_used = True
-        self.replay = None
-        self.service = source[0]
-        issuer = source[1].id
-        self.want = Want(instance=issuer) if replay.fallback == "force_self" else Want(prefer_instance=issuer)
-        self.tried = ()
-        self.attempts = 0
-        self._attempt()
+        else:
+            self._follow(course)
 
     # Sending
 
     def _send(self, machine: Machine) -> None:
         self.machine = machine
         self.phase = _WAITING
-        self.replay = None  # reached: neither its timeout nor its fallback count any more
+        if self.replays is not None:
+            self.replays.current = None  # reached: neither its timeout nor its fallback count any more
         self.fresh = False
         machine.begin(self)
         data = self._render_request()
@@ -563,72 +523,54 @@ class Exchange:
     # Replays
 
     def _take_replay(self, head: ResponseHead, body: Data, ended: bool) -> None:
-        if self.fallback_used:
-            self._leave_machine()
-            self._fail(BAD_REPLAY, "a request that came back as a fallback cannot be replayed")
-        elif head.replay_json:
-            self.phase = _READING_REPLAY
-            self.instruction = []
-            self._collect_replay(body, ended)
-        elif head.replays is not None and len(head.replays) != 1:
-            self._leave_machine()
-            self._fail(BAD_REPLAY, "more than one fly-replay header")
-        else:
+        if self.replays is None:
+            self.replays = Replays(self.plane)
+        try:
+            replay = self.replays.read_head(head)
+        except ReplayError as error:
             self._release_machine(ended=ended)
-            try:
-                replay = parse_replay_header((head.replays or [b""])[0])
-            except ReplayError as error:
-                self._fail(error.code, error.message)
-            else:
-                self._replay(replay)
+            self._fail(error.code, error.message)
+            return
+        if replay is not None:
+            self._release_machine(ended=ended)
+            self._replay(self.replays, replay)
+        else:
+            self.phase = _READING_REPLAY
+            self._collect_replay(body, ended)
 
     def _collect_replay(self, data: Data, ended: bool) -> None:
-        pieces = self.instruction
-        assert pieces is not None
-        pieces.append(data)
-        if sum(map(len, pieces)) > JSON_BYTES_MAX:
-            self._leave_machine()
-            self._fail(BAD_REPLAY, f"the replay instruction is longer than {JSON_BYTES_MAX} bytes")
-            return
-        if not ended:
-            return
-        self.instruction = None
-        self._release_machine(ended=True)
+        replays = self.replays
+        assert replays is not None
         try:
-            replay = parse_replay_json(b"".join(pieces))
+            replay = replays.read_body(data, ended)
         except ReplayError as error:
+            self._release_machine(ended=ended)
             self._fail(error.code, error.message)
-        else:
-            self._replay(replay)
+            return
+        if replay is not None:
+            self._release_machine(ended=True)
+            self._replay(replays, replay)
 
-    def _replay(self, replay: Replay) -> None:
-        plane = self.plane
+    def _replay(self, replays: Replays, replay: Replay) -> None:
         source = self.target
         assert source is not None
-        source_service = self.service
         self._drop_target()
-        if self.replays >= plane.settings.replays_max:
-            self._fail(TOO_MANY_REPLAYS, f"more than {plane.settings.replays_max} replays")
-            return
         if self.body_lost:
-            self._fail(BODY_TOO_LARGE, f"more than {plane.settings.replay_body_bytes_max} bytes")
+            self._fail(BODY_TOO_LARGE, f"more than {self.plane.settings.replay_body_bytes_max} bytes")
             return
         try:
-            service, want = plan_replay(replay, source, plane.table, self.client.port)
+            course = replays.start(replay, self.service, source, self.client.port)
         except ReplayError as error:
             self._fail(error.code, error.message)
             return
-        self.replays += 1
-        plane.metrics.app(source_service.app).replays += 1
-        self.source = (source_service, source)
-        self.service, self.want = service, want
-        self.replay = replay
-        self.replay_started = plane.now()
-        src = format_replay_src(source.id, source.region, plane.wall_us(), replay.state)
-        self.extra = b"fly-replay-src: " + src + b"\r\n"
-        self.tried = ()
-        self.attempts = self.informational = 0
+        self.informational = 0
         self.last_failure = ""
+        self._follow(course)
+
+    def _follow(self, course: Course) -> None:
+        self.service, self.want, self.extra = course
+        self.tried = ()
+        self.attempts = 0
         self._attempt()
 
     # Ends
