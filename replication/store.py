@@ -26,7 +26,17 @@ from .capture import TableCapture
 from .changelog import ChangeLog
 from .collecting import Replacement
 from .core.change import CHANGESET_BYTES_MAX, Changeset, Commit, EncodedChangeset, SqlValue
-from .core.clock import MAX_DRIFT_MS, NEVER, SITE_BYTES, Clock, Hlc, HybridClock, SiteId, compute_ms
+from .core.clock import (
+    MAX_DRIFT_MS,
+    NEVER,
+    SITE_BYTES,
+    Clock,
+    Hlc,
+    HybridClock,
+    SiteId,
+    compute_ms,
+    hlc_from_ms,
+)
 from .core.codec import CodecError, decode_changeset, encode_bounded, pack, unpack
 from .core.versions import VersionRanges
 from .errors import POISON, SchemaError, SnapshotError, StatementError, StoreError, is_trouble, translated
@@ -60,6 +70,10 @@ CACHED_STATEMENTS: Final = 512
 # The log may take this part of what all else in the file takes, which is about a quarter of the bare tables.
 # Beyond that it costs more than the snapshots that it saves.
 LOG_SHARE: Final = 1 / 5
+# How far ahead of the wall clock times are promised in the file, so that an idle node that beats writes a page
+# in so many ms. After a crash writes begin with what was promised: with MAX_DRIFT_MS, two seconds are left for
+# clocks that differ.
+PROMISED_MS: Final = 3_000
 # Of a snapshot that changes more rows than that, only the tables are named: memory stays bounded, and whoever
 # follows them is quicker to read them again.
 NAMED_ROWS_MAX: Final = 10_000
@@ -92,6 +106,8 @@ class Store:
         self.dropped_parked = 0  # parked changesets that were given up since the file was opened
         self._path = path
         self._clock = HybridClock(max_drift_ms=max_drift_ms)
+        self._promised = NEVER  # set by _load, beat and commits: no beat was later, and the file says so
+        self._has_beaten = False
         self._version = 0
         self._ordinal = 0
         self._sites = Sites(connection)
@@ -103,6 +119,7 @@ class Store:
         self._is_stale = False  # while a failed transaction is not undone: memory may be wrong
         self._log = ChangeLog(connection, self._sites)
         self._load()
+        self._clock.observe(self._promised)
         self._left = self._state()  # what the last commit left in the file
 
     @classmethod
@@ -191,7 +208,7 @@ class Store:
             return
         with contextlib.suppress(sqlite3.Error):  # a full disk must not keep us from closing
             self.connection.execute("PRAGMA synchronous = FULL")
-            self.connection.execute("UPDATE _repl_state SET is_clean = 1")
+            self.connection.execute("UPDATE _repl_state SET is_clean = 1, hlc = ?", (self._clock.last,))
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         self.connection.close()
 
@@ -545,7 +562,7 @@ class Store:
         row = self.connection.execute("SELECT site, version, hlc, seq FROM _repl_state").fetchone()
         self._ordinal, self._version, hlc, self.seq = row
         self.site = self._sites.get_site(self._ordinal)
-        self._clock.observe(Hlc(hlc))
+        self._promised = Hlc(hlc)
         self._seen = {
             self._sites.get_site(ordinal): VersionRanges.decode(unpack(ranges))
             for ordinal, ranges in self.connection.execute("SELECT site, ranges FROM _repl_seen")
@@ -555,9 +572,23 @@ class Store:
         self.collected_hlc = Hlc(sidetables.read_collected(self.connection))
 
     def beat(self, wall_ms: int, floor: Hlc) -> tuple[int, Hlc]:
-        """Return our last version, and a time, after floor, that all later ones will be after."""
-        self._clock.observe(floor)
-        return self._version, self._clock.tick(wall_ms)
+        """Return our last version, and a time, after floor, that all later ones will be after.
+
+        That holds after a crash too, whatever the wall clock does; raises StoreError, BusyError.
+        """
+        with self._sound():
+            self._has_beaten = True
+            self._clock.observe(floor)
+            hlc = self._clock.tick(wall_ms)
+            if hlc > self._promised:
+                with self._transaction():
+                    self._promise(wall_ms)
+                    self.connection.execute("UPDATE _repl_state SET hlc = ?", (self._promised,))
+            return self._version, hlc
+
+    def _promise(self, wall_ms: int) -> None:
+        """Let the transaction that is under way keep times to come."""
+        self._promised = max(self._promised, self._clock.last, hlc_from_ms(wall_ms + PROMISED_MS))
 
     def _state(self) -> State:
         return State(self.site, self._version, self.seq)
@@ -606,6 +637,8 @@ class Store:
         noted = self._noted_tables()
         if not noted:
             return [], []
+        if self._has_beaten:
+            self._promise(wall_ms)  # so that a node that writes need not do so for its beats
         if self.is_held:
             raise StoreError("this database was put back and does not have all of its own versions yet")
         hlc = self._clock.tick(wall_ms)
@@ -740,9 +773,10 @@ class Store:
         if rows or reload:
             self.seq += 1
         left = self._left
+        hlc = max(self._clock.last, self._promised)
         cursor = self.connection.execute(
             "UPDATE _repl_state SET version = ?, hlc = ?, seq = ? WHERE version = ? AND seq = ? AND site = ?",
-            (self._version, self._clock.last, self.seq, left.version, left.seq, self._ordinal),
+            (self._version, hlc, self.seq, left.version, left.seq, self._ordinal),
         )
         if cursor.rowcount != 1:
             self._guard.refuse("another state was put into it")
