@@ -2,7 +2,7 @@
 
 A note holds what a row was before; compared with what it is now, that tells whether it was created,
 changed or deleted, and whether it changed at all: writing what is there already makes no change, and neither
-does a detour that ends where it began. This module does not know versions or peers.
+does a detour that ends where it began. This module does not know peers.
 
 Invariant: after a capture nothing is pending, and each changed row has the clock of this capture.
 """
@@ -11,17 +11,83 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .core.change import RowChange, TableChange
+from .core.change import CHANGESET_BYTES_MAX, Changeset, EncodedChangeset, RowChange, TableChange
+from .core.clock import Clock
+from .core.codec import encode_bounded
 from .core.merge import Record
+from .errors import StoreError
 from .schema import MergeMode
 from .sidetables import RECORD_COLUMNS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import sqlite3
+    from collections.abc import Mapping, Sequence
 
+    from .changelog import ChangeLog
     from .core.change import Key, Row
-    from .core.clock import Clock
+    from .core.clock import HybridClock
+    from .ledger import Ledger
     from .tables import Sites, Table
+
+
+class Capture:
+    """Makes changesets of what was noted in the tables of one replica."""
+
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        tables: Mapping[str, Table],
+        sites: Sites,
+        clock: HybridClock,
+        ledger: Ledger,
+        log: ChangeLog,
+    ) -> None:
+        self._connection = connection
+        self._tables = tables
+        self._sites = sites
+        self._clock = clock
+        self._ledger = ledger
+        self._log = log
+        checks = ", ".join(table.has_pending for table in tables.values())
+        self._has_pending = f"SELECT {checks}" if checks else ""
+
+    def find_noted(self) -> list[Table]:
+        """Return the tables of which something was noted."""
+        if not self._has_pending:
+            return []
+        flags = self._connection.execute(self._has_pending).fetchone()
+        return [table for table, noted in zip(self._tables.values(), flags, strict=True) if noted]
+
+    def run(self, wall_ms: int) -> tuple[list[RowChange], list[EncodedChangeset]]:
+        """Make one changeset of what was noted, log it and count it as seen; none when no value changed.
+
+        What somebody else wrote cannot be refused: more than a changeset may hold becomes several.
+        """
+        noted = self.find_noted()
+        if not noted:
+            return [], []
+        ledger = self._ledger
+        if ledger.has_beaten:
+            ledger.promise(wall_ms)  # so that a node that writes need not do so for its beats
+        if ledger.is_held:
+            raise StoreError("this database was put back and does not have all of its own versions yet")
+        hlc = self._clock.tick(wall_ms)
+        rows: list[RowChange] = []
+        changes: list[TableChange] = []
+        for table in noted:
+            gathered = TableCapture(table, self._sites, Clock(hlc, ledger.site))
+            changes += gathered.run()
+            rows += gathered.rows
+        if not changes:
+            return [], []
+        payloads = encode_bounded(Changeset(hlc, tuple(changes)), CHANGESET_BYTES_MAX)
+        own = [
+            EncodedChangeset(ledger.site, version, payload)
+            for version, payload in enumerate(payloads, ledger.version + 1)
+        ]
+        self._log.append(own)
+        ledger.mark(ledger.site, own[0].version, own[-1].version)
+        return rows, own
 
 
 class TableCapture:

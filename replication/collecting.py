@@ -2,8 +2,8 @@
 
 A tombstone is there for those who do not know of the deletion yet. Once every member has seen all that was
 written up to a time, the tombstones up to it can go. A replica that was away meanwhile does not count as a
-member: it takes a snapshot when it is back, and drops what the sender has seen but does not have any more
-(Replacement). When every member has passed a time is found out elsewhere.
+member: it takes a snapshot when it is back, and drops what the sender has forgotten (see adopting.py). When
+every member has passed a time is found out elsewhere.
 
 Invariant: a tombstone goes only when nothing that could bring its row back is still to come, from peers or
 out of what is parked.
@@ -13,19 +13,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from .core.change import RowChange
-from .core.clock import HLC_MAX, NEVER, Hlc, hlc_from_ms
+from .core.clock import NEVER, Hlc, hlc_from_ms
 from .core.codec import CodecError, decode_changeset
-from .core.versions import VersionRanges
 from .snapshot import compute_latest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from .core.change import Key
-    from .core.clock import SiteId
-    from .core.merge import Record
-    from .snapshot import TableStates
+    from .core.change import Key, RowChange
     from .store import Store
     from .tables import Table
 
@@ -85,7 +78,7 @@ class Collector:
 
         def work() -> list[RowChange]:
             table.delete_records(gone)
-            store.note_collected(latest)
+            store.ledger.note_collected(latest)
             return []
 
         if gone:
@@ -101,7 +94,7 @@ class Collector:
         store = self._store
         kept_bytes = 0
         for entry in reversed(store.parked()):
-            hlc = _read_hlc(entry.payload)
+            hlc = read_hlc(entry.payload)
             is_passed = hlc is not None and hlc <= self._bound
             kept_bytes += 0 if is_passed else len(entry.payload)
             if is_passed or kept_bytes > self._parked_bytes_max:
@@ -109,73 +102,9 @@ class Collector:
                 store.dropped_parked += 1
 
 
-def _read_hlc(payload: bytes) -> Hlc | None:
+def read_hlc(payload: bytes) -> Hlc | None:
+    """Return the time of a changeset; None when it cannot be read."""
     try:
         return decode_changeset(payload).hlc
     except CodecError:
         return None
-
-
-class Replacement:
-    """Drops what the sender of a snapshot has seen and does not have: it was deleted, and that forgotten.
-
-    Parts must be told of in the order in which they come; keys grow from part to part of a table. Does
-    nothing when nothing was forgotten, that is, with a time of 0.
-    """
-
-    def __init__(self, store: Store, before: Hlc) -> None:
-        self._store = store
-        self._before = before
-        self._reached: dict[str, Key | None] = {}
-        # By site, the time of the first changeset that the sender has not seen.
-        self._unknown_from: dict[SiteId, Hlc] = {}
-
-    def protect(self, mine: Mapping[SiteId, VersionRanges], theirs: Mapping[SiteId, VersionRanges]) -> None:
-        """Take note of what is here and was not seen by the sender: rows of these changesets stay."""
-        if not self._before:
-            return
-        for site, ranges in mine.items():
-            missing = theirs.get(site, VersionRanges()).missing(ranges.last)
-            if missing:
-                logged = self._store.read_log(site, missing[0][0], missing[0][0], 1)
-                hlc = _read_hlc(logged[0].payload) if logged else None
-                self._unknown_from[site] = hlc or Hlc(0)
-
-    def drop_unmentioned(self, table: Table, part: TableStates) -> list[RowChange]:
-        """Drop rows between the keys of a part that are not in it; return what went."""
-        name = table.schema.name
-        lower = self._reached.setdefault(name, None)
-        if not self._before or not part.states:
-            return []
-        self._reached[name] = upper = part.states[-1].pk
-        return self._drop(table, lower, upper, {state.pk for state in part.states})
-
-    def finish(self) -> list[RowChange]:
-        """Drop rows behind the last part of each table; return what went."""
-        if not self._before:
-            return []
-        rows: list[RowChange] = []
-        for name, reached in self._reached.items():
-            rows += self._drop(self._store.tables[name], reached, None, set())
-        self._store.note_collected(self._before)
-        return rows
-
-    def _drop(
-        self, table: Table, lower: Key | None, upper: Key | None, mentioned: set[Key]
-    ) -> list[RowChange]:
-        width = table.key_width
-        gone: list[Key] = []
-        for found in table.read_records(lower, upper):
-            pk = found[:width]
-            if pk not in mentioned and self._is_forgotten(self._store.sites.decode(found[width:-1])):
-                gone.append(pk)
-        table.delete_rows(gone)
-        table.delete_records(gone)
-        return [RowChange(table.schema.name, pk, None) for pk in gone]
-
-    def _is_forgotten(self, record: Record) -> bool:
-        """True when the sender must have known of a row, and may have forgotten its deletion."""
-        if record.dead or compute_latest(record) > self._before:
-            return False
-        clocks = (record.life, *record.cells.values()) + (() if record.base is None else (record.base,))
-        return not any(clock.hlc >= self._unknown_from.get(clock.site, HLC_MAX) for clock in clocks)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from replication.core.change import EncodedChangeset
-from replication.core.clock import Hlc, SiteId
+from replication.core.clock import SiteId
 from replication.core.links import Link
 from replication.core.needs import Seen
 from replication.core.pull import (
@@ -67,7 +67,7 @@ class Puller:
         *,
         seen: Callable[[], Seen],
         apply: Callable[[Sequence[EncodedChangeset], Callable[[int], None], Failed], None],
-        adopt: Callable[[Spool, Hlc, Callable[[], None], Failed], None],
+        adopt: Callable[[Spool, Callable[[], None], Failed], None],
         members: Callable[[], Members],
         on_over: Callable[[SiteId, int, Exception | None], None],
         timeout_ms: float,
@@ -176,7 +176,6 @@ class Puller:
                 session.busy = True
                 self._adopt(
                     session.spool,
-                    session.round.collected,
                     lambda: self._adopted(session),
                     lambda error: self._finish(session, error),
                 )

@@ -269,9 +269,9 @@ class Replica:
 
         self._host.commit(act, lambda result: some(result.commit), applied, failed)
 
-    def _adopt(self, spool: Spool, collected: Hlc, done: Callable[[], None], failed: Failed) -> None:
+    def _adopt(self, spool: Spool, done: Callable[[], None], failed: Failed) -> None:
         def act(store: Store) -> tuple[Commit | None, dict[SiteId, VersionRanges]]:
-            commit = store.apply_snapshot(spool.read(), self._host.wall_ms(), collected)
+            commit = store.apply_snapshot(spool.read(), self._host.wall_ms())
             return commit, store.seen()
 
         def adopted(result: tuple[Commit | None, dict[SiteId, VersionRanges]]) -> None:

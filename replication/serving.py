@@ -10,7 +10,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from replication.core.change import EncodedChangeset
-from replication.core.clock import Hlc, SiteId
+from replication.core.clock import SiteId
 from replication.core.links import Link
 from replication.core.needs import Need, Seen, WireSeen, encode_seen, is_ahead
 from replication.core.versions import VersionRanges
@@ -130,15 +130,12 @@ class Server:
         if is_ahead(seen, request.seen):
             self._on_peer_ahead(serving.link.peer.site)
 
-        def act(store: Store) -> tuple[dict[SiteId, int], Hlc]:
-            return read_floors(store, seen, request.seen), store.collected_hlc
-
-        def done(found: tuple[dict[SiteId, int], Hlc]) -> None:
+        def done(floors: dict[SiteId, int]) -> None:
             self._send(serving, self._members())
-            self._send(serving, SyncState(request.session, encode_seen(seen), *found))
+            self._send(serving, SyncState(request.session, encode_seen(seen), floors))
             self._end(serving)
 
-        self._run(serving, act, done)
+        self._run(serving, lambda store: read_floors(store, seen, request.seen), done)
 
     def _serve_changes(self, serving: _Serving, needs: list[Need], offset: int = 0) -> None:
         if not needs:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from .core.change import EncodedChangeset
-from .core.clock import HLC_MAX, Clock, Hlc, SiteId
+from .core.clock import HLC_MAX, NEVER, Clock, Hlc, SiteId
 from .core.codec import (
     CodecError,
     SiteTable,
+    check_hlc,
     check_names,
     check_rows,
     check_tuples,
@@ -32,6 +33,7 @@ from .core.merge import NO_CELLS, Record
 from .core.versions import VersionRanges
 from .core.wire import VERSION_MAX
 from .schema import MergeMode
+from .sidetables import read_collected
 from .tables import read_lossy
 
 if TYPE_CHECKING:
@@ -68,9 +70,10 @@ class TableStates(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What the whole snapshot stands for."""
+    """What the whole snapshot stands for; it lacks tombstones of what was deleted up to collected."""
 
     seen: dict[SiteId, VersionRanges]
+    collected: Hlc
 
 
 Part = Head | TableStates | list[EncodedChangeset]
@@ -183,7 +186,8 @@ def write_snapshot(
 ) -> Iterator[bytes]:
     """Yield chunks of about the size, read in the transaction that the connection is in."""
     count = 1
-    yield pack((SNAPSHOT_FORMAT, "head", [(site, ranges.encode()) for site, ranges in seen.items()]))
+    ranges = [(site, found.encode()) for site, found in seen.items()]
+    yield pack((SNAPSHOT_FORMAT, "head", ranges, read_collected(connection)))
     for table in tables:
         for chunk in pack_states(table, read_states(table, sites, connection), max_chunk_bytes):
             yield chunk
@@ -265,9 +269,10 @@ def read_states_chunk(chunk: bytes) -> TableStates:
 
 def _decode_part(kind: object, fields: tuple[Any, ...]) -> Part:
     if kind == "head":
-        (pairs,) = fields
+        pairs, collected = fields
         decode_sites(site for site, _ in pairs)
-        return Head({SiteId(site): _decode_ranges(ranges) for site, ranges in pairs})
+        seen = {SiteId(site): _decode_ranges(ranges) for site, ranges in pairs}
+        return Head(seen, check_hlc(collected) if collected else NEVER)
     if kind == "parked":
         (entries,) = fields
         for site, version, payload in entries:

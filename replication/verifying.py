@@ -135,7 +135,7 @@ def heal(
     healed = Healed([], 0, Counter())
     for chunk in chunks:
         try:
-            admitted = store.admit_states(read_states_chunk(chunk), wall_ms)
+            admitted = store.applier.admit_states(read_states_chunk(chunk), wall_ms)
             if admitted is not None:
                 check_states(*admitted)
         except CodecError as error:

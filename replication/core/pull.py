@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from replication.core.change import PAYLOAD_BYTES_MAX, EncodedChangeset
-from replication.core.clock import NEVER, SiteId
+from replication.core.clock import SiteId
 from replication.core.needs import Seen, compute_missing, encode_seen, plan_needs
 from replication.core.wire import (
     Frame,
@@ -96,7 +96,6 @@ class PullRound:
         self.partial = partial  # set with the first part of a payload, cleared with its last
         # Versions of our own site that the peer has and we do not: our database went back in time.
         self.own_versions_lost = 0
-        self.collected = NEVER  # up to when the peer has forgotten deletions; set by its state
         self._us = us
         self._seen = seen
         self._asked: type[SyncOpen | SyncAsk | SnapshotAsk] = SyncOpen  # the last thing we sent
@@ -130,7 +129,6 @@ class PullRound:
         # They are fetched like any others; the count stays, for somebody to ask how that could happen.
         self.own_versions_lost = sum(last - first + 1 for first, last in lost)
         plan = plan_needs(seen, state.seen, state.floors, needs_max=NEEDS_MAX)
-        self.collected = state.collected
         if plan.snapshot:
             self._asked = SnapshotAsk
             return Ask(SnapshotAsk(self.number))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import msgpack
 
 from replication.core.change import EncodedChangeset
-from replication.core.clock import HLC_MAX, NEVER, Hlc, SiteId
+from replication.core.clock import HLC_MAX, Hlc, SiteId
 from replication.core.codec import CodecError, unpack_foreign
 from replication.core.fields import WireError as WireError  # noqa: PLC0414  part of this module's interface
 from replication.core.fields import blob, by_site, optional, read_flag, read_row, read_site, rows, text, whole
@@ -208,15 +208,11 @@ class SyncOpen:
 
 @dataclass(frozen=True, slots=True)
 class SyncState:
-    """What the asked node has seen, and from which version on its log can serve each site.
-
-    It no longer holds the tombstones of what was deleted up to `collected`; 0 when it holds all.
-    """
+    """What the asked node has seen, and from which version on its log can serve each site."""
 
     session: int
     seen: dict[SiteId, tuple[Range, ...]]
     floors: dict[SiteId, int]
-    collected: Hlc = NEVER
 
 
 @dataclass(frozen=True, slots=True)
@@ -517,7 +513,7 @@ class _Registry:
         Graft: (_IDS,),
         Prune: (),
         SyncOpen: (_SESSION, _SEEN),
-        SyncState: (_SESSION, _SEEN, _plain(by_site(_read_version, SITES_MAX)), _plain(_read_hlc)),
+        SyncState: (_SESSION, _SEEN, _plain(by_site(_read_version, SITES_MAX))),
         SyncBusy: (_SESSION,),
         SyncAsk: (_SESSION, _many(_read_need), _PAYLOAD_BYTES),
         SyncChanges: (_SESSION, _CHANGESETS),

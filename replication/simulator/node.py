@@ -24,7 +24,8 @@ from replication.simulator.network import Link, Network
 from replication.simulator.planted import Build
 from replication.simulator.settings import NodeSettings
 from replication.simulator.trace import Trace
-from replication.store import Statement, Store
+from replication.statements import Statement
+from replication.store import Store
 
 T = TypeVar("T")
 

@@ -7,10 +7,12 @@ simulator uses, and only when a test asks for it. Invariant: without a bug every
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from replication.applying import Applier
 from replication.core.change import Changeset, EncodedChangeset, RowChange
 from replication.core.clock import SiteId
 from replication.core.needs import Seen
 from replication.core.versions import VersionRanges
+from replication.schema import Schema
 from replication.store import ApplyResult, Store
 
 
@@ -35,13 +37,13 @@ class _SeenBeforeCommit(Store):
         if not fresh:
             return ApplyResult(None, 0, len(batch), 0)
         with self._transaction():
-            self._log.append(fresh)
+            self.log.append(fresh)
             for item in fresh:
-                self._mark_seen(item.site, item.version, item.version)
+                self.ledger.mark(item.site, item.version, item.version)
             self._conclude([], [])
         with self._transaction():
-            rows, parked = self._merge_encoded(fresh, wall_ms)
-            self._parking.put(parked)
+            rows, parked = self.applier.apply(fresh, wall_ms)
+            self.parking.put(parked)
             commit = self._conclude(rows, fresh)
         return ApplyResult(commit, len(fresh) - len(parked), len(batch) - len(fresh), len(parked))
 
@@ -59,11 +61,11 @@ class _AnySite(bytes):
         return not isinstance(other, bytes)
 
 
-class _TieByArrival(Store):
+class _TieApplier(Applier):
     """Lets the first of two writes with the same time win, whoever made it."""
 
-    def _merge_at_once(self, changesets: Sequence[tuple[EncodedChangeset, Changeset]]) -> list[RowChange]:
-        return super()._merge_at_once(
+    def merge_at_once(self, changesets: Sequence[tuple[EncodedChangeset, Changeset]]) -> list[RowChange]:
+        return super().merge_at_once(
             [
                 (replace(encoded, site=SiteId(_AnySite(encoded.site))), change)
                 for encoded, change in changesets
@@ -71,10 +73,18 @@ class _TieByArrival(Store):
         )
 
 
-class _Torn(Store):
+class _TieByArrival(Store):
+    """A store with that."""
+
+    def _use(self, schema: Schema) -> None:
+        super()._use(schema)
+        self.applier = _TieApplier(self.connection, schema, self.tables, self.sites, self._clock)
+
+
+class _TornApplier(Applier):
     """Forgets the last row of a large transaction."""
 
-    def _merge_at_once(self, changesets: Sequence[tuple[EncodedChangeset, Changeset]]) -> list[RowChange]:
+    def merge_at_once(self, changesets: Sequence[tuple[EncodedChangeset, Changeset]]) -> list[RowChange]:
         halves = []
         for encoded, (hlc, changes) in changesets:
             kept = tuple(
@@ -84,7 +94,15 @@ class _Torn(Store):
                 for change in changes
             )
             halves.append((encoded, Changeset(hlc, kept)))
-        return super()._merge_at_once(halves)
+        return super().merge_at_once(halves)
+
+
+class _Torn(Store):
+    """A store with that."""
+
+    def _use(self, schema: Schema) -> None:
+        super()._use(schema)
+        self.applier = _TornApplier(self.connection, schema, self.tables, self.sites, self._clock)
 
 
 def _without_gaps(seen: Seen) -> Seen:

@@ -7,7 +7,7 @@ ledger that nobody ever touches again and that say how many there are, so that l
 from random import Random
 
 from replication.schema import Schema
-from replication.store import Statement
+from replication.statements import Statement
 
 SCHEMA_SQL = """
 CREATE TABLE ledger (

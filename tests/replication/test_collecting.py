@@ -5,6 +5,8 @@ import pytest
 from replication.collecting import Collector
 from replication.core.change import EncodedChangeset, RowChange
 from replication.core.clock import HLC_MAX, NEVER, Hlc, SiteId, hlc_from_ms
+from replication.core.codec import pack, unpack
+from replication.errors import SnapshotError
 from replication.schema import Schema
 from replication.store import Store
 
@@ -191,28 +193,43 @@ def away(make):
 @pytest.mark.parametrize("chunk_bytes", [1, 300, 100_000])
 def test_a_replica_that_was_away_forgets_what_the_sender_of_a_snapshot_has_forgotten(away, make, chunk_bytes):
     a, b = away
-    commit = b.apply_snapshot(a.snapshot(chunk_bytes), LATER, a.collected_hlc)
+    commit = b.apply_snapshot(a.snapshot(chunk_bytes), LATER)
     assert keys(a) == keys(b) == [1, 4, 7]
     assert a.digest("t") == b.digest("t")
     assert {change.pk[0] for change in commit.changes if change.row is None} == {0, 2, 3, 5}
     # Who takes a snapshot from it has to forget as much.
     assert b.collected_hlc == a.collected_hlc
     third = make("c")
-    third.apply_snapshot(b.snapshot(1000), LATER, b.collected_hlc)
+    third.apply_snapshot(b.snapshot(1000), LATER)
     assert (keys(third), third.collected_hlc) == ([1, 4, 7], a.collected_hlc)
 
 
-def test_without_that_the_rows_would_be_back(away):
+def test_a_snapshot_tells_what_was_forgotten_when_it_began(make, tmp_path):
+    a, b, c = make("a", tmp_path / "a"), make("b"), make("c")
+    fill(a)
+    early = a.snapshot(1000)
+    collect(a)
+    b.apply_snapshot(early, LATER)
+    assert (tombstones(b), b.collected_hlc) == (9, NEVER)
+    c.apply_snapshot(a.snapshot(1000), LATER)
+    assert (tombstones(c), c.collected_hlc) == (0, a.collected_hlc)
+
+
+@pytest.mark.parametrize("collected", [-1, HLC_MAX + 1, HLC_MAX, "1"])
+def test_a_snapshot_that_has_forgotten_what_is_yet_to_come_is_refused(away, collected):
     a, b = away
-    b.apply_snapshot(a.snapshot(1000), LATER)
-    assert keys(b) == [0, 1, 2, 3, 4, 5, 7]
+    chunks = list(a.snapshot(1000))
+    chunks[0] = pack((*unpack(chunks[0])[:-1], collected))
+    with pytest.raises(SnapshotError):
+        b.apply_snapshot(chunks, LATER)
+    assert b.collected_hlc == NEVER
 
 
 def test_a_table_that_the_sender_has_emptied_is_emptied(away):
     a, b = away
     write(a, "DELETE FROM t", at=NOW + 30)
     collect(a)
-    b.apply_snapshot(a.snapshot(1000), LATER, a.collected_hlc)
+    b.apply_snapshot(a.snapshot(1000), LATER)
     assert keys(b) == []
 
 
@@ -225,7 +242,7 @@ def test_writes_that_the_sender_has_not_seen_stay(away, make, is_logged):
     b.apply(write(other, "INSERT INTO t VALUES (9, 'of another')", at=NOW + 5).changesets, NOW + 5)
     if not is_logged:
         b.prune_log({site("b"): 9, site("o"): 9})
-    b.apply_snapshot(a.snapshot(1000), LATER, a.collected_hlc)
+    b.apply_snapshot(a.snapshot(1000), LATER)
     assert keys(b) == [1, 4, 5, 7, 8, 9]
 
 
@@ -233,5 +250,5 @@ def test_a_snapshot_that_breaks_off_forgets_nothing(away):
     a, b = away
     before = keys(b)
     with pytest.raises(Exception, match="not complete"):
-        b.apply_snapshot(list(a.snapshot(1))[:-1], LATER, a.collected_hlc)
+        b.apply_snapshot(list(a.snapshot(1))[:-1], LATER)
     assert (keys(b), b.collected_hlc) == (before, NEVER)

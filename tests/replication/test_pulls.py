@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from replication.core.change import EncodedChangeset
-from replication.core.clock import Hlc, SiteId
+from replication.core.clock import SiteId
 from replication.core.member import MemberInfo
 from replication.core.pull import Answer
 from replication.core.versions import VersionRanges
@@ -43,7 +43,7 @@ class Pulling:
         self.counters: Counter[str] = Counter()
         self.seen: dict[SiteId, VersionRanges] = {}
         self.applying: list[tuple[list[int], Callable[[int], None], Failed]] = []
-        self.adopting: list[tuple[Spool, Hlc, Callable[[], None], Failed]] = []
+        self.adopting: list[tuple[Spool, Callable[[], None], Failed]] = []
         self.payloads: list[bytes] = []
         self.over: list[tuple[SiteId, int, str]] = []
         self.puller = Puller(
@@ -52,9 +52,7 @@ class Pulling:
             self.counters,
             seen=lambda: self.seen,
             apply=self._apply,
-            adopt=lambda spool, collected, done, failed: self.adopting.append(
-                (spool, collected, done, failed)
-            ),
+            adopt=lambda *adoption: self.adopting.append(adoption),
             members=lambda: Members(()),
             on_over=lambda site, received, error: self.over.append((site, received, str(error))),
             timeout_ms=1_000,
@@ -118,13 +116,12 @@ def test_rounds_go_on_until_one_brings_nothing() -> None:
 def test_a_snapshot_is_kept_and_adopted_when_it_is_whole() -> None:
     pulling = Pulling()
     number = pulling.begin()
-    pulling.answer(SyncState(number, {PEER: ((1, 9),)}, {PEER: 5}, Hlc(7)))
+    pulling.answer(SyncState(number, {PEER: ((1, 9),)}, {PEER: 5}))
     assert pulling.link.frames[-1] == SnapshotAsk(number)
     pulling.answer(SnapshotChunk(number, b"1"), SnapshotChunk(number, b"2"))
     assert not pulling.adopting
     pulling.answer(SyncDone(number, complete=True))
-    spool, collected, done, _ = pulling.adopting[0]
-    assert collected == 7, "what the peer has forgotten goes with its snapshot"
+    spool, done, _ = pulling.adopting[0]
     assert list(spool.read()) == [b"1", b"2"]
     done()
     assert pulling.host.spools[0].is_closed

@@ -400,7 +400,7 @@ def test_a_spoilt_snapshot_changes_nothing(make, spoil):
 
 
 def test_a_snapshot_that_changes_very_many_rows_names_only_their_tables(make, monkeypatch):
-    monkeypatch.setattr("replication.store.NAMED_ROWS_MAX", 3)
+    monkeypatch.setattr("replication.adopting.NAMED_ROWS_MAX", 3)
     a, b, c = make("a"), make("b"), make("c")
     write(a, "INSERT INTO t (k) VALUES (1), (2), (3)")
     named = b.apply_snapshot(a.snapshot(1), NOW)

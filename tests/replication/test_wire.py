@@ -39,7 +39,7 @@ FRAMES = [
     wire.Graft(((SITE, 1),)),
     wire.Prune(),
     wire.SyncOpen(1, {SITE: ((1, 5), (7, 7))}),
-    wire.SyncState(1, {SITE: ((1, 5),)}, {SITE: 3}, Hlc(5)),
+    wire.SyncState(1, {SITE: ((1, 5),)}, {SITE: 3}),
     wire.SyncBusy(1),
     wire.SyncAsk(1, ((SITE, 6, 9),), 512),
     wire.SyncChanges(1, (CHANGESET,)),
@@ -108,7 +108,6 @@ LONG = b"\x01" * 17
         (wire.SyncOpen(1, {}), "seen", [SITE]),
         (wire.SyncAsk(1, ()), "needs", ((SITE, 3, 2),)),
         (wire.SyncAsk(1, ()), "offset", -1),
-        (wire.SyncState(1, {}, {}), "collected", HLC_MAX + 1),
         (wire.SyncDone(1, complete=True), "complete", 1),
         (wire.Large(()), "ids", ((SITE, 0, 1),)),
         (wire.Large(()), "ids", ((SITE, 1, wire.PAYLOAD_BYTES_MAX + 1),)),
@@ -244,7 +243,7 @@ built = st.one_of(
         ),
     ),
     st.builds(wire.SyncAsk, uint32s, st.just(((SITE, 6, 9),)), uint32s),
-    st.builds(wire.SyncState, uint32s, st.just({SITE: ((1, 5),)}), st.just({}), hlcs),
+    st.builds(wire.SyncState, uint32s, st.just({SITE: ((1, 5),)}), st.just({})),
 )
 
 
