@@ -57,7 +57,10 @@ class ReadOnlyError(StoreError):
 
 
 class ReplacedError(StoreError):
-    """The file is not what this replica left in it; only opening it afresh, as another site, helps."""
+    """The file is not what this replica left in it, or its site is another's too.
+
+    Nothing is written to it any more; only opening it afresh, as another site, helps.
+    """
 
 
 class BehindError(ReplicationError):

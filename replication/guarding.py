@@ -8,6 +8,8 @@ does not go on under the site that it names, for its versions would stand for tw
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 # What a WAL keeps of its size when it begins anew; SQLite itself begins anew at 4 MB when no reader is in it.
 WAL_KEPT_BYTES: Final = 8 << 20
+# A checkpoint of somebody else is read half-way for a moment; what cannot be read for longer is no database.
+_UNREADABLE_MAX = 40
 
 
 class State(NamedTuple):
@@ -54,13 +58,17 @@ class FileGuard:
         self._path = path
         self._schema = schema
         self._home = read_home(path)
-        self._is_replaced = False
+        self._is_disowned = False
+        self._is_overwritten = False  # set with the former, when the WAL belongs to what the file held before
+        self._shape: tuple[int, int, int] | None = None  # of the file, when it was last looked into
+        self._in_file: State | None = None  # what it holds without its WAL, as of then
+        self._unreadable = 0  # looks in a row that found nothing
         self._schema_version = self._read_schema_version()
         connection.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}")
 
-    def check_state(self, expected: State, connection: sqlite3.Connection | None = None) -> None:
+    def check_state(self, expected: State) -> None:
         """Raise ReplacedError unless the file holds this state."""
-        found = read_state(connection or self._connection)
+        found = read_state(self._connection)
         if found != expected:
             self.refuse("another state was put into it" if found else "it is not a replica any more")
 
@@ -70,19 +78,44 @@ class FileGuard:
         if found is None or found.site != expected.site or found < expected:
             self.refuse("an older state was put into it")
 
-    def check_file(self, expected: State) -> None:
-        """Raise ReplacedError when another file is in its place, or an older one was copied over it."""
+    def check_file(self, expected: State, *, anew: bool = True) -> None:
+        """Raise ReplacedError when another file is in its place, or something was copied over it.
+
+        A checkpoint brings the file forward, to no more than what we know, and nothing else writes to it.
+        SQLite sees none of this: our connection reads its cache and the WAL. Without anew, the file is looked
+        into only when it was written to.
+        """
         if self._path == ":memory:":
             return
         try:
-            home = read_home(self._path)
+            found = os.stat(self._path)  # noqa: PTH116 - every 25 ms: this costs 2 µs
         except FileNotFoundError:
-            self.refuse("it was removed")
-        if home != self._home:
-            self.refuse("another file is in its place")
-        # A connection that is open sees its own cache; a new one sees the file.
-        with closing(sqlite3.connect(f"{Path(self._path).absolute().as_uri()}?mode=ro", uri=True)) as fresh:
-            self.check_state(expected, fresh)
+            self._refuse_content("it was removed")
+        if str(found.st_ino) != self._home:
+            self._refuse_content("another file is in its place")
+        shape = (found.st_ino, found.st_mtime_ns, found.st_size)
+        if not anew and shape == self._shape:
+            return
+        state, last = self._read_without_wal(), self._in_file
+        if state is not None:
+            if state.seq > expected.seq or (last is not None and state.seq < last.seq):
+                self._refuse_content("another state was copied over it")
+            if state.site not in (expected.site, (last or state).site):
+                self._refuse_content("another node's state was copied over it")
+        elif last is not None:
+            self._unreadable += 1
+            if self._unreadable > _UNREADABLE_MAX:
+                self._refuse_content("what was copied over it is no database of ours")
+            return
+        self._shape, self._in_file, self._unreadable = shape, state, 0
+
+    def _read_without_wal(self) -> State | None:
+        uri = f"{Path(self._path).absolute().as_uri()}?immutable=1"
+        try:
+            with closing(sqlite3.connect(uri, uri=True)) as fresh:
+                return read_state(fresh)
+        except sqlite3.Error:
+            return None
 
     def has_schema_moved(self) -> bool:
         """True when somebody has changed tables or triggers since they were last as they should be."""
@@ -101,15 +134,29 @@ class FileGuard:
         self._schema_version = self._read_schema_version()
 
     def disown(self) -> bool:
-        """Have a replaced file become another site when it is next opened; call it instead of a clean close.
+        """Have the file become another site when it is next opened; call it instead of a clean close.
 
         Return False when the file is still ours.
         """
-        if not self._is_replaced:
+        if not self._is_disowned:
             return False
+        if self._is_overwritten:
+            # It would be written over what the file holds now, by the close or by the next who opens it. To
+            # empty it makes the checkpoint of the close fail, as SQLite does not look at names again.
+            with contextlib.suppress(OSError):
+                os.truncate(f"{self._path}-wal", 0)
+            for suffix in ("-wal", "-shm"):
+                Path(self._path + suffix).unlink(missing_ok=True)
         self._connection.close()
-        with contextlib.suppress(sqlite3.Error), closing(sqlite3.connect(self._path)) as fresh, fresh:
-            fresh.execute("UPDATE _repl_state SET is_clean = 0, boot = ''")
+        uri = f"{Path(self._path).absolute().as_uri()}?mode=rw"
+        try:
+            with closing(sqlite3.connect(uri, uri=True)) as fresh, fresh:
+                fresh.execute("UPDATE _repl_state SET is_clean = 0, boot = ''")
+        except sqlite3.Error:
+            # Somebody holds on to it. A copy has another inode, and so becomes another site as well.
+            with contextlib.suppress(OSError):
+                shutil.copyfile(self._path, f"{self._path}-disowned")
+                Path(f"{self._path}-disowned").replace(self._path)
         return True
 
     def wal_bytes(self) -> int:
@@ -140,5 +187,13 @@ class FileGuard:
 
     def refuse(self, reason: str) -> NoReturn:
         """Raise ReplacedError, and remember that the file is to be disowned."""
-        self._is_replaced = True
-        raise ReplacedError(f"{self._path} is not the file that this node had: {reason}")
+        self.renounce(f"{self._path} is not the file that this node had: {reason}")
+
+    def renounce(self, reason: str) -> NoReturn:
+        """Raise ReplacedError, and remember that the file must not go on as the site that it is."""
+        self._is_disowned = True
+        raise ReplacedError(reason)
+
+    def _refuse_content(self, reason: str) -> NoReturn:
+        self._is_overwritten = True
+        self.refuse(reason)

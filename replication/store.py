@@ -18,7 +18,7 @@ import contextlib
 import os
 import sqlite3
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, Self
+from typing import TYPE_CHECKING, Final, Literal, NoReturn, Self
 
 from . import sidetables
 from .adopting import adopt_snapshot
@@ -250,13 +250,16 @@ class Store:
     def foreign_writes(self) -> bool:
         """True when another connection has committed since the last call.
 
-        Tables and triggers that it dropped are made again. Raises ReplacedError when it left another state.
+        Tables and triggers that it dropped are made again. Raises ReplacedError when it left another state,
+        or when somebody has removed, replaced or overwritten the file.
         """
         with self._sound():
             (version,) = self.connection.execute("PRAGMA data_version").fetchone()
+            if version != self._data_version:
+                self._guard.check_state(self.ledger.left)
+            self._guard.check_file(self.ledger.left, anew=False)
             if version == self._data_version:
                 return False
-            self._guard.check_state(self.ledger.left)
             has_schema_moved = self._guard.has_schema_moved()
         if has_schema_moved:
             with self._transaction():
@@ -265,9 +268,13 @@ class Store:
         return True
 
     def check_file(self) -> None:
-        """Raise ReplacedError when the file was replaced or overwritten, unseen by foreign_writes."""
+        """Raise ReplacedError when the file was removed, replaced or overwritten, whatever its times say."""
         with self._sound():
             self._guard.check_file(self.ledger.left)
+
+    def renounce(self, reason: str) -> NoReturn:
+        """Raise ReplacedError, and have the file become another site when it is next opened."""
+        self._guard.renounce(reason)
 
     @property
     def schema_problem(self) -> str:
@@ -281,7 +288,9 @@ class Store:
     def checkpoint(self, bytes_max: int, wait_ms: int) -> int:
         """Empty the WAL when it is larger than that; wait so long for readers. Return its size then."""
         with self._sound():
-            return self._guard.checkpoint(bytes_max, wait_ms)
+            left_bytes = self._guard.checkpoint(bytes_max, wait_ms)
+            self._guard.check_file(self.ledger.left, anew=False)
+            return left_bytes
 
     # Merging
 

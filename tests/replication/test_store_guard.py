@@ -113,19 +113,73 @@ def test_an_older_file_copied_over_it_is_noticed(store, path):
     write(store, 2)
     store.checkpoint(0, 0)
     shutil.copyfile(older, path)
-    assert not store.foreign_writes()
     with pytest.raises(ReplacedError, match="another state"):
         store.check_file()
     assert_becomes_another_site(store, path)
 
 
-def test_another_file_in_its_place_is_noticed(store, path):
-    store.check_file()
-    back_up(path).replace(path)
-    with pytest.raises(ReplacedError, match="another file"):
-        store.check_file()
+def overwrite(older, path):
+    shutil.copyfile(older, path)
+
+
+def put_in_place(older, path):
+    older.replace(path)
+
+
+@pytest.mark.parametrize(("act", "told"), [(overwrite, "another state"), (put_in_place, "another file")])
+@pytest.mark.parametrize("noticed", [Store.foreign_writes, Store.check_file])
+def test_a_file_is_what_was_put_there_and_nothing_of_the_former_wal(store, path, act, told, noticed):
+    older = back_up(path)
+    former = store.site
+    for number in range(2, 30):
+        write(store, number, PAGE * 10)
+    store.checkpoint(0, 0)
+    store.foreign_writes()
+    for number in range(2, 60):
+        write(store, number, PAGE)
+    assert store.wal_bytes() > 100_000
+    with closing(sqlite3.connect(path)) as reader:
+        reader.execute("SELECT count(*) FROM t").fetchone()
+        act(older, path)
+        with pytest.raises(ReplacedError, match=told):
+            noticed(store)
+        store.close()
+    with closing(Store.open(path, SCHEMA)) as again:
+        assert again.site != former
+        assert again.connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert again.connection.execute("SELECT k, v FROM t").fetchall() == [(1, "one")]
+
+
+def test_a_file_that_was_removed_is_noticed_and_made_anew(store, path):
+    write(store, 2)
     path.unlink()
     with pytest.raises(ReplacedError, match="removed"):
+        store.foreign_writes()
+    store.close()
+    assert not path.exists()
+    with closing(Store.open(path, SCHEMA)) as again:
+        assert again.connection.execute("SELECT count(*) FROM t").fetchone() == (0,)
+
+
+def test_something_that_is_no_database_is_noticed_after_a_while(store, path):
+    store.checkpoint(0, 0)
+    path.write_bytes(b"no database" * 10_000)
+
+    def look() -> None:
+        for _ in range(100):
+            store.foreign_writes()
+
+    with pytest.raises(ReplacedError, match="no database of ours"):
+        look()
+
+
+def test_checkpoints_of_ours_and_others_are_no_reason_to_refuse(store, path):
+    for number in range(20):
+        write(store, number, PAGE * 400)
+        assert store.wal_bytes() or number
+        shell(path, f"INSERT INTO t VALUES ({number + 100}, 'x')", "PRAGMA wal_checkpoint(TRUNCATE)")
+        store.foreign_writes()
+        store.capture(NOW)
         store.check_file()
 
 
