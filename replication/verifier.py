@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from replication.core.change import Commit, some
+from replication.core.change import PAYLOAD_BYTES_MAX, Commit, some
 from replication.core.clock import SiteId
 from replication.core.links import Link
 from replication.core.member import Address
@@ -216,14 +216,17 @@ class Verifier:
         self._send(session, StatesAsk(session.number, session.table, lower, upper))
 
     def _keep(self, session: _Session, answer: SnapshotChunk) -> None:
-        session.pieces.append(answer.chunk)
-        if answer.more or session.spool is None:
+        if session.spool is None:
             return
-        try:
-            session.spool.write(b"".join(session.pieces))
-        except (SpoolError, OSError):
-            self._finish(session, "spool")
-        session.pieces.clear()
+        session.pieces.append(answer.chunk)
+        if sum(map(len, session.pieces)) > PAYLOAD_BYTES_MAX:
+            self._finish(session, "chunk")
+        elif not answer.more:
+            try:
+                session.spool.write(b"".join(session.pieces))
+            except (SpoolError, OSError):
+                self._finish(session, "spool")
+            session.pieces.clear()
 
     def _heal(self, session: _Session, spool: Spool) -> None:
         """Merge what the peer has in a range, as soon as we have seen all that it had seen."""
