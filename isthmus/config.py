@@ -47,8 +47,8 @@ LOCAL_REGION = "local"
 
 ENVIRONMENT_PREFIX = "ISTHMUS_"
 
-# Read by the command line itself, before there is a configuration.
-_NOT_SETTINGS = frozenset({"ISTHMUS_ADMIN", "ISTHMUS_CONFIG", "ISTHMUS_TOKEN"})
+# Read before there is a configuration.
+_NOT_SETTINGS = frozenset({"ISTHMUS_ADMIN", "ISTHMUS_COMPILED", "ISTHMUS_CONFIG", "ISTHMUS_TOKEN"})
 
 # The flags that are not simply called as their setting.
 _FLAGS: Mapping[str, str] = {
@@ -155,6 +155,10 @@ class ProxyConfig(_Section, frozen=True):
     head_bytes_max: Positive = 32_768
     header_count_max: Positive = 100
     url_bytes_max: Positive = 8_192
+    connections_max: Positive = 32_768
+    connections_per_client_max: Positive = 1_024
+    requests_per_connection_max: Positive = 10_000
+    memory_bytes_max: Annotated[int, Meta(ge=0, le=2**53)] = 0
     replay_body_bytes_max: Positive = 1_048_576
     replays_max: Positive = 10
     attempts_max: Positive = 6
@@ -164,6 +168,7 @@ class ProxyConfig(_Section, frozen=True):
     head_timeout_ms: Positive = 15_000
     keepalive_timeout_ms: Positive = 75_000
     body_timeout_ms: Positive = 30_000
+    body_bytes_per_s_min: Positive = 256
     send_timeout_ms: Positive = 30_000
     response_timeout_ms: Positive = 60_000
     stream_timeout_ms: Positive = 300_000

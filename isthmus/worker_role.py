@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from isthmus.config import Config, parse_listen
 from isthmus.feed import FeedFollower
 from isthmus.route_feed import RouteFeed
+from proxy.admission import compute_memory_max, raise_files_limit
 from proxy.metrics import ProxyMetrics
 from proxy.server import Server
 from proxy.settings import ProxySettings
@@ -41,6 +42,10 @@ def proxy_settings(config: Config) -> ProxySettings:
         head_bytes_max=proxy.head_bytes_max,
         header_count_max=proxy.header_count_max,
         url_bytes_max=proxy.url_bytes_max,
+        connections_max=proxy.connections_max,
+        connections_per_client_max=proxy.connections_per_client_max,
+        requests_per_connection_max=proxy.requests_per_connection_max,
+        memory_bytes_max=proxy.memory_bytes_max or compute_memory_max(config.workers),
         replay_body_bytes_max=proxy.replay_body_bytes_max,
         replays_max=proxy.replays_max,
         attempts_max=proxy.attempts_max,
@@ -50,6 +55,7 @@ def proxy_settings(config: Config) -> ProxySettings:
         head_timeout_s=proxy.head_timeout_ms / 1000,
         keepalive_timeout_s=proxy.keepalive_timeout_ms / 1000,
         body_timeout_s=proxy.body_timeout_ms / 1000,
+        body_bytes_per_s_min=proxy.body_bytes_per_s_min,
         send_timeout_s=proxy.send_timeout_ms / 1000,
         response_timeout_s=proxy.response_timeout_ms / 1000,
         stream_timeout_s=proxy.stream_timeout_ms / 1000,
@@ -78,6 +84,7 @@ class WorkerRole:
 
     async def start(self) -> dict[str, str]:
         """Load the table from the file, begin to follow, and serve."""
+        raise_files_limit()
         self._follower.seq = self._routes.load()
         self._follower_task = asyncio.create_task(self._follower.run())
         host, port = parse_listen(self._config.proxy.listen)

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Final, cast
 
 from routing.balancer import ANYWHERE
 
+from .admission import CLIENT_CONNECTIONS, MEMORY, name_client
 from .core.errors import (
     BAD_BODY,
     BAD_HEAD,
     HEAD_TOO_LARGE,
     NO_ROUTE,
+    OVERLOADED,
     REQUEST_TIMEOUT,
+    TOO_MANY_CONNECTIONS,
     URL_TOO_LONG,
     RequestError,
     prefers_plain,
@@ -81,6 +84,8 @@ class Downstream(asyncio.Protocol):
         self._blank_seen = False  # an empty line before the current head was forgiven
         self._peer = ""
         self._trusted = False
+        self._admitted: str | None = None  # what the connection is counted under; None when it is not
+        self._requests_left = plane.settings.requests_per_connection_max
         self._forwarded = b""  # lines about this client for machines; for trusted peers made per request
 
     # What the event loop calls
@@ -97,7 +102,13 @@ class Downstream(asyncio.Protocol):
         self._clients.add(self)
         plane.metrics.connections += 1
         plane.metrics.connections_open += 1
-        self.deadline = plane.now() + plane.settings.head_timeout_s
+        counted = "" if self._trusted else name_client(self._peer)
+        refusal = plane.admission.admit(counted)
+        if refusal is None:
+            self._admitted = counted
+            self.deadline = plane.now() + plane.settings.head_timeout_s
+        else:
+            self._turn_away(refusal)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the reason changes nothing
         """Stop whatever was going on."""
@@ -105,6 +116,8 @@ class Downstream(asyncio.Protocol):
         self.deadline = NEVER
         self._clients.discard(self)
         self._plane.metrics.connections_open -= 1
+        if self._admitted is not None:
+            self._plane.admission.leave(self._admitted)
         exchange, self._exchange = self._exchange, None
         if self._machine is not None:
             machine, self._machine = self._machine, None
@@ -171,7 +184,7 @@ class Downstream(asyncio.Protocol):
         elif self._state is _BODY:
             self._fail_body(RequestError(REQUEST_TIMEOUT))
         elif self._state is _HEAD:
-            self._transport.close()
+            self._close_gently(unread=False)
         else:
             self.abort()
 
@@ -331,12 +344,19 @@ class Downstream(asyncio.Protocol):
         plane = self._plane
         head = parse_request_head(raw, plane.settings)
         self.deadline = NEVER
+        self._requests_left -= 1
+        if not self._requests_left:
+            head.keep_alive = False
         if head.chunked:
             self._body = ChunkedBody(bound_overhead=True)
         elif head.content_length > 0:
             self._body = FixedBody(head.content_length)
         else:
             self._body = None
+        if plane.shedding:
+            plane.metrics.count_shed(MEMORY)
+            self._respond(OVERLOADED, "its memory is short", head, keep=False)
+            return
         service = plane.table.find(head.host, head.target, self.port)
         if service is None:
             self._answer_unrouted(head)
@@ -386,7 +406,12 @@ class Downstream(asyncio.Protocol):
             self._buffer = body.rest
             self.deadline = NEVER
         elif not self._paused:
-            self.deadline = self._plane.now() + self._plane.settings.body_timeout_s
+            settings = self._plane.settings
+            # Each byte buys its time at the least rate, and no silence is longer than the limit.
+            self.deadline = min(
+                self.deadline + len(data) / settings.body_bytes_per_s_min,
+                self._plane.now() + settings.body_timeout_s,
+            )
         exchange.handle_request_body(piece, ended=body.ended)
 
     def _fail_body(self, error: RequestError) -> None:
@@ -416,6 +441,17 @@ class Downstream(asyncio.Protocol):
             self._read_heads()
 
     # Answers without an exchange
+
+    def _turn_away(self, reason: str) -> None:
+        plane = self._plane
+        plane.metrics.count_shed(reason)
+        if not plane.admission.tells():
+            self.abort()
+        elif reason == CLIENT_CONNECTIONS:
+            limit = plane.settings.connections_per_client_max
+            self._respond(TOO_MANY_CONNECTIONS, f"more than {limit}", None, keep=False)
+        else:
+            self._respond(OVERLOADED, "too many connections", None, keep=False)
 
     def _answer_unrouted(self, head: RequestHead) -> None:
         self._respond(NO_ROUTE, "", head, keep=head.keep_alive and self._body is None)
@@ -454,7 +490,10 @@ class Downstream(asyncio.Protocol):
             return
         self._state = _LINGER
         self._buffer = b""
-        self.deadline = self._plane.now() + self._plane.settings.linger_s
+        settings = self._plane.settings
+        # What waits for a slow client has the time that it always has.
+        waits = transport.get_write_buffer_size() > 0
+        self.deadline = self._plane.now() + (settings.send_timeout_s if waits else settings.linger_s)
         if unread:
             self.resume_reading()
             transport.write_eof()

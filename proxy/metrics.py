@@ -38,6 +38,7 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "isthmus_queue_waits_total": ("counter", "Requests that had to wait for a machine."),
     "isthmus_queue_wait_seconds_total": ("counter", "How long they waited, in total."),
     "isthmus_errors_total": ("counter", "Answers made by the proxy itself, by code."),
+    "isthmus_shed_total": ("counter", "Connections and requests refused, by what was short."),
     "isthmus_aborted_total": ("counter", "Exchanges cut before their end, by who cut them."),
     "isthmus_replays_total": (
         "counter",
@@ -86,6 +87,7 @@ class ProxyMetrics:
         "queue_seconds",
         "queue_waits",
         "queued",
+        "shed",
         "tunnels",
         "upstreams",
         "upstreams_open",
@@ -96,6 +98,7 @@ class ProxyMetrics:
         self.errors: dict[str, int] = {}
         self.connect_failures: dict[str, int] = {}
         self.aborted = {"client": 0, "machine": 0}
+        self.shed: dict[str, int] = {}
         self.in_flight = 0
         self.queued = 0
         self.queue_waits = 0
@@ -121,6 +124,10 @@ class ProxyMetrics:
         """Count one connection to a machine that could not be made."""
         self.connect_failures[code] = self.connect_failures.get(code, 0) + 1
 
+    def count_shed(self, reason: str) -> None:
+        """Count one connection or request that was refused."""
+        self.shed[reason] = self.shed.get(reason, 0) + 1
+
     def samples(self) -> list[Sample]:
         """Return all of it as (name, labels, value)."""
         samples: list[Sample] = [
@@ -136,6 +143,8 @@ class ProxyMetrics:
         ]
         for who, count in self.aborted.items():
             samples.append(("isthmus_aborted_total", (("by", who),), count))
+        for reason, count in self.shed.items():
+            samples.append(("isthmus_shed_total", (("reason", reason),), count))
         for code, count in self.errors.items():
             samples.append(("isthmus_errors_total", (("code", code),), count))
         for code, count in self.connect_failures.items():

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 from typing import TYPE_CHECKING
 
+from .admission import FILES
 from .core.addresses import Address, AddressRules, parse_address
-from .core.errors import CONNECT_FAILED, CONNECT_REFUSED, UPSTREAM_TIMEOUT
+from .core.errors import CONNECT_FAILED, CONNECT_REFUSED, OVERLOADED, UPSTREAM_TIMEOUT
 from .sweeper import NEVER
 from .upstream import Upstream
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from .settings import ProxySettings
 
 _WILDCARDS = frozenset(("", "*"))
+# A connection that failed for one of these says nothing about its machine.
+_OWN_SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
 class ForbiddenError(Exception):
@@ -95,6 +99,12 @@ class Pool:
             if not idle:
                 del self._idle[upstream.address]
 
+    def close_idle(self) -> None:
+        """Close all connections that nobody uses: their files are needed."""
+        for idle in list(self._idle.values()):
+            for upstream in list(idle):
+                upstream.close()
+
     async def close(self) -> None:
         """Close everything; exchanges that still run are told."""
         self._closed = True
@@ -115,6 +125,11 @@ class Pool:
             exchange.handle_connect_failed(CONNECT_REFUSED, f"{_show(address)} refused the connection")
         except (OSError, ForbiddenError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
+            if isinstance(error, OSError) and error.errno in _OWN_SHORTAGES:
+                self.close_idle()
+                self._metrics.count_shed(FILES)
+                exchange.handle_shortage(OVERLOADED, f"no connection to a machine: {reason}")
+                return
             exchange.handle_connect_failed(CONNECT_FAILED, f"{_show(address)}: {reason}")
         else:
             upstream.deadline = NEVER

@@ -11,6 +11,7 @@ import random
 import time
 from typing import TYPE_CHECKING
 
+from .admission import Admission, compute_files_max
 from .core.forwarding import Forwarding
 from .core.plane import Plane
 from .core.queue import Queue
@@ -68,6 +69,7 @@ class Server:
         loop = asyncio.get_running_loop()
         pool = self._pool = Pool(self._settings, self._metrics)
         await pool.open()
+        admission = Admission(self._settings, self._metrics, compute_files_max())
         plane = self._plane = Plane(
             settings=self._settings,
             table=self._table,
@@ -78,7 +80,10 @@ class Server:
             request_ids=RequestIds(random.SystemRandom().getrandbits, self._settings.region),
             now=loop.time,
             wall_us=lambda: time.time_ns() // 1000,
+            admission=admission,
+            body_kept_max=self._settings.replay_body_bytes_max,
         )
+        admission.watch(plane, pool.close_idle)
         accepting: dict[str, tuple[Forwarding, int]] = {}
 
         def make() -> Downstream:
@@ -100,7 +105,7 @@ class Server:
             self._clients,
             pool.connections,
             plane.queue.waiting,
-            (plane.queue,),
+            (plane.queue, admission),
         )
         self._sweeper.start()
 

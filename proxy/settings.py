@@ -38,6 +38,17 @@ class ProxySettings:
     # More 1xx than this before a final answer is no protocol but a flood.
     informational_max: int = 16
 
+    # Of one worker. A connection with a request takes two files and some 20 KB, an idle one half of that.
+    # Never more than half of the files that the process may open.
+    connections_max: int = 32_768
+    # Of one address, or IPv6 /64, at one worker; trusted proxies are exempt. A company behind one address
+    # has a few hundred.
+    connections_per_client_max: int = 1_024
+    # Lets connections move to other workers now and then; rare enough to cost nothing.
+    requests_per_connection_max: int = 10_000
+    # Resident memory of this process above which requests are refused; 0: no bound.
+    memory_bytes_max: int = 0
+
     # What a replay or a retry can send again; Fly documents 1 MB.
     replay_body_bytes_max: int = 1_048_576
     replays_max: int = 10
@@ -61,7 +72,10 @@ class ProxySettings:
     keepalive_timeout_s: float = 75.0
     # Without a byte of the request body.
     body_timeout_s: float = 30.0
-    # A client that takes none of what waits for it.
+    # After these seconds a body must have come this fast on average: a byte now and then is no body but
+    # somebody who occupies a machine. Far below the slowest modem.
+    body_bytes_per_s_min: int = 256
+    # In which a client takes three quarters of `write_buffer_bytes_max` of what waits for it: 3.3 KB/s.
     send_timeout_s: float = 30.0
     # From the end of the request to the head of the answer: what users of 60 s gateways expect.
     response_timeout_s: float = 60.0

@@ -156,8 +156,10 @@ class Upstream(asyncio.Protocol):
         """The client's side has ended: send what is left, then close."""
         self._peer = None
         self._state = _CLOSED
-        self.deadline = self._loop.time() + self.pool.settings.linger_s
         if self.transport is not None:
+            settings = self.pool.settings
+            waits = self.transport.get_write_buffer_size() > 0
+            self.deadline = self._loop.time() + (settings.send_timeout_s if waits else settings.linger_s)
             self.transport.close()
 
     # What the event loop calls

@@ -3,8 +3,8 @@
 Decides the words and bytes of an error; refuses to know what led to it.
 Invariant: an error without an entry in ERRORS cannot be raised or written.
 
-The codes of Fly's list (docs, "Error codes") keep their meaning; PH is our own letter, for requests
-that are refused as they are.
+The codes of Fly's list (docs, "Error codes") keep their meaning; PH and PL are our own, for requests
+that are refused as they are and for what is too much.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ BAD_BODY: Final = "PH10"
 BAD_CODING: Final = "PH11"
 BAD_ROUTING_FIELD: Final = "PH12"
 NO_ROUTE: Final = "PH13"
+
+OVERLOADED: Final = "PL01"
+TOO_MANY_CONNECTIONS: Final = "PL02"
 
 BODY_TOO_LARGE: Final = "PA01"
 TOO_MANY_REPLAYS: Final = "PA02"
@@ -52,6 +55,8 @@ ERRORS: Final[dict[str, tuple[int, str]]] = {
     BAD_CODING: (501, "the transfer coding is not served"),
     BAD_ROUTING_FIELD: (400, "a routing header is malformed"),
     NO_ROUTE: (404, "no app is served under this host and path"),
+    OVERLOADED: (503, "this node has more to do than it can"),
+    TOO_MANY_CONNECTIONS: (429, "this client has too many connections"),
     BODY_TOO_LARGE: (413, "the request body is too large to be replayed"),
     TOO_MANY_REPLAYS: (508, "the request was replayed too often"),
     BAD_REPLAY: (502, "the app asked for a replay that cannot be done"),
@@ -69,6 +74,7 @@ ERRORS: Final[dict[str, tuple[int, str]]] = {
 }
 # Long enough for a machine to start or a burst to pass, short enough that nobody gives up.
 RETRY_AFTER_S: Final = 1
+_PASSING: Final = frozenset((HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS))
 
 _REASONS: Final[dict[int, bytes]] = {
     status: f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n".encode()
@@ -119,7 +125,7 @@ def render_error(
         b"Cache-Control: no-store\r\nfly-proxy-error: %b\r\n" % code.encode(),
         b"Fly-Request-Id: %b\r\n" % request_id,
     ]
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+    if status in _PASSING:
         lines.append(b"Retry-After: %d\r\n" % RETRY_AFTER_S)
     if status == HTTPStatus.METHOD_NOT_ALLOWED:
         lines.append(b"Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n")

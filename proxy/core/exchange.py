@@ -153,7 +153,7 @@ class Exchange:
                 if self.kept is None:
                     self.kept = []
                 self.kept.append(data)
-                if self.body_bytes > self.plane.settings.replay_body_bytes_max:
+                if self.body_bytes > self.plane.body_kept_max:
                     self._limit_kept()
         machine = self.machine
         if machine is not None:
@@ -281,6 +281,11 @@ class Exchange:
         if self.phase is not _DONE:
             self._retry_elsewhere(code, detail)
 
+    def handle_shortage(self, code: str, detail: str) -> None:
+        """The connection asked for cannot be made by this node; the machine is not to blame."""
+        if self.phase is not _DONE:
+            self._fail(code, detail)
+
     def _retry_elsewhere(self, code: str, detail: str) -> None:
         target = self.target
         assert target is not None
@@ -318,7 +323,7 @@ class Exchange:
             data = b"".join(pieces)
         elif kept:
             data = b"".join((data, *kept))
-        if self.body_bytes > self.plane.settings.replay_body_bytes_max:
+        if self.body_bytes > self.plane.body_kept_max:
             self._limit_kept()
         if not self.body_ended:
             # Before the write, which may find that the machine is slow and pause the client again.

@@ -92,6 +92,19 @@ class Connector(Protocol):
         """
 
 
+class Gate(Protocol):
+    """Who may connect."""
+
+    def admit(self, client: str) -> str | None:
+        """Count a connection of this client, or return the reason why it must not be."""
+
+    def leave(self, client: str) -> None:
+        """Forget an admitted connection."""
+
+    def tells(self) -> bool:
+        """True while a client that is turned away can be told so."""
+
+
 class Chooser(Protocol):
     """The balancer."""
 
@@ -114,4 +127,7 @@ class Plane:
     request_ids: RequestIds
     now: Callable[[], float]  # monotonic seconds
     wall_us: Callable[[], int]  # microseconds since the epoch
+    admission: Gate
+    body_kept_max: int  # bytes of a request body that are kept for replays; 0 while memory is short
     draining: bool = False  # set once, when the worker is told to stop
+    shedding: bool = False  # while memory is so short that requests are refused

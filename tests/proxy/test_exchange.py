@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from proxy.admission import Admission
 from proxy.core.errors import CONNECT_REFUSED, UPSTREAM_RESET, UPSTREAM_TIMEOUT
 from proxy.core.exchange import Exchange
 from proxy.core.framing import COPIED_BYTES_MAX
@@ -53,6 +54,8 @@ class World:
             request_ids=RequestIds(lambda bits: 0, "ams"),
             now=lambda: self.now,
             wall_us=lambda: 5_000,
+            admission=Admission(ProxySettings("n1", "ams"), self.metrics, 1_000),
+            body_kept_max=settings.get("replay_body_bytes_max", 1_048_576),
         )
         self.target = ""  # of the last connection asked for
 
