@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing outside this folder is touched.
-.PHONY: help setup demo check test bench bench-replication soak chaos clean
+.PHONY: help setup demo check test bench bench-replication bench-simulated soak chaos clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -9,6 +9,8 @@ PYTHON ?= python3
 BASE_PORT ?= 8080
 # Simulated clusters in a soak, a fraction of a second each.
 SEEDS ?= 300
+# What the runs of bench-simulated follow from; about eight minutes of one core each.
+SIMULATED_SEEDS ?= 1
 # How often a writer is killed, a third of a second each.
 KILLS ?= 300
 
@@ -17,6 +19,7 @@ help:
 	@echo "make test    unit, property and end-to-end tests"
 	@echo "make check   lint, types, import contracts"
 	@echo "make bench   CPU per request beside nginx and HAProxy; make bench-replication: beside cr-sqlite"
+	@echo "make bench-simulated  a thousand simulated nodes; an hour without a region"
 	@echo "make soak    simulate many clusters with faults; SEEDS=1000 says how many"
 	@echo "make chaos   kill -9 a writer at random moments and look at what it left; KILLS=1000 says how often"
 	@echo "make setup   only the virtual environment, .venv"
@@ -45,6 +48,9 @@ bench: setup
 
 bench-replication: setup
 	@$(BIN)/python -m bench.replication
+
+bench-simulated: setup
+	@$(BIN)/python -m bench.replication.simulated --seeds $(SIMULATED_SEEDS)
 
 soak: setup
 	$(BIN)/isthmus simulate --seeds $(SEEDS)

@@ -651,7 +651,7 @@ class Replica:
         self._end_sync(peer, ok=error is None, received=received)
 
     def _tell_news(self, peer: SiteId) -> None:
-        """After a session that brought much, let the peers sync with us at once: we were apart from others."""
+        """After a session that brought much, as we were apart from others, let our peers sync with us."""
         came = {
             site: head + 1
             for site, ranges in self.seen.items()

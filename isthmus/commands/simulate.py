@@ -30,6 +30,9 @@ def add_parser(verbs: Any) -> None:
         default="all",
         help="which, with commas between: see docs/simulation.md; all, or none (all)",
     )
+    parser.add_argument("--regions", type=int, default=10, help="over which the nodes are dealt out (10)")
+    parser.add_argument("--loss", type=float, default=0.0, help="of packets, all the time, 0 to 1 (0)")
+    parser.add_argument("--joined", action="store_true", help="every node knows all others from the start")
     parser.add_argument("--trace", metavar="FILE", help="write each event to a file")
     parser.set_defaults(run=run)
 
@@ -49,6 +52,9 @@ def run(args: argparse.Namespace) -> int:
                 seconds=args.seconds,
                 faults=faults,
                 writes_per_s=args.writes,
+                regions=args.regions,
+                loss=args.loss,
+                joined=args.joined,
             )
         except ValueError as error:
             sys.stderr.write(f"isthmus: {error}\n")
@@ -106,10 +112,13 @@ def format_failure(report: Report, faults: str) -> str:
 
 def format_command(scenario: Scenario, faults: str) -> str:
     """Return the command that makes the same run."""
-    return (
-        f"isthmus simulate --nodes {scenario.nodes} --seed {scenario.seed} --seconds {scenario.seconds!r} "
-        f"--writes {scenario.writes_per_s!r} --faults {faults}"
-    )
+    options = [
+        f"isthmus simulate --nodes {scenario.nodes} --seed {scenario.seed} --seconds {scenario.seconds!r}",
+        f"--writes {scenario.writes_per_s!r} --faults {faults} --regions {scenario.regions}",
+        *([f"--loss {scenario.loss!r}"] if scenario.loss else []),
+        *(["--joined"] if scenario.joined else []),
+    ]
+    return " ".join(options)
 
 
 def _counts(counter: dict[str, int]) -> str:

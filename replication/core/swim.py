@@ -178,7 +178,9 @@ class Swim:
     def remember(self, infos: Iterable[MemberInfo], now_ms: float) -> None:
         """Count members as alive that are known from before; call it before `start`."""
         self.members.update(
-            (info.site, Member(info, MemberState.ALIVE, now_ms)) for info in infos if info.site != self.me.site
+            (info.site, Member(info, MemberState.ALIVE, now_ms))
+            for info in infos
+            if info.site != self.me.site
         )
         self.reachable.update(self.members)
 

@@ -52,7 +52,9 @@ class Disk:
         self._schema = schema
         self._store_class = store_class
         self._renews = renews  # whether a store that comes back from a power failure is told so
-        self._keeps_synced = keeps_synced  # whether there will be power failures, so that it is worth its time
+        self._keeps_synced = (
+            keeps_synced  # whether there will be power failures, so that it is worth its time
+        )
         self._boot = 0
         self._synced = b""  # the image that a power failure leaves
         self._left = b""  # the image that the next life finds

@@ -174,7 +174,9 @@ class Link:
         self._queued_bytes -= len(frame)
         if not self.other.is_open:
             # The other side has closed, and could not tell: its kernel answers with a reset.
-            network.queue.after(network.compute_delay_us(self.other.owner.index, self.owner.index), self.break_)
+            network.queue.after(
+                network.compute_delay_us(self.other.owner.index, self.owner.index), self.break_
+            )
             return
         network.trace.add(
             network.queue.now_us, f"frame n{self.owner.index} n{self.other.owner.index} {len(frame)}"
@@ -238,6 +240,7 @@ class Network:
     def send_datagram(self, source: Host, to: Address, data: bytes) -> None:
         """Send, and forget."""
         self.counters["datagrams"] += 1
+        self.counters["datagram_bytes"] += len(data)
         self.counters["bytes"] += len(data)
         departure_us = self._compute_departure_us(source.index, len(data))
         target = self._hosts.get(to)

@@ -131,7 +131,7 @@ class Node:
         self.note(f"starts as site {self.store.site.hex()[:8]} with seq {self.store.seq}")
         self._world.checkers.check_opened(self)
         self._world.checkers.note_synced(self.index)
-        self.replica.start(join, known=known)
+        self.replica.start(join, known=[*known] or self.store.members())
         self.call_later(self._world.settings.fsync_ms * self._rng.random(), self._sync_disk)
 
     def end(self, *, power: bool) -> None:
@@ -166,7 +166,7 @@ class Node:
             "merges_failed": replica.counters["apply_failed"],
         }
 
-    def enter(self, act: Callable[[], None]) -> None:
+    def enter(self, act: Callable[[], object]) -> None:
         """Do something in this life, now or when a pause is over."""
         if not self.running:
             return

@@ -45,9 +45,7 @@ CROSSINGS = (
 COORDINATES = {code: at for codes in CONTINENTS.values() for code, at in codes.items()}
 # In the order in which nodes are dealt out: the first ones are all over the world.
 REGIONS = tuple(
-    dict.fromkeys(
-        ("ams", "iad", "sin", "gru", "fra", "sjc", "nrt", "syd", "jnb", "bom", *COORDINATES)
-    )
+    dict.fromkeys(("ams", "iad", "sin", "gru", "fra", "sjc", "nrt", "syd", "jnb", "bom", *COORDINATES))
 )
 EARTH_RADIUS_KM = 6371.0
 FIBRE_KM_PER_MS = 200.0
@@ -71,11 +69,11 @@ def compute_km(one: str, other: str) -> float:
 @cache
 def compute_cables_km() -> dict[tuple[str, str], float]:
     """Return the shortest way by cable between any two regions (Floyd and Warshall)."""
-    km = {pair: math.inf for pair in product(REGIONS, repeat=2)}
-    ashore = [pair for codes in CONTINENTS.values() for pair in product(codes, repeat=2)]
+    km = dict.fromkeys(product(REGIONS, REGIONS), math.inf)
+    ashore = [pair for codes in CONTINENTS.values() for pair in product(codes, codes)]
     for one, other in (*ashore, *CROSSINGS):
         km[one, other] = km[other, one] = compute_km(one, other)
-    for middle, one, other in product(REGIONS, repeat=3):
+    for middle, one, other in product(REGIONS, REGIONS, REGIONS):
         km[one, other] = min(km[one, other], km[one, middle] + km[middle, other])
     return km
 

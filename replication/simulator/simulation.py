@@ -6,6 +6,7 @@ run is a function of its Scenario: the same one gives the same trace, byte for b
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import BinaryIO
 
 from replication.core.member import Address
@@ -83,6 +84,7 @@ class Simulation:
         build: Build | None = None,
         trace: BinaryIO | None = None,
         settings: NodeSettings | None = None,
+        checkers: Checkers | None = None,
     ) -> None:
         seed = scenario.seed
         build = build if build is not None else Build()
@@ -104,11 +106,9 @@ class Simulation:
         ]
         self._scenario = scenario
         self._trace = Trace(trace)
-        self._network = Network(
-            self.queue, self._trace, seed, regions=scenario.regions, loss=scenario.loss
-        )
-        self._checkers = Checkers()
-        self._world = World(self.queue, self._trace, self._network, self._checkers, settings, build)
+        self.network = Network(self.queue, self._trace, seed, regions=scenario.regions, loss=scenario.loss)
+        self._checkers = checkers if checkers is not None else Checkers()
+        self._world = World(self.queue, self._trace, self.network, self._checkers, settings, build)
         self._workload = Workload(seed)
         self._faults = Faults(self, seed, scenario.faults, int(scenario.seconds * 1e6))
         self._lives: Counter[int] = Counter()
@@ -118,7 +118,7 @@ class Simulation:
     @property
     def conditions(self) -> Conditions:
         """The state of the network."""
-        return self._network.conditions
+        return self.network.conditions
 
     def note(self, node: int | None, text: str) -> None:
         """Write to the timeline."""
@@ -151,7 +151,7 @@ class Simulation:
         if index in self._sites and node.store.site != self._sites[index]:
             node.count("identities_renewed")
         self._sites[index] = node.store.site
-        self._network.attach(address, node)
+        self.network.attach(address, node)
         return node
 
     def run(self) -> Report:
@@ -165,7 +165,7 @@ class Simulation:
             report.timeline = self._trace.timeline(error.nodes or None, TIMELINE_LINES)
         report.writes = len(self._checkers.writes)
         report.durable = self._checkers.durable
-        report.counters = self._network.counters
+        report.counters = self.network.counters
         for node in self.nodes:
             if node.running:
                 report.counters.update(node.counters())
@@ -199,11 +199,15 @@ class Simulation:
             return
         key = self._workload.choose_key()
         for index in self._workload.choose_writers(len(self.nodes)):
-            tx, parts, statements = self._workload.make_transaction(index, key)
-            node = self.nodes[index]
-            if node.running and self.queue.now_us >= node.paused_until_us:
-                node.enter(lambda node=node, args=(statements, tx, parts): node.execute(*args))  # type: ignore[misc]  # bound now
+            self.write(index, key)
         self.queue.after(self._workload.next_in_us(self._scenario.writes_per_s), self._write)
+
+    def write(self, index: int, key: int) -> None:
+        """Let a node write a transaction, if it can."""
+        tx, parts, statements = self._workload.make_transaction(index, key)
+        node = self.nodes[index]
+        if node.running and self.queue.now_us >= node.paused_until_us:
+            node.enter(partial(node.execute, statements, tx, parts))
 
     def _check(self) -> None:
         for node in self.nodes:

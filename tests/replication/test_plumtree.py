@@ -152,6 +152,15 @@ def test_delivers_again_what_could_not_be_applied():
     assert Deliver(changeset()) in node.take(B, Push(changeset()))
 
 
+def test_what_a_sync_brought_is_named_to_all_but_the_one_it_came_from_and_makes_them_sync():
+    node, other = Node(), Node()
+    named = node.tree.announce_news((FAR, 7), B)
+    assert [output.peer for output in named] == [A, C]
+    assert other.take(C, named[0].message) == [NeedSync(C)]
+    other.stored.add((FAR, 7))
+    assert other.take(C, named[0].message) == []
+
+
 def test_a_message_from_somebody_without_a_lasting_link_is_taken_all_the_same():
     node = Node()
     assert Deliver(changeset()) in node.take(FAR, Push(changeset()))

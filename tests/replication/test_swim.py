@@ -77,6 +77,25 @@ class Node:
         raise AssertionError("never probed")
 
 
+def test_members_known_from_before_are_probed_at_once_and_not_told_as_news():
+    swim = Swim(info(1), SwimSettings(), Random(1))
+    swim.remember([info(1), info(2), info(3)], 0)
+    assert set(swim.members) == set(swim.reachable) == {info(2).site, info(3).site}
+    out = swim.start(0) + swim.tick(2_000)
+    pings = [output.message for output in out if isinstance(output, SendDatagram)]
+    assert any(isinstance(message, Ping) for message in pings)
+    assert not any(isinstance(output, MemberChanged) for output in out)
+    assert not any(message.updates for message in pings)
+
+
+def test_the_dead_are_not_reachable_until_they_are_back():
+    node = Node(info(2), info(3))
+    node.take(Rumors(info(3), (Update(info(2), DEAD),)))
+    assert set(node.swim.reachable) == {info(3).site}
+    node.take(Rumors(info(2, incarnation=2)))
+    assert set(node.swim.reachable) == {info(2).site, info(3).site}
+
+
 def test_answers_a_ping_with_an_ack_of_its_number():
     node = Node()
     node.take(Ping(77, info(1).site, info(2)))

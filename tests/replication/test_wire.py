@@ -147,6 +147,7 @@ LONG = b"\x01" * 17
         (wire.Members(()), "updates", (((SITE, "a\nb", "127.0.0.1", 1, 1), 0),)),
         (wire.Members(()), "updates", (((SITE, "a" * 65, "127.0.0.1", 1, 1), 0),)),
         (wire.Members(()), "updates", (((SITE, "", "127.0.0.1", 1, 1), 0),)),
+        (wire.Members(()), "updates", (((SITE, {}, "127.0.0.1", 1, 1), 0),)),
         (wire.Members(()), "updates", (((SITE, "a", "127.0.0.1", 1, 1), 4),)),
         (wire.Members(()), "updates", (((SITE, "a", "127.0.0.1", 1, 1), True),)),
     ],
@@ -184,6 +185,16 @@ def test_a_field_of_the_wrong_type_or_range_is_refused(message, field, value):
 def test_bytes_that_are_no_message_are_refused(data):
     with pytest.raises(wire.WireError):
         wire.decode_frame(data)
+
+
+def test_a_member_that_equals_one_that_was_checked_but_has_other_types_is_refused():
+    def encode(port: object) -> bytes:
+        return altered(wire.Members(()), "updates", (((SITE, "a", "127.0.0.1", port, 1), 0),))
+
+    assert wire.decode_frame(encode(1)).updates[0].info.port == 1
+    for port in (True, 1.0):
+        with pytest.raises(wire.WireError):
+            wire.decode_frame(encode(port))
 
 
 def test_a_part_that_no_peer_would_take_is_not_made():
