@@ -8,6 +8,7 @@ no byte of the next request is parsed before its answer is complete.
 from __future__ import annotations
 
 import asyncio
+import socket
 from enum import Enum
 from typing import TYPE_CHECKING, Final, cast
 
@@ -57,6 +58,8 @@ _DISCARD: Final = State.DISCARD
 _TUNNEL: Final = State.TUNNEL
 _LINGER: Final = State.LINGER
 
+# Linux lets a socket take megabytes that it cannot send yet, for each slow reader. tcp(7); not in `socket`.
+_TCP_NOTSENT_LOWAT: Final = 25
 # Room for the method and the space behind it; no registered method is half as long.
 _METHOD_BYTES_MAX: Final = 32
 
@@ -96,7 +99,12 @@ class Downstream(asyncio.Protocol):
         plane = self._plane
         transport.set_write_buffer_limits(plane.settings.write_buffer_bytes_max)
         peer = transport.get_extra_info("peername")
-        self._peer = peer[0].partition("%")[0] if isinstance(peer, tuple) else "127.0.0.1"
+        if isinstance(peer, tuple):
+            self._peer = peer[0].partition("%")[0]
+            bound = plane.settings.write_buffer_bytes_max
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, bound)
+        else:
+            self._peer = "127.0.0.1"
         self._trusted = self._forwarding.trusts(self._peer)
         self._forwarded = self._forwarding.lines_for_peer(self._peer)
         self._clients.add(self)
