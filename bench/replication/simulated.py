@@ -6,7 +6,7 @@ distances, with the product's bounds. Invariant: a figure follows from its seed;
 
 import argparse
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -52,14 +52,12 @@ SPREAD = (
     Measure("datagrams", "SWIM: datagrams/s per node", ""),
     Measure("datagram_bytes", "SWIM: bytes/s per node", ""),
     Measure("bytes", "all bytes/s per node", ""),
-    Measure("cpu_s", "CPU seconds of this run", ""),
 )
 HEAL = (
     Measure("p50", "half of all nodes caught up", " s"),
     Measure("last", "the last node caught up", " s", 10),
     Measure("changesets", "changesets that each side had missed", ""),
     Measure("snapshots", "snapshots", ""),
-    Measure("cpu_s", "CPU seconds of this run", ""),
 )
 
 
@@ -208,6 +206,15 @@ def print_figures(title: str, measures: Iterable[Measure], runs: Mapping[int, Ma
     print_table([title, *(f"seed {seed}" for seed in runs), "target", ""], rows)
 
 
+def run_each(seeds: Iterable[int], measure: Callable[[int], dict[str, float]]) -> dict[int, dict[str, float]]:
+    """Measure once per seed, and say so, as it takes minutes."""
+    found = {}
+    for seed in seeds:
+        found[seed] = measure(seed)
+        print(f"seed {seed} took {found[seed]['cpu_s']:.0f} CPU seconds", flush=True)
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="make bench-simulated", description=__doc__)
@@ -218,10 +225,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     print(f"{describe_machine()}; virtual time, {LOSS:.0%} of packets lost")
     if options.only != "heal":
-        runs = {seed: measure_spread(seed, options.nodes, 40) for seed in options.seeds}
+        runs = run_each(options.seeds, lambda seed: measure_spread(seed, options.nodes, 40))
         print_figures(f"{options.nodes} nodes in 40 regions, {WRITES} writes", SPREAD, runs)
     if options.only != "spread":
-        runs = {seed: measure_heal(seed, 90, 3, options.cut_s, 2) for seed in options.seeds}
+        runs = run_each(options.seeds, lambda seed: measure_heal(seed, 90, 3, options.cut_s, 2))
         print_figures(f"30 of 90 nodes cut off for {options.cut_s:g} s", HEAL, runs)
 
 
