@@ -25,6 +25,7 @@ from isthmus.registry import Registry, RegistryError
 from isthmus.role import RefusedError
 from isthmus.route_feed import RouteFeed
 from replication.agent import Agent
+from replication.core.limits import ALL, OriginSettings
 from replication.errors import ReplicationError
 from replication.settings import AgentSettings
 from replication.subscriptions import Subscriptions
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 
 def agent_settings(config: Config, credentials: Credentials) -> AgentSettings:
     """Return what the replication agent needs to know of the configuration."""
-    gossip = config.gossip
+    gossip, limits = config.gossip, config.replication
     return AgentSettings(
         name=config.node,
         path=config.database,
@@ -52,6 +53,8 @@ def agent_settings(config: Config, credentials: Credentials) -> AgentSettings:
         keys=credentials.keys,
         tls=credentials.tls,
         cluster=gossip.cluster,
+        writes_per_s={**limits.table_writes_per_s, ALL: limits.writes_per_s},
+        origins=OriginSettings(limits.origin_changesets_per_s, limits.origin_bytes_per_s),
     )
 
 

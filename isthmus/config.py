@@ -39,6 +39,7 @@ from routing.catalog import (
 T = TypeVar("T")
 # Numbers end up in SQLite's integers and in timers; beyond this is a mistake.
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+NotNegative = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 DAY_MS = 86_400_000
 
 
@@ -263,6 +264,15 @@ def decode_key(text: str) -> bytes:
     return key
 
 
+class ReplicationConfig(_Section, frozen=True):
+    """`[replication]`: how much may be written here, and how much of one other node is taken in at once."""
+
+    writes_per_s: NotNegative = 0
+    table_writes_per_s: dict[str, NotNegative] = {}
+    origin_changesets_per_s: NotNegative = 2_000
+    origin_bytes_per_s: NotNegative = 16_777_216
+
+
 class RegionConfig(_Section, frozen=True):
     """`[regions.<code>]`: a region of your own."""
 
@@ -353,6 +363,7 @@ class Config(_Section, frozen=True):
     proxy: ProxyConfig = ProxyConfig()
     admin: AdminConfig = AdminConfig()
     gossip: GossipConfig = GossipConfig()
+    replication: ReplicationConfig = ReplicationConfig()
     log: LogConfig = LogConfig()
     regions: dict[str, RegionConfig] = {}
     apps: tuple[AppConfig, ...] = ()
@@ -499,6 +510,9 @@ def _parse_variable(kind: Any, raw: str) -> Any:
     """Return the value that a variable's text stands for; text that stands for none is refused later."""
     if typing.get_origin(kind) is tuple:
         return [part.strip() for part in raw.split(",") if part.strip()]
+    if typing.get_origin(kind) is dict:
+        pairs = [part.partition("=") for part in raw.split(",") if part.strip()]
+        return {name.strip(): _parse_variable(int, value.strip()) for name, _, value in pairs}
     if kind is bool:
         return {"true": True, "false": False}.get(raw.lower(), raw)
     if kind is int and re.fullmatch(r"-?[0-9]{1,18}", raw):

@@ -13,17 +13,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from replication.core.change import Commit, some
 from replication.core.clock import SiteId
+from replication.core.limits import ALL, WriteLimits
 from replication.core.member import Address, MemberInfo, is_address_literal
 from replication.core.probe import Rng
 from replication.core.recovery import Recovery
 from replication.core.tokens import Token
 from replication.core.wire import Hello
 from replication.database import Database, Params, QueryResult, Statement, is_transient
-from replication.errors import BehindError, ParkedError, StoreError
+from replication.errors import BehindError, ParkedError, RateLimitedError, StoreError
 from replication.loop_host import LoopHost
 from replication.metrics import Sample, collect_samples
 from replication.replica import Replica, ReplicaSettings
@@ -83,6 +85,11 @@ class Agent:
         self._rng = rng if rng is not None else random.Random()
         self._seal = make_seal(settings.keys, settings.cluster)
         self._seq = 0
+        now_ms = monotonic() * 1000
+        # Apart, so that another client gone mad does not use up what callers may write.
+        self._writes = WriteLimits(settings.writes_per_s, now_ms)
+        self._foreign_writes = WriteLimits(settings.writes_per_s, now_ms)
+        self._deferred: frozenset[str] = frozenset()  # set by each look at the file
         self._tasks: list[asyncio.Task[None]] = []
         self._running = False  # from the end of start to the beginning of stop
         # Set by start, in this order.
@@ -135,6 +142,8 @@ class Agent:
             await self._database.commit(lambda store: store.capture(self._wall_ms()), some)
             await self._transport.serve()
             undo.pop_all()
+        for table in self._settings.writes_per_s.keys() - self._schema.tables.keys() - {ALL}:
+            log.warning("there is a limit for writes into %s, and no such table", table)
         self._running = True
         self._replica.start(self._literal_joins())
         for name, loop in (("poll", self._poll_loop), ("resolve", self._resolve_loop)):
@@ -164,6 +173,7 @@ class Agent:
                 log_versions_max=settings.log_versions_max,
                 tombstone_keep_ms=settings.tombstone_keep_ms,
                 verify=settings.verify,
+                origins=settings.origins,
             ),
             MemberInfo(site, settings.name, host, port, incarnation=max(0, self._wall_ms())),
             self._rng,
@@ -236,9 +246,25 @@ class Agent:
     async def execute(self, statements: Sequence[Statement]) -> ExecuteResult:
         """Write in one transaction and broadcast it; raises StatementError, BusyError, StoreError.
 
-        Writes that come at the same time share a changeset. ReadOnlyError means that the disk takes none.
+        Writes that come at the same time share a changeset. ReadOnlyError means that the disk takes none,
+        RateLimitedError that it is too much at once.
         """
-        written = await self._database.execute(statements, self._wall_ms())
+        found = [self._writes.find(sql) for sql, _ in statements]
+        limits = list(chain.from_iterable(found))
+        refusal = self._writes.begin(limits, self._host.now_ms())
+        if refusal is not None:
+            raise RateLimitedError(
+                f"more than {refusal.rows_per_s:g} rows a second are written into "
+                f"{refusal.table or 'all tables together'}; try again in {refusal.wait_ms / 1000:.1f} s",
+                refusal.wait_ms,
+            )
+        try:
+            written = await self._database.execute(statements, self._wall_ms())
+        finally:
+            self._writes.end(limits)
+        for names, rows in zip(found, written.rows_affected, strict=True):
+            for name in names:
+                self._writes.spend(name, rows, self._host.now_ms())
         return ExecuteResult(written.rows_affected, written.version, self.site)
 
     async def extend(self, schema: Schema, declared: str) -> None:
@@ -247,6 +273,7 @@ class Agent:
         declared is kept in the file: the text of the schema file. What waited for the schema is applied.
         """
         await self._database.run(lambda store: store.extend(schema, declared))
+        self._schema = schema
         await self._database.commit(lambda store: store.retry_parked(self._wall_ms()), some)
 
     async def query(self, sql: str, params: Params = ()) -> QueryResult:
@@ -334,15 +361,21 @@ class Agent:
             await asyncio.sleep(RESTART_S)
 
     async def _poll_loop(self) -> None:
-        """Gather what others wrote to the file."""
+        """Gather what others wrote to the file, as far as they may write."""
 
         def act(store: Store) -> Commit | None:
-            return store.capture(self._wall_ms()) if store.foreign_writes() else None
+            released = store.deferred - self._deferred
+            store.deferred = self._deferred
+            return store.capture(self._wall_ms()) if store.foreign_writes() or released else None
 
         while True:
             await asyncio.sleep(self._settings.poll_interval_ms / 1000)
-            if await self._database.commit(act, some) is not None:
+            limits = self._foreign_writes
+            self._deferred = limits.compute_exhausted(self._schema.tables, self._host.now_ms())
+            commit = await self._database.commit(act, some)
+            if commit is not None:
                 self.counters["captures"] += 1
+                limits.spend_tables((change.table for change in commit.changes), self._host.now_ms())
 
     async def _resolve_loop(self) -> None:
         """Look join names up again and again: addresses change, and a resolver that fails may recover."""
@@ -406,6 +439,10 @@ class Agent:
             "schema_problem": replica.schema_problem,
             "passes_verified": replica.verifier.passes,
             "apply_queue": len(replica.inbox),
+            "deferred": sorted(self._deferred),
+            "origins_refused": {
+                site.hex() if site else "others": count for site, count in replica.origins.refused.items()
+            },
             **describe_parts(self._parts(), self._host.now_ms(), self._host.wall_ms()),
         }
 
@@ -413,6 +450,9 @@ class Agent:
         """Yield the metrics that METRICS names."""
         yield from collect_samples(self._parts(), self._host.now_ms(), self._host.wall_ms())
         yield ("isthmus_commit_seq", (), self._seq)
+        yield ("isthmus_tables_deferred", (), len(self._deferred))
+        for table, count in self._writes.refused.items():
+            yield ("isthmus_writes_refused_total", (("table", table or "*"),), count)
         yield ("isthmus_database_read_only", (), float(self._database.trouble is not None))
 
     def _parts(self) -> Parts:

@@ -51,6 +51,14 @@ class Applier:
 
     def apply(self, changesets: Sequence[EncodedChangeset], wall_ms: int) -> Applied:
         """Merge what can be merged; return the rows that changed, and the others with the reason."""
+        sound, parked = self.check(changesets, wall_ms)
+        rows, poison = self.merge(sound)
+        return rows, parked + poison
+
+    def check(
+        self, changesets: Sequence[EncodedChangeset], wall_ms: int
+    ) -> tuple[list[tuple[EncodedChangeset, Changeset]], list[tuple[EncodedChangeset, str]]]:
+        """Return those that fit the schema and the clock, and the others with the reason."""
         parked: list[tuple[EncodedChangeset, str]] = []
         sound: list[tuple[EncodedChangeset, Changeset]] = []
         for encoded in changesets:
@@ -58,16 +66,20 @@ class Applier:
                 sound.append((encoded, self._check(encoded, wall_ms)))
             except CodecError as error:
                 parked.append((encoded, str(error)))
+        return sound, parked
+
+    def merge(self, sound: Sequence[tuple[EncodedChangeset, Changeset]]) -> Applied:
+        """Merge what was checked; return the rows that changed, and what SQLite refuses with the reason."""
         if not sound:
-            return [], parked
+            return [], []
         try:
-            return self.merge_at_once(sound), parked
+            return self.merge_at_once(sound), []
         except POISON as error:
             if len(sound) == 1:
-                parked.append((sound[0][0], str(error)))
-                return [], parked
+                return [], [(sound[0][0], str(error))]
         # Something in the batch cannot be stored. One by one, the culprit harms nobody else.
         rows: list[RowChange] = []
+        parked: list[tuple[EncodedChangeset, str]] = []
         for entry in sound:
             try:
                 rows += self.merge_at_once([entry])

@@ -51,19 +51,23 @@ class Capture:
         checks = ", ".join(table.has_pending for table in tables.values())
         self._has_pending = f"SELECT {checks}" if checks else ""
 
-    def find_noted(self) -> list[Table]:
-        """Return the tables of which something was noted."""
+    def find_noted(self, but: frozenset[str] = frozenset()) -> list[Table]:
+        """Return the tables, but for those named, of which something was noted."""
         if not self._has_pending:
             return []
         flags = self._connection.execute(self._has_pending).fetchone()
-        return [table for table, noted in zip(self._tables.values(), flags, strict=True) if noted]
+        noted = [table for table, is_noted in zip(self._tables.values(), flags, strict=True) if is_noted]
+        return [table for table in noted if table.schema.name not in but]
 
-    def run(self, wall_ms: int) -> tuple[list[RowChange], list[EncodedChangeset]]:
+    def run(
+        self, wall_ms: int, but: frozenset[str] = frozenset()
+    ) -> tuple[list[RowChange], list[EncodedChangeset]]:
         """Make one changeset of what was noted, log it and count it as seen; none when no value changed.
 
-        What somebody else wrote cannot be refused: more than a changeset may hold becomes several.
+        What was noted in tables that `but` names stays. What somebody else wrote cannot be refused: more than a
+        changeset may hold becomes several.
         """
-        noted = self.find_noted()
+        noted = self.find_noted(but)
         if not noted:
             return [], []
         ledger = self._ledger

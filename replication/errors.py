@@ -63,6 +63,14 @@ class ReplacedError(StoreError):
     """
 
 
+class RateLimitedError(ReplicationError):
+    """More is written than the settings allow; nothing was changed."""
+
+    def __init__(self, reason: str, retry_after_ms: float) -> None:
+        super().__init__(reason)
+        self.retry_after_ms = retry_after_ms
+
+
 class BehindError(ReplicationError):
     """A write that was waited for has not arrived in time; nothing says that it will not."""
 

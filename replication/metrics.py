@@ -33,6 +33,12 @@ METRICS: dict[str, tuple[str, str]] = {
     "isthmus_agent_events_total": ("counter", "Commits, captures, failed applies and restarted loops."),
     "isthmus_apply_queue_changesets": ("gauge", "Changesets that arrived and are not yet applied."),
     "isthmus_parked_changesets": ("gauge", "Changesets that are held but could not be applied."),
+    "isthmus_tables_deferred": ("gauge", "Tables of which what other clients wrote waits to be captured."),
+    "isthmus_writes_refused_total": ("counter", "Writes above a limit, by table; * is all tables together."),
+    "isthmus_origin_pushes_refused_total": (
+        "counter",
+        "Pushed changesets above what is taken in of one origin, by its site.",
+    ),
     "isthmus_own_versions_lost": (
         "gauge",
         "Own versions that only peers still had: the file was set back.",
@@ -75,6 +81,9 @@ def collect_samples(parts: Parts, now_ms: float, wall_ms: int) -> Iterable[Sampl
             yield (_EVENTS[part], (("event", event),), count)
     for (kind, reason), count in parts.transport.dropped.items():
         yield ("isthmus_gossip_dropped_total", (("kind", kind), ("reason", reason)), count)
+    for site, count in parts.replica.origins.refused.items():
+        origin = site.hex() if site else "others"
+        yield ("isthmus_origin_pushes_refused_total", (("site", origin),), count)
     yield ("isthmus_own_versions_lost", (), parts.replica.puller.own_versions_lost)
     yield ("isthmus_apply_queue_changesets", (), len(parts.replica.inbox))
     yield ("isthmus_parked_changesets", (), parts.replica.parked)

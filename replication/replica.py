@@ -17,6 +17,7 @@ from replication.core.change import Commit, EncodedChangeset, some
 from replication.core.clock import NEVER, Hlc, SiteId
 from replication.core.freshness import Freshness, FreshnessSettings
 from replication.core.inbox import Inbox
+from replication.core.limits import ORIGINS_MAX, OriginLimits, OriginSettings
 from replication.core.links import Link, Links
 from replication.core.member import Address, MemberInfo, MemberState
 from replication.core.needs import Seen
@@ -99,6 +100,7 @@ class ReplicaSettings:
     plumtree: PlumtreeSettings = field(default_factory=PlumtreeSettings)
     sync: SyncSettings = field(default_factory=SyncSettings)
     freshness: FreshnessSettings = field(default_factory=FreshnessSettings)
+    origins: OriginSettings = field(default_factory=OriginSettings)
     redial_ms: float = 200  # first wait before a lost link is dialled again, doubled up to the next
     redial_max_ms: float = 10_000
     # Without progress for this long a session is given up, and its link with it.
@@ -147,7 +149,8 @@ class Replica:
         self.parked = 0  # changesets that could not be applied, as of the last look
         self.recovery: Recovery | None = None  # while the host waits for our own versions
         self.swim = Swim(me, settings.swim, rng)
-        self.tree = Plumtree(settings.plumtree, has=self._has, distance=self._distance)
+        self.origins = OriginLimits(settings.origins)
+        self.tree = Plumtree(settings.plumtree, has=self._has, distance=self._distance, origins=self.origins)
         self.freshness = Freshness(me.site, settings.freshness, rng, head=self.head)
         self.inbox = Inbox(settings.inbox_bytes_max)
         self.arrivals = Arrivals(self.head, WAITING_MAX)
@@ -676,4 +679,5 @@ class Replica:
             **self.freshness.measure(),
             "inbox_bytes": (self.inbox.bytes, inbox_max),
             "arrivals": (len(self.arrivals), WAITING_MAX),
+            "origins": (len(self.origins), ORIGINS_MAX),
         }

@@ -4,10 +4,12 @@ Decides which combinations are safe to start with. Knows nothing of files or the
 Invariant: an agent without keys is reached from this machine only, and reaches no other.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 
+from replication.core.limits import OriginSettings
 from replication.core.member import NAME_CHARS_MAX, Address
 from replication.core.plumtree import PlumtreeSettings
 from replication.core.swim import SwimSettings
@@ -84,6 +86,10 @@ class AgentSettings:
     # Deletions are remembered for this long at least: who was away for longer starts from a snapshot.
     tombstone_keep_ms: int = 24 * 3600 * 1000
     verify: VerifySettings = field(default_factory=VerifySettings)
+    # Rows per second that may be written here, by table, and under "" into all together; 0 is no limit. What
+    # other clients write to the file has the same limits of its own: it is not refused, but leaves later.
+    writes_per_s: Mapping[str, float] = field(default_factory=dict)
+    origins: OriginSettings = field(default_factory=OriginSettings)
     query_rows_max: int = 10_000
     query_timeout_ms: float = 5_000
 
@@ -102,5 +108,7 @@ class AgentSettings:
             raise SettingsError(f"advertise: needed when binding to {self.bind[0]}")
         if self.advertise is not None and not 0 < self.advertise[1] < 65_536:
             raise SettingsError("advertise: needs a port")
+        if any(per_s < 0 for per_s in self.writes_per_s.values()):
+            raise SettingsError("writes_per_s: rows per second, or 0 for no limit")
         for text in self.join:
             parse_address(text)

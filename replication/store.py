@@ -28,6 +28,7 @@ from .changelog import ChangeLog
 from .core.change import CHANGESET_BYTES_MAX, Commit, EncodedChangeset
 from .core.clock import MAX_DRIFT_MS, SITE_BYTES, HybridClock
 from .core.codec import CodecError
+from .core.limits import names_table
 from .errors import POISON, SchemaError, SnapshotError, StatementError, translated
 from .guarding import FileGuard
 from .identity import Opened, prepare_identity, read_boot, read_home
@@ -69,6 +70,9 @@ class Store:
 
     def __init__(self, connection: sqlite3.Connection, path: str, schema: Schema, max_drift_ms: int) -> None:
         self.connection = connection
+        # Tables of which what other clients wrote stays uncaptured for now. Set by whoever limits their pace;
+        # one that is written to here is taken out.
+        self.deferred: frozenset[str] = frozenset()
         self.dropped_parked = 0  # parked changesets that were given up since the file was opened
         # What it is made of, for those who work within its transactions.
         self.sites = Sites(connection)
@@ -200,8 +204,9 @@ class Store:
         is not a write, or returns rows.
         """
         with self._transaction():
+            self._undefer_named(statements)
             affected = run_statements(self.connection, statements)
-            rows, own = self._capture.run(wall_ms)
+            rows, own = self._capture.run(wall_ms, self.deferred)
             _check_whole(own)
             commit = self._conclude(rows, own)
         return affected, commit
@@ -215,11 +220,17 @@ class Store:
         Raises StatementError, with nothing changed for anybody, when one has rolled back for all.
         """
         with self._transaction():
-            outcomes = [run_apart(self.connection, statements) for statements in calls]
-            rows, own = self._capture.run(wall_ms)
+            outcomes = []
+            for statements in calls:
+                self._undefer_named(statements)
+                outcomes.append(run_apart(self.connection, statements))
+            rows, own = self._capture.run(wall_ms, self.deferred)
             _check_whole(own)
             commit = self._conclude(rows, own)
         return outcomes, commit
+
+    def _undefer_named(self, statements: Sequence[Statement]) -> None:
+        self.deferred -= {name for name in self.deferred for sql, _ in statements if names_table(sql, name)}
 
     def probe(self) -> None:
         """Give back what the WAL holds of the disk, and write a page; raises StoreError, BusyError."""
@@ -240,11 +251,11 @@ class Store:
     def capture(self, wall_ms: int) -> Commit | None:
         """Gather what others wrote to the file since the last look; None when no value changed."""
         with self._sound():
-            noted = self._capture.find_noted()
+            noted = self._capture.find_noted(self.deferred)
         if not noted:
             return None
         with self._transaction():
-            rows, own = self._capture.run(wall_ms)
+            rows, own = self._capture.run(wall_ms, self.deferred)
             return self._conclude(rows, own)
 
     def foreign_writes(self) -> bool:
@@ -309,8 +320,13 @@ class Store:
             return ApplyResult(None, 0, duplicates, 0)
         changesets = list(fresh.values())
         with self._transaction():
-            rows, own = self._capture.run(wall_ms)
-            merged, parked = self.applier.apply(changesets, wall_ms)
+            sound, parked = self.applier.check(changesets, wall_ms)
+            # What waits in a table is older than what is merged into it now, and has to get its time before.
+            if self.deferred:
+                self.deferred -= {change.table for _, changeset in sound for change in changeset.changes}
+            rows, own = self._capture.run(wall_ms, self.deferred)
+            merged, poison = self.applier.merge(sound)
+            parked += poison
             self.parking.put(parked)
             self.log.append(changesets)
             for encoded in changesets:

@@ -7,12 +7,13 @@ here.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import web
 
 from replication.core.tokens import Token, parse_token
-from replication.errors import BehindError, ParkedError, ReplicationError
+from replication.errors import BehindError, ParkedError, RateLimitedError, ReplicationError
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
@@ -37,6 +38,7 @@ class TokenError(ReplicationError):
 REFUSALS: dict[type[ReplicationError], tuple[int, str]] = {
     TokenError: (400, "token"),
     ParkedError: (409, "parked"),
+    RateLimitedError: (429, "rate_limited"),
     BehindError: (504, "behind"),
 }
 
@@ -48,7 +50,10 @@ async def answer_refusals(request: web.Request, handler: Handler) -> web.StreamR
         return await handler(request)
     except tuple(REFUSALS) as error:
         status, code = REFUSALS[type(error)]
-        return web.json_response({"error": str(error), "code": code}, status=status)
+        headers = {}
+        if isinstance(error, RateLimitedError):
+            headers["Retry-After"] = str(math.ceil(error.retry_after_ms / 1000))
+        return web.json_response({"error": str(error), "code": code}, status=status, headers=headers)
 
 
 async def wait_for_write(request: web.Request, replica: Replica) -> None:

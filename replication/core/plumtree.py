@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from replication.core.change import PUSH_BYTES_MAX, EncodedChangeset
 from replication.core.clock import SiteId
+from replication.core.limits import OriginLimits, OriginSettings
 from replication.core.timers import Timers
 from replication.core.wire import ITEMS_MAX, ChangesetId, Frame, Graft, IHave, Large, Prune, Push
 
@@ -100,11 +101,13 @@ class Plumtree:
         *,
         has: Callable[[SiteId, int], bool],
         distance: Callable[[SiteId], float],
+        origins: OriginLimits | None = None,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self._settings = settings
         self._has = has
         self._distance = distance
+        self._origins = origins if origins is not None else OriginLimits(OriginSettings())
         self._peers: dict[SiteId, _Peer] = {}
         self._timers: Timers[_Announce | _GraftDue] = Timers()
         # Who sent it first: a peer, or None for our own and for what was forgotten and came again.
@@ -227,6 +230,9 @@ class Plumtree:
                 if peer in self._peers:
                     self._peers[peer].eager = False
             return
+        if not self._origins.admit(changeset, now_ms):
+            self.counters["pushes_refused"] += 1
+            return
         self.counters["pushes_new"] += 1
         if peer in self._peers:
             self._peers[peer].eager = True
@@ -254,7 +260,7 @@ class Plumtree:
 
     def _handle_ihave(self, peer: SiteId, ids: tuple[ChangesetId, ...], now_ms: float) -> None:
         for id_ in ids:
-            if self._knows(id_):
+            if self._knows(id_) or self._origins.is_over(id_[0], now_ms):
                 continue
             missing = self._missing.get(id_)
             if missing is not None:
@@ -291,7 +297,7 @@ class Plumtree:
             self._timers.set(now_ms + self._compute_graft_timeout_ms(), _GraftDue(id_))
             return
         del self._missing[id_]
-        if missing.asked is not None and not self._knows(id_):
+        if missing.asked is not None and not self._knows(id_) and not self._origins.is_over(id_[0], now_ms):
             self._out.append(NeedSync(missing.asked))
 
     # --- sending --------------------------------------------------------------------------------------

@@ -514,3 +514,15 @@ def test_addresses_are_split(text: str, parts: tuple[str, int]) -> None:
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not an address"):
         parse_listen(text)
+
+
+def test_limits_by_table_are_read_from_file_and_environment(tmp_path: Path) -> None:
+    file = tmp_path / "isthmus.toml"
+    file.write_text("[replication.table_writes_per_s]\nmachines = 200\n")
+    assert load_config(file, {}, {}).replication.table_writes_per_s == {"machines": 200}
+    variable = {"ISTHMUS_REPLICATION__TABLE_WRITES_PER_S": "checks=50, machines=7"}
+    limits = load_config(file, {}, variable).replication.table_writes_per_s
+    assert limits == {"checks": 50, "machines": 7}
+    for wrong in ("checks", "checks=-1", "checks=x", "=", "checks=1.5"):
+        with pytest.raises(ConfigError, match="TABLE_WRITES_PER_S"):
+            load_config(None, {}, {"ISTHMUS_REPLICATION__TABLE_WRITES_PER_S": wrong})
