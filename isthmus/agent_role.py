@@ -32,12 +32,15 @@ from replication.subscriptions import Subscriptions
 from routing.table import RoutingTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from replication.core.change import Commit
     from replication.metrics import Sample
 
 log = logging.getLogger(__name__)
+
+# Peers answer within a second; a node without any has nobody to wait for.
+CATCH_UP_S = 5.0
 
 
 def agent_settings(config: Config, credentials: Credentials) -> AgentSettings:
@@ -61,8 +64,13 @@ def agent_settings(config: Config, credentials: Credentials) -> AgentSettings:
 class AgentRole:
     """One node's agent. The parts are built in `start`, in the order in which they need each other."""
 
-    def __init__(self, config: Config) -> None:
-        """Build what needs no other part; raises RefusedError."""
+    def __init__(
+        self, config: Config, on_lost: Callable[[], None] = lambda: None, *, is_successor: bool = False
+    ) -> None:
+        """Build what needs no other part; raises RefusedError.
+
+        on_lost is called when this role has to be stopped and a successor started in its place.
+        """
         self._config = config
         self._table = RoutingTable(config.node)
         self._routes = RouteFeed(self._table, config.database)
@@ -73,7 +81,11 @@ class AgentRole:
             schema = load_schema(config.database)
         except (ConfigError, ReplicationError) as error:
             raise RefusedError(f"the agent cannot start: {error}") from error
-        self._agent = Agent(settings, schema, on_commit=self._handle_commit)
+        self._on_lost = on_lost
+        self._is_successor = is_successor
+        self._agent = Agent(
+            settings, schema, on_commit=self._handle_commit, on_lost=lambda _: self._handle_lost()
+        )
         self._checker = Checker(self._agent, config.node)
         self._subscriptions = Subscriptions(config.database, schema)
         self._feed: FeedServer | None = None
@@ -97,6 +109,9 @@ class AgentRole:
         """Start what stands on the replication agent."""
         config = self._config
         gossip = format_address(*self._agent.address)
+        if self._is_successor:
+            # The file may hold little, and workers have a good table until they find the feed.
+            await self._agent.catch_up(CATCH_UP_S)
         self._feed = FeedServer(config.feed_socket, self._routes.load(), self._totals.handle_samples)
         await self._feed.start()
         own = {config.proxy.listen, config.admin.listen, gossip}
@@ -127,6 +142,11 @@ class AgentRole:
         """Read keys and certificates again; what is wrong with them is logged and shown."""
         with contextlib.suppress(ConfigError):
             self._credentials.reload(self._agent.replace_keys)
+
+    def _handle_lost(self) -> None:
+        if self._feed is not None:
+            self._feed.publish_lost()
+        self._on_lost()
 
     def _handle_commit(self, commit: Commit) -> None:
         if not commit.changes and not commit.reload:

@@ -1,7 +1,8 @@
 """A child process of the supervisor: the agent or one worker, tied to its parent by a socket.
 
-Decides when a child stops: on SIGTERM, or when the socket to the supervisor closes. Knows nothing of what
-its role does. Invariant: no child outlives its supervisor, and no secret is on a command line.
+Decides when a child stops: on SIGTERM, when the socket to the supervisor closes, or when its role is lost.
+Knows nothing of what its role does. Invariant: no child outlives its supervisor, and no secret is on a
+command line.
 
 On the socket the supervisor sends one `Task` and the child answers lines of JSON: `Ready` once, then a
 `{"beat": n}` each second for as long as its event loop turns.
@@ -35,6 +36,8 @@ BEAT_S = 1.0
 
 # What a child exits with when it cannot start for a reason that a restart does not mend.
 EXIT_REFUSED = 78
+# What it exits with when it must be started afresh to go on.
+EXIT_LOST = 75
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class Task(msgspec.Struct, frozen=True):
     role: Literal["agent", "worker"]
     index: int
     config: Config
+    is_successor: bool = False  # of an agent that was lost
 
 
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -77,28 +81,35 @@ def main() -> int:
     # The supervisor asks a stalled child for its stacks before it ends it.
     faulthandler.register(signal.SIGUSR1)
     # Importing here keeps a worker from loading what only the agent needs.
-    make_role: Callable[[], Role]
+    make_role: Callable[[Callable[[], None]], Role]
     if task.role == "agent":
         from isthmus.agent_role import AgentRole  # noqa: PLC0415 — see above
 
-        make_role = partial(AgentRole, task.config)
+        make_role = partial(AgentRole, task.config, is_successor=task.is_successor)
     else:
         from isthmus.worker_role import WorkerRole  # noqa: PLC0415 — see above
 
-        make_role = partial(WorkerRole, task.config, task.index)
+        make_role = lambda _: WorkerRole(task.config, task.index)  # noqa: E731 — see above
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_live(make_role, channel))
 
 
-async def _live(make_role: Callable[[], Role], channel: socket.socket) -> int:
+async def _live(make_role: Callable[[Callable[[], None]], Role], channel: socket.socket) -> int:
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
+    code = 0
+
+    def on_lost() -> None:
+        nonlocal code
+        code = EXIT_LOST
+        stopping.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     reader, writer = await asyncio.open_connection(sock=channel)
     lifeline = asyncio.create_task(_watch_parent(reader, stopping))
     try:
-        role = make_role()
+        role = make_role(on_lost)
         loop.add_signal_handler(signal.SIGHUP, role.reload)
         addresses = await role.start()
     except RefusedError as error:
@@ -112,7 +123,7 @@ async def _live(make_role: Callable[[], Role], channel: socket.socket) -> int:
     await role.stop()
     lifeline.cancel()
     writer.close()
-    return 0
+    return code
 
 
 async def _watch_parent(reader: asyncio.StreamReader, stopping: asyncio.Event) -> None:

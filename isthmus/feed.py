@@ -4,8 +4,9 @@ Decides how a worker catches up and what happens to one that cannot. Knows no ta
 sees every commit after the one that it named, in order and without a hole, or is told to load the file
 again.
 
-Messages, agent to worker: `["commit", seq, [[table, pk, row or nil], …]]` and `["reload"]`; worker to
-agent: `["follow", worker, seq]` first, then `["samples", worker, [[name, labels, value], …]]` now and then.
+Messages, agent to worker: `["commit", seq, [[table, pk, row or nil], …]]`, `["reload"]`, and `["lost"]` when
+the next agent will count anew; worker to agent: `["follow", worker, seq]` first, then
+`["samples", worker, [[name, labels, value], …]]` now and then.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ ROWS_A_TURN = 256
 BACKLOG_BYTES_MAX = 16 << 20
 # The feed is local and trusted, but a confused peer must not take the memory.
 MESSAGE_BYTES_MAX = 64 << 20
+
+# What a worker names that has to load the file, whatever an agent has published.
+NO_SEQ = -1
 
 SAMPLES_INTERVAL_S = 1.0
 # Cleaners of temporary directories remove sockets; a worker that lost its agent routes on stale rows.
@@ -133,6 +137,11 @@ class FeedServer:
                 writer.transport.abort()
             else:
                 writer.write(packed)
+
+    def publish_lost(self) -> None:
+        """Have all followers load the file when they find the next agent: it may hold something else then."""
+        for writer in self._followers:
+            writer.write(_pack(["lost"]))
 
     def _pack_commit(self, commit: Commit) -> bytes | None:
         """Return the message of a commit; None when workers had better read the file.
@@ -245,6 +254,8 @@ class FeedFollower:
                             self.seq = seq
                     case ("reload",):
                         self.seq = await self._load()
+                    case ("lost",):
+                        self.seq = NO_SEQ
                     case _:
                         raise ValueError(f"unknown feed message {message!r:.80}")
 

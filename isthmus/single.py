@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 from pathlib import Path
@@ -20,11 +21,13 @@ from isthmus.agent_role import AgentRole
 from isthmus.config import Config, ConfigError
 from isthmus.listeners import bound_address, claim
 from isthmus.role import RefusedError
-from isthmus.supervisor import NodeInfo, lock_data_dir, with_addresses, write_node_info
+from isthmus.supervisor import NodeInfo, ends_on_hangup, lock_data_dir, with_addresses, write_node_info
 from isthmus.worker_role import WorkerRole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 
 def run_single(config: Config, announce: Callable[[NodeInfo], None]) -> None:
@@ -34,9 +37,24 @@ def run_single(config: Config, announce: Callable[[NodeInfo], None]) -> None:
 
 
 async def _run(config: Config, announce: Callable[[NodeInfo], None]) -> None:
-    stopping = asyncio.Event()
+    turn = asyncio.Event()  # set when the node is to stop, and when its agent is lost
+    is_stopping = False
+
+    def stop() -> None:
+        nonlocal is_stopping
+        is_stopping = True
+        turn.set()
+
+    def reload() -> None:
+        agent.reload()
+        worker.reload()
+
+    async def stop_agent() -> None:
+        await agent.stop()
+
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(number, stop)
     lock = await lock_data_dir(config)
     reservation = claim(config)
     listen = bound_address(reservation)
@@ -46,19 +64,27 @@ async def _run(config: Config, announce: Callable[[NodeInfo], None]) -> None:
         undo.callback(os.close, lock)
         undo.callback(reservation.close)
         try:
-            agent = AgentRole(config)
+            agent = AgentRole(config, turn.set)
             addresses = await agent.start()
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, agent.reload)
-            undo.push_async_callback(agent.stop)
-            worker = WorkerRole(with_addresses(config, addresses), 0)
+            undo.push_async_callback(stop_agent)
+            config = with_addresses(config, addresses)
+            worker = WorkerRole(config, 0)
             await worker.start()
+            loop.add_signal_handler(signal.SIGHUP, stop if ends_on_hangup() else reload)
             undo.push_async_callback(worker.stop)
             info = NodeInfo(
                 config.node, config.region, os.getpid(), listen, addresses["admin"], addresses["gossip"]
             )
             write_node_info(info_file, info)
             undo.callback(info_file.unlink, missing_ok=True)
+            announce(info)
+            await turn.wait()
+            while not is_stopping:
+                turn.clear()
+                log.error("the agent is started afresh; the worker goes on")
+                await stop_agent()
+                agent = AgentRole(config, turn.set, is_successor=True)
+                await agent.start()
+                await turn.wait()
         except RefusedError as error:
             raise ConfigError(str(error)) from error
-        announce(info)
-        await stopping.wait()

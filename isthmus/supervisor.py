@@ -16,11 +16,11 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from isthmus.child import BEAT_S, EXIT_REFUSED, Report, Task, send_task
+from isthmus.child import BEAT_S, EXIT_LOST, EXIT_REFUSED, Report, Task, send_task
 from isthmus.config import Config, ConfigError
 from isthmus.listeners import bound_address, claim
 
@@ -68,6 +68,7 @@ class _Child:
         self.ready = asyncio.Event()
         self.addresses: dict[str, str] | None = None  # set when it served for the first time
         self.refused = ""
+        self.is_lost = False  # whether it ended because what it stood on was lost
         self.beat_at = 0.0
         self.restarts = 0
 
@@ -96,7 +97,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGHUP, self._stopping.set if ends_on_hangup() else self._reload)
         info_file = Path(self._config.data) / "node.json"
         keepers = []
         try:
@@ -157,6 +158,7 @@ class Supervisor:
         while not self._stopping.is_set():
             started = time.monotonic()
             code = await self._run_once(child)
+            child.is_lost = code == EXIT_LOST
             if self._stopping.is_set():
                 return
             if code == EXIT_REFUSED and child.addresses is None:
@@ -200,7 +202,8 @@ class Supervisor:
         )
         theirs.close()
         child.process = process
-        task = Task("agent" if child.role == "agent" else "worker", child.index, self._config)
+        role: Literal["agent", "worker"] = "agent" if child.role == "agent" else "worker"
+        task = Task(role, child.index, self._config, child.is_lost)
         reader, writer = await asyncio.open_connection(sock=ours.dup())
         try:
             with contextlib.suppress(ConnectionError), ours:  # it died; the exit status says the rest
@@ -252,6 +255,11 @@ class Supervisor:
                 _, late = await asyncio.wait(waits, timeout=bound)
                 for process in running if late else ():
                     _signal(process, signal.SIGKILL)
+
+
+def ends_on_hangup() -> bool:
+    """Say what SIGHUP means: that our terminal was closed, or, to a daemon, to read again what may change."""
+    return os.isatty(0)
 
 
 def with_addresses(config: Config, addresses: Mapping[str, str]) -> Config:

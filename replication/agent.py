@@ -25,7 +25,7 @@ from replication.core.recovery import Recovery
 from replication.core.tokens import Token
 from replication.core.wire import Hello
 from replication.database import Database, Params, QueryResult, Statement, is_transient
-from replication.errors import BehindError, ParkedError, RateLimitedError, StoreError
+from replication.errors import BehindError, ParkedError, RateLimitedError, ReplacedError, StoreError
 from replication.loop_host import LoopHost
 from replication.metrics import Sample, collect_samples
 from replication.replica import Replica, ReplicaSettings
@@ -64,7 +64,11 @@ class ExecuteResult:
 
 
 class Agent:
-    """One node's replication; all methods are for the event loop that started it."""
+    """One node's replication; all methods are for the event loop that started it.
+
+    `on_lost` is called once, when the file was replaced or another node is found to write as our site.
+    Nothing is written then; only to stop this agent and to start another one helps, which is a new site.
+    """
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class Agent:
         schema: Schema,
         *,
         on_commit: Callable[[Commit], None],
+        on_lost: Callable[[ReplacedError], None] = lambda _: None,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         monotonic: Callable[[], float] = time.monotonic,
         rng: Rng | None = None,
@@ -80,6 +85,7 @@ class Agent:
         self._settings = settings
         self._schema = schema
         self._on_commit = on_commit
+        self._on_lost = on_lost
         self._wall_ms = wall_ms
         self._monotonic = monotonic
         self._rng = rng if rng is not None else random.Random()
@@ -115,6 +121,7 @@ class Agent:
                 rows_max=settings.query_rows_max,
                 timeout_ms=settings.query_timeout_ms,
                 synchronous=settings.synchronous,
+                on_lost=self._on_lost,
             )
             undo.push_async_callback(self._database.close)
             self._transport = Transport(
@@ -204,6 +211,12 @@ class Agent:
                     self._replica.want_sync(site)
             await asyncio.sleep(RECOVERY_LOOK_S)
         await self._database.run(Store.release)
+
+    async def catch_up(self, within_s: float) -> None:
+        """Wait until a peer has brought what it had, or for so long."""
+        deadline = self._monotonic() + within_s
+        while not self._replica.sync_counters["sessions_complete"] and self._monotonic() < deadline:  # noqa: ASYNC110 - for seconds, once in a life
+            await asyncio.sleep(RECOVERY_LOOK_S)
 
     async def stop(self) -> None:
         """Take leave of the peers and close everything; does nothing when not started."""
@@ -334,6 +347,11 @@ class Agent:
         if self._running:
             self._replica.handle_datagram(data)
 
+    def handle_self(self, info: MemberInfo) -> None:
+        """Take note of a stream to ourselves, or to a node with our site."""
+        if self._running:
+            self._replica.handle_self(info)
+
     def handle_link_up(self, link: Link) -> None:
         """Take note of a link and of who is at the other end."""
         self._replica.handle_link_up(link)
@@ -356,7 +374,7 @@ class Agent:
                 await loop()
             except Exception as error:
                 self.counters[f"{name}_failed"] += 1
-                if not is_transient(error):
+                if not is_transient(error) and self._database.lost is None:
                     log.exception("%s failed", name)
             await asyncio.sleep(RESTART_S)
 
@@ -368,14 +386,22 @@ class Agent:
             store.deferred = self._deferred
             return store.capture(self._wall_ms()) if store.foreign_writes() or released else None
 
-        while True:
+        while self._database.lost is None:
             await asyncio.sleep(self._settings.poll_interval_ms / 1000)
+            twin = self._replica.swim.get_twin(self._host.now_ms())
+            if twin is not None:
+                await self._give_way(twin)
             limits = self._foreign_writes
             self._deferred = limits.compute_exhausted(self._schema.tables, self._host.now_ms())
             commit = await self._database.commit(act, some)
             if commit is not None:
                 self.counters["captures"] += 1
                 limits.spend_tables((change.table for change in commit.changes), self._host.now_ms())
+
+    async def _give_way(self, twin: MemberInfo) -> None:
+        """Write nothing more as our site, for another node does; raises ReplacedError."""
+        reason = f"the node {twin.name} at {twin.host}:{twin.port} writes as the same site"
+        await self._database.run(lambda store: store.renounce(reason))
 
     async def _resolve_loop(self) -> None:
         """Look join names up again and again: addresses change, and a resolver that fails may recover."""

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import aiosqlite
 
 from replication.core.change import Commit, SqlValue
-from replication.errors import BusyError, ReadOnlyError, ReplicationError, StoreError
+from replication.errors import BusyError, ReadOnlyError, ReplacedError, ReplicationError, StoreError
 from replication.schema import Schema
 from replication.store import Store, Synchronous
 from replication.tables import read_lossy
@@ -137,17 +137,20 @@ class Database:
         lock: int,
         folder: Path,
         publish: Callable[[Commit], None],
+        on_lost: Callable[[ReplacedError], None],
         *,
         rows_max: int,
         timeout_ms: float,
     ) -> None:
         # Why nothing can be written, and since when: set by a call that failed, cleared by a probe.
         self.trouble: str | None = None
+        self.lost: ReplacedError | None = None  # why nothing will be written any more
         self._writer = writer
         self._reader = reader
         self._lock = lock  # file descriptor, held until close
         self._folder = folder
         self._publish = publish
+        self._on_lost = on_lost
         self._rows_max = rows_max
         self._timeout_s = timeout_ms / 1000
         self._loop = asyncio.get_running_loop()
@@ -166,8 +169,12 @@ class Database:
         rows_max: int,
         timeout_ms: float,
         synchronous: Synchronous = "normal",
+        on_lost: Callable[[ReplacedError], None] = lambda _: None,
     ) -> "Database":
-        """Open or create the file; raises StoreError, SchemaError. `publish` is called on the event loop."""
+        """Open or create the file; raises StoreError, SchemaError.
+
+        `publish` is called on the event loop; so is `on_lost`, once, when nothing may be written any more.
+        """
         lock = lock_file(path)
         writer = _StoreConnection(lambda: Store.open(path, schema, synchronous=synchronous))
         try:
@@ -184,7 +191,9 @@ class Database:
             if isinstance(error, sqlite3.Error):
                 raise StoreError(f"{path}: {error}") from error
             raise
-        return cls(writer, reader, lock, path.parent, publish, rows_max=rows_max, timeout_ms=timeout_ms)
+        return cls(
+            writer, reader, lock, path.parent, publish, on_lost, rows_max=rows_max, timeout_ms=timeout_ms
+        )
 
     async def close(self) -> None:
         """Finish what was begun, then close both connections."""
@@ -203,9 +212,11 @@ class Database:
 
     async def run(self, act: Callable[[Store], T]) -> T:
         """Run something that makes no commit."""
+        if self.lost is not None:
+            raise ReplacedError(str(self.lost))
         try:
             return await self._writer.run(act)
-        except ReadOnlyError as error:
+        except (ReadOnlyError, ReplacedError) as error:
             self._note_trouble(error)
             raise
 
@@ -232,6 +243,8 @@ class Database:
 
         Raises StatementError, BusyError, StoreError; ReadOnlyError without a try while there is trouble.
         """
+        if self.lost is not None:
+            raise ReplacedError(str(self.lost))
         if self.trouble is not None:
             raise ReadOnlyError(self.trouble)
         if self._is_closing:
@@ -256,7 +269,7 @@ class Database:
         try:
             batch = _execute(calls, store)
         except Exception as error:  # noqa: BLE001 - it is the callers'
-            if len(calls) > 1 and not isinstance(error, BusyError | ReadOnlyError):
+            if len(calls) > 1 and not isinstance(error, BusyError | ReadOnlyError | ReplacedError):
                 # One of them has failed for all, by OR ROLLBACK or in what became of its rows.
                 for call in calls:
                     self._write([call], store)
@@ -271,7 +284,7 @@ class Database:
         version = None
         if isinstance(batch, Exception):
             outcomes = [batch] * len(calls)
-            if isinstance(batch, ReadOnlyError):
+            if isinstance(batch, ReadOnlyError | ReplacedError):
                 self._note_trouble(batch)
         else:
             outcomes, version, _ = batch
@@ -287,8 +300,13 @@ class Database:
 
     # --- trouble --------------------------------------------------------------------------------------
 
-    def _note_trouble(self, error: ReadOnlyError) -> None:
-        if self.trouble is None and not self._is_closing:
+    def _note_trouble(self, error: ReadOnlyError | ReplacedError) -> None:
+        if isinstance(error, ReplacedError):
+            if self.lost is None and not self._is_closing:
+                self.lost = error
+                log.error("the database is given up: %s", error)
+                self._on_lost(error)
+        elif self.trouble is None and not self._is_closing:
             self.trouble = f"{error}, since {datetime.now(UTC).isoformat(timespec='seconds')}"
             log.error("the database takes no writes, reads go on: %s", error)
             self._probing = asyncio.create_task(self._probe())

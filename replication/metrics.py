@@ -43,6 +43,7 @@ METRICS: dict[str, tuple[str, str]] = {
         "gauge",
         "Own versions that only peers still had: the file was set back.",
     ),
+    "isthmus_site_conflict": ("gauge", "1 while another node runs with the site id of this one."),
     "isthmus_commit_seq": ("gauge", "Commits to the local file that changed rows."),
     "isthmus_database_read_only": ("gauge", "1 while the disk is full or fails and takes no writes."),
 }
@@ -85,5 +86,6 @@ def collect_samples(parts: Parts, now_ms: float, wall_ms: int) -> Iterable[Sampl
         origin = site.hex() if site else "others"
         yield ("isthmus_origin_pushes_refused_total", (("site", origin),), count)
     yield ("isthmus_own_versions_lost", (), parts.replica.puller.own_versions_lost)
+    yield ("isthmus_site_conflict", (), float(parts.replica.swim.get_twin(now_ms) is not None))
     yield ("isthmus_apply_queue_changesets", (), len(parts.replica.inbox))
     yield ("isthmus_parked_changesets", (), parts.replica.parked)

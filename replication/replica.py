@@ -56,7 +56,7 @@ from replication.core.wire import (
     decode_frame,
     encode,
 )
-from replication.errors import BusyError, StoreError
+from replication.errors import BusyError, ReadOnlyError, ReplacedError, StoreError
 from replication.host import Host, Spool
 from replication.pulls import Failed, Puller
 from replication.serving import CHUNK_BYTES, Server
@@ -385,9 +385,9 @@ class Replica:
         self._host.call_later(self._settings.maintenance_ms, self._maintain)
 
     def _note_failed(self, what: str, error: Exception) -> None:
-        """Count and tell what the database refused; that somebody else holds its lock is no news."""
+        """Count and tell what the database refused; that what others are told of is no news."""
         self.counters[f"{what}_failed"] += 1
-        if not isinstance(error, BusyError):
+        if not isinstance(error, BusyError | ReadOnlyError | ReplacedError):
             self._log.error("%s failed", what, exc_info=error)
 
     # --- what comes in --------------------------------------------------------------------------------
@@ -395,6 +395,10 @@ class Replica:
     def handle_datagram(self, data: bytes) -> None:
         """Take a datagram's content; raises WireError."""
         self._run_swim(self.swim.handle_message(decode_datagram(data), self._host.now_ms()))
+
+    def handle_self(self, info: MemberInfo) -> None:
+        """Take note of a stream, refused by now, whose other side says that it is our site."""
+        self._run_swim(self.swim.handle_self_hello(info, self._host.now_ms()))
 
     def handle_link_up(self, link: Link) -> None:
         """Take note of a link and of who is at the other end."""
@@ -461,7 +465,7 @@ class Replica:
                     self._on_member_changed(info, state)
                 case swim.SiteConflict(twin):
                     self._log.error(
-                        "the node %s at %s:%d has the site id of this one; make one of them a new site",
+                        "the node %s at %s:%d has the site id of this one, which becomes a new site",
                         *(twin.name, twin.host, twin.port),
                     )
         self._arm()
@@ -648,8 +652,10 @@ class Replica:
             self._note_failed("sync", error)
         elif error is not None:
             self._log.debug("sync with %s: %r", peer.hex(), error)
-        elif self.recovery is not None:
-            self.recovery.handle_synced(peer)
+        else:
+            self.sync_counters["sessions_complete"] += 1
+            if self.recovery is not None:
+                self.recovery.handle_synced(peer)
         self._tell_news(peer)
         self._end_sync(peer, ok=error is None, received=received)
 

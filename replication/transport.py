@@ -64,6 +64,9 @@ class Handler(Protocol):
     def handle_datagram(self, data: bytes) -> None:
         """Take what an authentic datagram holds."""
 
+    def handle_self(self, info: MemberInfo) -> None:
+        """Take note of a stream whose other side says that it is our site; it is refused."""
+
     def handle_link_up(self, link: "Link") -> None:
         """Take note of a link whose other side has said who it is."""
 
@@ -398,10 +401,11 @@ class Transport(asyncio.DatagramProtocol):
             raise WireError("hello")
         if theirs.cluster != ours.cluster:
             raise LinkError("cluster")
-        if theirs.sender.site == ours.sender.site:
-            raise LinkError("self")
         if not dialled:
             link.send(encode(ours))
+        if theirs.sender.site == ours.sender.site:
+            self._handler.handle_self(theirs.sender)
+            raise LinkError("self")
         link.authority = authority
         link.peer = theirs.sender
         link.lasting = lasting if dialled else theirs.lasting

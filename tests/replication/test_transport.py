@@ -30,6 +30,9 @@ class Recorder:
     def handle_datagram(self, data: bytes) -> None:
         self.datagrams.append(data)
 
+    def handle_self(self, info: MemberInfo) -> None:
+        self.events.append(f"self {info.name}")
+
     def handle_link_up(self, link: Link) -> None:
         self.events.append("up")
         self.links.append(link)
@@ -174,6 +177,7 @@ async def test_a_node_does_not_talk_to_itself_or_to_another_cluster(nodes):
     with pytest.raises(LinkError):
         await a.transport.connect(a.transport.address, lasting=True)
     assert a.transport.dropped["stream", "self"] == 1
+    assert a.handler.events == ["self n1", "self n1"]
     b.cluster = "another"
     with pytest.raises(LinkError):
         await a.transport.connect(b.transport.address, lasting=True)
