@@ -147,12 +147,13 @@ class Agent:
                 self._replica.recovery = Recovery()
             # What was written while no agent ran; peers get it by sync.
             await self._database.commit(lambda store: store.capture(self._wall_ms()), some)
+            known = await self._database.run(Store.members)
             await self._transport.serve()
             undo.pop_all()
         for table in self._settings.writes_per_s.keys() - self._schema.tables.keys() - {ALL}:
             log.warning("there is a limit for writes into %s, and no such table", table)
         self._running = True
-        self._replica.start(self._literal_joins())
+        self._replica.start(self._literal_joins(), known=known)
         for name, loop in (("poll", self._poll_loop), ("resolve", self._resolve_loop)):
             self._tasks.append(asyncio.create_task(self._keep_running(name, loop), name=f"agent {name}"))
         if self._replica.recovery is not None:

@@ -151,7 +151,7 @@ class Replica:
         self.swim = Swim(me, settings.swim, rng)
         self.origins = OriginLimits(settings.origins)
         self.tree = Plumtree(settings.plumtree, has=self._has, distance=self._distance, origins=self.origins)
-        self.freshness = Freshness(me.site, settings.freshness, rng, head=self.head)
+        self.freshness = Freshness(me.site, settings.freshness, rng, seen=lambda: self.seen)
         self.inbox = Inbox(settings.inbox_bytes_max)
         self.arrivals = Arrivals(self.head, WAITING_MAX)
         self.links = Links(
@@ -213,6 +213,7 @@ class Replica:
         self._relinking = False
         self._exported_ms = float("-inf")  # when a large part of the member list last went along
         self._resends = 0
+        self._remembered: dict[SiteId, MemberInfo] = {}  # who is in the file, for the next life
 
     @property
     def site(self) -> SiteId:
@@ -225,7 +226,8 @@ class Replica:
         self._started_ms = self._host.now_ms()
         self.verifier.start()
         self.swim.set_join_addresses(join)
-        self.swim.remember(known, self._host.now_ms())
+        self._remembered = {info.site: info for info in known}
+        self.swim.remember(self._remembered.values(), self._host.now_ms())
         if self.swim.members:
             self._relink_soon()
         self.freshness.start(self._host.now_ms())
@@ -354,8 +356,16 @@ class Replica:
     def _tidy_up(self) -> None:
         settings = self._settings
         stable = self.freshness.compute_stable_hlc()
+        members = {
+            site: member.info
+            for site, member in sorted(self.swim.members.items())
+            if member.state is not MemberState.LEFT
+        }
+        is_same = members == self._remembered
 
         def act(store: Store) -> _Tidied:
+            if not is_same:
+                store.remember(members.values())
             if self._collector is None:
                 self._collector = Collector(store, keep_ms=settings.tombstone_keep_ms)
             store.check_file()
@@ -371,6 +381,7 @@ class Replica:
             )
 
         def done(found: _Tidied) -> None:
+            self._remembered = members
             self.parked = found.parked
             self.collected = found.collected_hlc
             self.schema_problem = found.schema_problem

@@ -24,6 +24,7 @@ from .schema import MergeMode, Schema, TableSchema, quote, read_columns
 
 if TYPE_CHECKING:
     import sqlite3
+    from collections.abc import Iterable
 
 STORAGE_FORMAT: Final = 1
 _BY_PLAN: Final = "that takes a plan"
@@ -117,6 +118,25 @@ def write_collected(connection: sqlite3.Connection, hlc: int) -> None:
     connection.execute("INSERT OR REPLACE INTO _repl_collected VALUES (1, ?)", (hlc,))
 
 
+def read_members(connection: sqlite3.Connection) -> list[tuple[bytes, str, str, int, int]]:
+    """Return the members that were known last: site, name, host, port, incarnation."""
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = '_repl_member'").fetchone() is None:
+        return []
+    return connection.execute("SELECT site, name, host, port, incarnation FROM _repl_member").fetchall()
+
+
+def write_members(
+    connection: sqlite3.Connection, members: Iterable[tuple[bytes, str, str, int, int]]
+) -> None:
+    """Keep these members and no others, within the caller's transaction."""
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS _repl_member (site BLOB PRIMARY KEY, name TEXT NOT NULL, "
+        "host TEXT NOT NULL, port INTEGER NOT NULL, incarnation INTEGER NOT NULL) WITHOUT ROWID"
+    )
+    connection.execute("DELETE FROM _repl_member")
+    connection.executemany("INSERT INTO _repl_member VALUES (?, ?, ?, ?, ?)", members)
+
+
 def read_declared(connection: sqlite3.Connection) -> str:
     """Return the text of the schema file that tables were last made by; empty when none was kept."""
     if connection.execute("SELECT 1 FROM sqlite_master WHERE name = '_repl_declared'").fetchone() is None:
@@ -128,8 +148,7 @@ def read_declared(connection: sqlite3.Connection) -> str:
 def write_declared(connection: sqlite3.Connection, declared: str) -> None:
     """Keep the text of a schema file. Its table is made when it is first needed."""
     connection.execute(
-        "CREATE TABLE IF NOT EXISTS _repl_declared "
-        "(id INTEGER PRIMARY KEY CHECK (id = 1), sql TEXT NOT NULL)"
+        "CREATE TABLE IF NOT EXISTS _repl_declared (id INTEGER PRIMARY KEY CHECK (id = 1), sql TEXT NOT NULL)"
     )
     connection.execute("INSERT OR REPLACE INTO _repl_declared VALUES (1, ?)", (declared,))
 

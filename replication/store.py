@@ -26,10 +26,11 @@ from .applying import Applier
 from .capture import Capture
 from .changelog import ChangeLog
 from .core.change import CHANGESET_BYTES_MAX, Commit, EncodedChangeset
-from .core.clock import MAX_DRIFT_MS, SITE_BYTES, HybridClock
+from .core.clock import MAX_DRIFT_MS, SITE_BYTES, HybridClock, SiteId
 from .core.codec import CodecError
 from .core.limits import names_table
-from .errors import POISON, SchemaError, SnapshotError, StatementError, translated
+from .core.member import MemberInfo
+from .errors import POISON, SchemaError, SnapshotError, StatementError, translate, translated
 from .guarding import FileGuard
 from .identity import Opened, prepare_identity, read_boot, read_home
 from .ledger import Ledger
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from .core.change import RowChange
-    from .core.clock import Hlc, SiteId
+    from .core.clock import Hlc
     from .core.versions import VersionRanges
     from .schema import Schema
     from .statements import Statement
@@ -169,6 +170,23 @@ class Store:
     def collected_hlc(self) -> Hlc:
         """The time up to which deletions may have been forgotten here."""
         return self.ledger.collected_hlc
+
+    def members(self) -> list[MemberInfo]:
+        """Return the members of the cluster that were known when the file was last in use."""
+        with self._sound():
+            found = sidetables.read_members(self.connection)
+        return [
+            MemberInfo(SiteId(site), name, host, port, incarnation)
+            for site, name, host, port, incarnation in found
+        ]
+
+    def remember(self, members: Iterable[MemberInfo]) -> None:
+        """Keep who the members are, for the next start."""
+        with self._transaction():
+            sidetables.write_members(
+                self.connection,
+                [(info.site, info.name, info.host, info.port, info.incarnation) for info in members],
+            )
 
     def extend(self, schema: Schema, declared: str | None = None) -> None:
         """Take up tables, columns and indexes that a schema has beyond ours, without rewriting a row.
@@ -459,7 +477,8 @@ class Store:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._sound():
+        try:  # as in _sound: one generator within another costs each write a few percent
+            self._recover()
             try:
                 # Within the try: an interrupt can come when it has begun and not yet returned.
                 self.connection.execute("BEGIN IMMEDIATE")
@@ -471,6 +490,10 @@ class Store:
                 self._is_stale = True
                 self._recover()
                 raise
+        except POISON:
+            raise
+        except sqlite3.Error as error:
+            raise translate(error) from error
 
     @contextlib.contextmanager
     def _sound(self) -> Iterator[None]:

@@ -3,7 +3,8 @@
 Each site says now and then how far it has written and what it has of the others; these heartbeats go along
 the broadcast tree and with syncs. Decides what they prove. Knows nothing of links, stores or membership: who
 counts is told by `set_roll`. Invariant: when `compute_stable_hlc` returns S, every member of the roll has all
-that members of the roll wrote up to S, and we have all that any of them wrote before it had that.
+that members of the roll wrote up to S, and we have all that any of them wrote before it had that; of sites
+that are gone all have seen the same.
 
 The second half is what makes it safe to forget a deletion: an update of the deleted row by somebody who did
 not know of the deletion is one that we have seen.
@@ -17,6 +18,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from replication.core.clock import HLC_MAX, MAX_DRIFT_MS, NEVER, Hlc, SiteId, compute_ms
+from replication.core.needs import Seen
 from replication.core.probe import Rng, jitter
 from replication.core.wire import Beats, Heartbeat
 
@@ -78,7 +80,7 @@ class Freshness:
     """One node's part in the heartbeats."""
 
     def __init__(
-        self, me: SiteId, settings: FreshnessSettings, rng: Rng, *, head: Callable[[SiteId], int]
+        self, me: SiteId, settings: FreshnessSettings, rng: Rng, *, seen: Callable[[], Seen]
     ) -> None:
         self.counters: Counter[str] = Counter()
         # The largest time that peers know of us: after a crash or a restore our clock has to observe it.
@@ -86,15 +88,13 @@ class Freshness:
         self._me = me
         self._settings = settings
         self._rng = rng
-        self._head = head
+        self._seen = seen
         self._own: Heartbeat | None = None  # our last beat
         self._origins: dict[SiteId, _Origin] = {}
         self._news: dict[SiteId, SiteId | None] = {}  # whose beats are to be passed on, and who sent them
         self._beat_at = math.inf  # set by `start`
         self._flush_at = math.inf  # set while there is news
         self._roll: tuple[SiteId, ...] = ()
-        self._roll_digest = 0
-        self.set_roll(())
 
     # --- inputs ---------------------------------------------------------------------------------------
 
@@ -105,8 +105,22 @@ class Freshness:
     def set_roll(self, sites: Iterable[SiteId]) -> None:
         """Say who counts beside us: whoever may yet write something, or must get what is written."""
         self._roll = tuple(sorted({*sites} - {self._me}))
-        everybody = sorted((*self._roll, self._me))
-        self._roll_digest = int.from_bytes(blake2b(b"".join(everybody), digest_size=4).digest())
+
+    def _compute_roll(self) -> int:
+        """Return a digest of who is on the roll, and of what we have seen of sites that are not.
+
+        Nobody beats for those any more; what they wrote has reached everybody when all have seen the same.
+        """
+        everybody = {*self._roll, self._me}
+        digest = blake2b(b"".join(sorted(everybody)), digest_size=4)
+        seen = self._seen()
+        for site in sorted(seen.keys() - everybody):
+            digest.update(site + repr(seen[site].encode()).encode())
+        return int.from_bytes(digest.digest())
+
+    def _head(self, site: SiteId) -> int:
+        ranges = self._seen().get(site)
+        return 0 if ranges is None else ranges.head
 
     def next_at(self) -> float:
         """Return when `tick` is due."""
@@ -120,7 +134,7 @@ class Freshness:
             per_member = settings.beat_interval_per_member_ms * (len(self._roll) + 1)
             self._beat_at = now_ms + jitter(self._rng, max(settings.beat_interval_ms, per_member))
             # Before the store is asked: what we write until it answers is in the version that it names.
-            out.append(BeatDue(self._compute_complete(), self._roll_digest))
+            out.append(BeatDue(self._compute_complete(), self._compute_roll()))
         if self._flush_at <= now_ms:
             self._flush_at = math.inf
             news, self._news = self._news, {}
@@ -177,16 +191,18 @@ class Freshness:
     def compute_stable_hlc(self) -> Hlc:
         """Return up to which time everything has reached everybody on the roll; NEVER while it is not known.
 
-        It is not known while members disagree about who is on the roll, which is while one comes or goes.
+        It is not known while members disagree about who is on the roll, which is while one comes or goes, or
+        while something of a site that is gone still spreads.
         """
         if self._own is None:
             return NEVER
         stable = self._own.hlc
+        roll = self._compute_roll()
         for site in self._roll:
             origin = self._origins.get(site)
             # Not of its newest beat: what it wrote before that one may still be on its way to us.
             beat = origin.covered if origin is not None else None
-            if beat is None or beat.roll != self._roll_digest:
+            if beat is None or beat.roll != roll:
                 return NEVER
             stable = min(stable, beat.hlc, beat.complete_hlc)
         return stable

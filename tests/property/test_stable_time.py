@@ -38,7 +38,7 @@ class Node:
     answers: list[tuple[BeatDue, int, Hlc]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.core = Freshness(self.site, FreshnessSettings(), Random(1), head=self.head)
+        self.core = Freshness(self.site, FreshnessSettings(), Random(1), seen=lambda: self.seen)
         self.core.set_roll(self.roll)
 
     def head(self, site: SiteId) -> int:

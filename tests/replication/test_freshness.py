@@ -6,6 +6,7 @@ import pytest
 
 from replication.core.clock import NEVER, SiteId, hlc_from_ms
 from replication.core.freshness import BeatDue, Freshness, FreshnessSettings, SendFrame
+from replication.core.versions import VersionRanges
 from replication.core.wire import Beats, Heartbeat
 
 WALL = 1_000_000
@@ -30,11 +31,12 @@ class Node:
 
     def __init__(self, *roll: SiteId, **settings: int) -> None:
         self.heads: dict[SiteId, int] = {}
-        self.core = Freshness(
-            US, FreshnessSettings(**settings), Random(1), head=lambda of: self.heads.get(of, 0)
-        )
+        self.core = Freshness(US, FreshnessSettings(**settings), Random(1), seen=self.compute_seen)
         self.core.set_roll(roll)
         self.roll = self.due().roll
+
+    def compute_seen(self) -> dict[SiteId, VersionRanges]:
+        return {of: VersionRanges([(1, head)]) for of, head in self.heads.items() if head}
 
     def due(self, now_ms: float = 5_000) -> BeatDue:
         self.core.start(now_ms - 1_000)
@@ -197,3 +199,15 @@ def test_a_member_that_counts_other_members_proves_nothing():
     assert node.core.compute_stable_hlc() == NEVER
     node.take(beat(B, 0, ago_ms=100, roll=node.due().roll))
     assert node.core.compute_stable_hlc() == NEVER
+
+
+def test_nothing_is_stable_while_members_have_seen_different_things_of_a_site_that_is_gone():
+    node = Node(A)
+    gone = SiteId(b"g" * 16)
+    alike = node.roll
+    node.see(gone, 3)
+    node.beats()
+    node.take(beat(A, 0, 0, roll=alike))
+    assert node.core.compute_stable_hlc() == NEVER
+    node.take(beat(A, 0, -1, 0, roll=node.due().roll))
+    assert node.core.compute_stable_hlc() == hlc_from_ms(WALL)
