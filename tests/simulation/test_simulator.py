@@ -21,6 +21,7 @@ SEEDS = range(1, 33)
 FOUND_SOMETHING = {
     21: "a read of the store that failed let sqlite3's own error through",
     95: "a transaction that was interrupted as it began stayed open, and no other could begin",
+    1037: "a node that had just started forgot deletions, as it knew of nobody who might not have them",
 }
 
 
