@@ -352,6 +352,14 @@ class LogConfig(_Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class AccessLogConfig(_Section, frozen=True):
+    """`[access_log]`: a line for each request."""
+
+    file: str = ""
+    format: Literal["json", "combined"] = "json"
+    one_in: Positive = 1
+
+
 class Config(_Section, frozen=True):
     """Everything that one node is told."""
 
@@ -365,6 +373,7 @@ class Config(_Section, frozen=True):
     gossip: GossipConfig = GossipConfig()
     replication: ReplicationConfig = ReplicationConfig()
     log: LogConfig = LogConfig()
+    access_log: AccessLogConfig = AccessLogConfig()
     regions: dict[str, RegionConfig] = {}
     apps: tuple[AppConfig, ...] = ()
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from isthmus.config import Config, parse_listen
 from isthmus.feed import FeedFollower
+from isthmus.role import RefusedError
 from isthmus.route_feed import RouteFeed
+from proxy.access_log import AccessLog
 from proxy.admission import compute_memory_max, raise_files_limit
 from proxy.metrics import ProxyMetrics
 from proxy.server import Server
@@ -63,6 +65,16 @@ def proxy_settings(config: Config) -> ProxySettings:
     )
 
 
+def _open_access_log(config: Config, metrics: ProxyMetrics) -> AccessLog | None:
+    log = config.access_log
+    if not log.file:
+        return None
+    try:
+        return AccessLog(log.file, log.format, log.one_in, metrics)
+    except OSError as error:
+        raise RefusedError(f"access_log.file: cannot write {log.file}: {error.strerror}") from None
+
+
 class WorkerRole:
     """One worker of a node. `_follower_task` runs from start to stop."""
 
@@ -72,7 +84,8 @@ class WorkerRole:
         self._routes = RouteFeed(self._table, config.database)
         self._metrics = ProxyMetrics()
         balancer = Balancer(self._table, config.region, random.Random())
-        self._server = Server(proxy_settings(config), self._table, balancer, self._metrics)
+        self._access_log = _open_access_log(config, self._metrics)
+        self._server = Server(proxy_settings(config), self._table, balancer, self._metrics, self._access_log)
         self._follower = FeedFollower(
             config.feed_socket,
             f"worker-{index}/{os.getpid()}",
@@ -92,12 +105,16 @@ class WorkerRole:
         return {}
 
     def reload(self) -> None:
-        """Do nothing: what a worker is told does not change while it runs."""
+        """Go on in a new access log, when the old one was moved away."""
+        if self._access_log is not None:
+            self._access_log.reopen()
 
     async def stop(self) -> None:
         """Let requests in flight finish within the drain time, then close."""
         await self._server.drain(self._config.proxy.drain_ms / 1000)
         await self._server.close()
+        if self._access_log is not None:
+            await asyncio.to_thread(self._access_log.close)
         if self._follower_task is not None:
             self._follower_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

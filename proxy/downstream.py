@@ -30,6 +30,7 @@ from .core.errors import (
 )
 from .core.exchange import Exchange
 from .core.framing import Body, BodyError, ChunkedBody, Data, FixedBody
+from .core.logged_exchange import LoggedExchange, describe_refusal
 from .core.request_head import RequestHead, parse_request_head
 from .core.wishes import plan_want
 from .sweeper import NEVER
@@ -88,6 +89,7 @@ class Downstream(asyncio.Protocol):
         self._peer = ""
         self._trusted = False
         self._admitted: str | None = None  # what the connection is counted under; None when it is not
+        self._exchange_type = Exchange if plane.access_log is None else LoggedExchange
         self._requests_left = plane.settings.requests_per_connection_max
         self._forwarded = b""  # lines about this client for machines; for trusted peers made per request
 
@@ -377,7 +379,7 @@ class Downstream(asyncio.Protocol):
             forwarded = self._forwarding.lines_for_trusted(self._peer, head.forwarded)
         if head.minor == 0:
             forwarded = forwarded.replace(b"Via: 1.1 ", b"Via: 1.0 ")
-        exchange = self._exchange = Exchange(plane, self, head, service, want, forwarded)
+        exchange = self._exchange = self._exchange_type(plane, self, head, service, want, forwarded)
         if self._body is None:
             self._state = _BUSY
             exchange.start(b"", ended=True)
@@ -427,11 +429,11 @@ class Downstream(asyncio.Protocol):
         exchange, self._exchange = self._exchange, None
         answered = exchange is not None and exchange.has_answered()
         if exchange is not None:
-            exchange.handle_client_lost()
+            exchange.handle_client_lost(error.code)
         if answered:
             self.abort()
         else:
-            self._refuse(error)
+            self._respond(error.code, error.detail, None, keep=False, logged=exchange is not None)
 
     def _discard_body(self, data: bytes) -> None:
         body = self._body
@@ -468,15 +470,21 @@ class Downstream(asyncio.Protocol):
         """Answer, and close: where the next request would begin cannot be known."""
         self._respond(error.code, error.detail, None, keep=False)
 
-    def _respond(self, code: str, detail: str, head: RequestHead | None, *, keep: bool) -> None:
+    def _respond(
+        self, code: str, detail: str, head: RequestHead | None, *, keep: bool, logged: bool = False
+    ) -> None:
         plane = self._plane
         keep = keep and not plane.draining
         plane.metrics.count_error(code)
+        request_id = plane.request_ids.next(plane.wall_us() // 1000)
+        log = plane.access_log
+        if log is not None and not logged and log.samples():
+            log.add(describe_refusal(plane, self._peer, code, request_id, head))
         self.write(
             render_error(
                 code,
                 detail,
-                plane.request_ids.next(plane.wall_us() // 1000),
+                request_id,
                 plain=head is not None and prefers_plain(head.lines),
                 close=not keep,
                 with_body=head is None or head.method != b"HEAD",

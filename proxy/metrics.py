@@ -39,6 +39,7 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "isthmus_queue_wait_seconds_total": ("counter", "How long they waited, in total."),
     "isthmus_errors_total": ("counter", "Answers made by the proxy itself, by code."),
     "isthmus_shed_total": ("counter", "Connections and requests refused, by what was short."),
+    "isthmus_access_log_dropped_total": ("counter", "Lines of the access log that could not be written."),
     "isthmus_aborted_total": ("counter", "Exchanges cut before their end, by who cut them."),
     "isthmus_replays_total": (
         "counter",
@@ -84,6 +85,7 @@ class ProxyMetrics:
         "connections_open",
         "errors",
         "in_flight",
+        "log_lines_dropped",
         "queue_seconds",
         "queue_waits",
         "queued",
@@ -99,6 +101,7 @@ class ProxyMetrics:
         self.connect_failures: dict[str, int] = {}
         self.aborted = {"client": 0, "machine": 0}
         self.shed: dict[str, int] = {}
+        self.log_lines_dropped = 0
         self.in_flight = 0
         self.queued = 0
         self.queue_waits = 0
@@ -133,6 +136,7 @@ class ProxyMetrics:
         samples: list[Sample] = [
             ("isthmus_requests_in_flight", (), self.in_flight),
             ("isthmus_requests_queued", (), self.queued),
+            ("isthmus_access_log_dropped_total", (), self.log_lines_dropped),
             ("isthmus_queue_waits_total", (), self.queue_waits),
             ("isthmus_queue_wait_seconds_total", (), self.queue_seconds),
             ("isthmus_connections_total", (), self.connections),

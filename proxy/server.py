@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from routing.balancer import Balancer
     from routing.table import RoutingTable
 
+    from .access_log import AccessLog
     from .metrics import ProxyMetrics
     from .settings import ProxySettings
 
@@ -39,12 +40,18 @@ class Server:
     """Serves the apps of a routing table on one address."""
 
     def __init__(
-        self, settings: ProxySettings, table: RoutingTable, balancer: Balancer, metrics: ProxyMetrics
+        self,
+        settings: ProxySettings,
+        table: RoutingTable,
+        balancer: Balancer,
+        metrics: ProxyMetrics,
+        access_log: AccessLog | None = None,
     ) -> None:
         self._settings = settings
         self._table = table
         self._balancer = balancer
         self._metrics = metrics
+        self._access_log = access_log
         self._clients: set[Downstream] = set()
         # All set by `start`.
         self.port = 0  # listened on
@@ -81,6 +88,7 @@ class Server:
             now=loop.time,
             wall_us=lambda: time.time_ns() // 1000,
             admission=admission,
+            access_log=self._access_log,
             body_kept_max=self._settings.replay_body_bytes_max,
         )
         admission.watch(plane, pool.close_idle)
@@ -106,6 +114,7 @@ class Server:
             pool.connections,
             plane.queue.waiting,
             (plane.queue, admission),
+            () if self._access_log is None else (self._access_log,),
         )
         self._sweeper.start()
 

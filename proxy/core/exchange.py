@@ -22,6 +22,7 @@ from .errors import (
     BAD_RESPONSE,
     BODY_TOO_LARGE,
     CONNECT_FAILED,
+    ERRORS,
     RETRIES_EXHAUSTED,
     UPSTREAM_RESET,
     prefers_plain,
@@ -61,6 +62,8 @@ _RELAYING: Final = Phase.RELAYING
 _READING_REPLAY: Final = Phase.READING_REPLAY
 _DONE: Final = Phase.DONE
 
+# nginx's, for the log and the counters: nobody gets to see it.
+_CLIENT_GONE: Final = 499
 _UNLIMITED: Final = float("inf")
 _VIA: Final = b"Via: 1.1 isthmus\r\n"
 
@@ -173,12 +176,12 @@ class Exchange:
         else:
             self.client.pause_body()
 
-    def handle_client_lost(self) -> None:
-        """The client is gone, or its request will never be complete: stop everything."""
+    def handle_client_lost(self, code: str = "") -> None:
+        """The client is gone, or its request will never be complete, as `code` says: stop everything."""
         if self.phase is not _DONE:
             self.plane.metrics.aborted["client"] += 1
             self._leave_machine()
-            self._close_books(499)
+            self._close_books(ERRORS[code][0] if code else _CLIENT_GONE)
 
     def has_answered(self) -> bool:
         """True once a part of the final answer was passed on."""
@@ -286,12 +289,15 @@ class Exchange:
         if self.phase is not _DONE:
             self._fail(code, detail)
 
+    def _count_retry(self) -> None:
+        self.plane.metrics.app(self.service.app).retries += 1
+
     def _retry_elsewhere(self, code: str, detail: str) -> None:
         target = self.target
         assert target is not None
         self.tried = (*self.tried, target.id)
         self.last_failure = f"[{code}] {detail}"
-        self.plane.metrics.app(self.service.app).retries += 1
+        self._count_retry()
         self._drop_target()
         self._attempt()
 
@@ -514,7 +520,7 @@ class Exchange:
             if machine.reused:
                 # Most likely an idle connection that its machine was about to close.
                 self.fresh = True
-                self.plane.metrics.app(self.service.app).retries += 1
+                self._count_retry()
                 self._drop_target()
                 self._attempt()
                 return

@@ -91,6 +91,11 @@ class Forwarding:
         ) % (client, port, scheme, secure, self._region, chain, port, scheme, secure, VIA)
 
 
+def read_client(lines: bytes) -> bytes:
+    """Return the client's address from lines that a `Forwarding` made: their first says it."""
+    return lines[len(b"Fly-Client-IP: ") : lines.find(b"\r")]
+
+
 def _is_address(text: str) -> bool:
     try:
         ipaddress.ip_address(text)

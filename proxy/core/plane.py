@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from routing.table import RoutingTable, Service
     from routing.target import Target
 
+    from .access_line import Entry
     from .exchange import Exchange
     from .framing import Data
     from .queue import Queue
@@ -105,6 +106,16 @@ class Gate(Protocol):
         """True while a client that is turned away can be told so."""
 
 
+class Journal(Protocol):
+    """The access log."""
+
+    def samples(self) -> bool:
+        """Count a request; True when it is one that is logged."""
+
+    def add(self, entry: Entry) -> None:
+        """Log a request."""
+
+
 class Chooser(Protocol):
     """The balancer."""
 
@@ -129,5 +140,6 @@ class Plane:
     wall_us: Callable[[], int]  # microseconds since the epoch
     admission: Gate
     body_kept_max: int  # bytes of a request body that are kept for replays; 0 while memory is short
+    access_log: Journal | None = None
     draining: bool = False  # set once, when the worker is told to stop
     shedding: bool = False  # while memory is so short that requests are refused

@@ -18,6 +18,8 @@ from tests.fakes.machine import FakeMachine
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from proxy.access_log import AccessLog
+
 # Loopback answers at once; only a test of a limit shortens it further.
 SETTINGS = ProxySettings("node1", "ams", sweep_interval_s=0.02, connect_timeout_s=1.0)
 
@@ -30,6 +32,7 @@ class Edge:
         self.table = RoutingTable("node1")
         self.balancer = Balancer(self.table, "ams", random.Random(1))
         self.metrics = ProxyMetrics()
+        self.access_log: AccessLog | None = None  # a test may set one before `start`
         self.server = Server(self.settings, self.table, self.balancer, self.metrics)
         self.machines: list[FakeMachine] = []
         self.clients: list[RawClient] = []
@@ -37,7 +40,7 @@ class Edge:
 
     async def start(self, **changes: object) -> None:
         self.settings = replace(self.settings, **changes)
-        self.server = Server(self.settings, self.table, self.balancer, self.metrics)
+        self.server = Server(self.settings, self.table, self.balancer, self.metrics, self.access_log)
         await self.server.start()
         self.started = True
 

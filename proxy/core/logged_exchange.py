@@ -1,0 +1,124 @@
+"""An exchange that is written to the access log when it is over.
+
+Decides what the log says of an exchange. Used in place of `Exchange` while there is a log, so that
+without one nothing is counted or asked for it. Invariant: one entry for each exchange.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .access_line import Entry
+from .errors import ERRORS
+from .exchange import Exchange
+from .forwarding import read_client
+
+if TYPE_CHECKING:
+    from routing.balancer import Want
+    from routing.table import Service
+
+    from .framing import Data
+    from .plane import Client, Plane
+    from .request_head import RequestHead
+    from .response_head import ResponseHead
+
+
+class LoggedExchange(Exchange):
+    """Counts what an `Exchange` has no use for."""
+
+    __slots__ = ("bytes_out", "error", "first_byte", "retries")
+
+    def __init__(
+        self, plane: Plane, client: Client, head: RequestHead, service: Service, want: Want, forwarded: bytes
+    ) -> None:
+        super().__init__(plane, client, head, service, want, forwarded)
+        self.bytes_out = 0  # of the answer's body
+        self.error = ""  # code of an answer of the proxy's own
+        self.first_byte = 0.0  # when the answer began; 0 before
+        self.retries = 0
+
+    def handle_response(self, head: ResponseHead, body: Data, ended: bool) -> None:
+        """Note when the answer began."""
+        if head.replays is None and not head.replay_json:
+            self.first_byte = self.plane.now()
+            self.bytes_out = len(body)
+        super().handle_response(head, body, ended)
+
+    def handle_response_body(self, data: Data, ended: bool) -> None:
+        """Count the bytes, unless they are those of an instruction."""
+        if self.has_answered():
+            self.bytes_out += len(data)
+        super().handle_response_body(data, ended)
+
+    def handle_client_lost(self, code: str = "") -> None:
+        """Note why."""
+        self.error = code
+        super().handle_client_lost(code)
+
+    def _count_retry(self) -> None:
+        self.retries += 1
+        super()._count_retry()
+
+    def _fail(self, code: str, detail: str) -> None:
+        self.error = code
+        super()._fail(code, detail)
+
+    def _close_books(self, status: int) -> None:
+        target = self.target
+        super()._close_books(status)
+        log = self.plane.access_log
+        assert log is not None
+        if not log.samples():
+            return
+        duration_s = self.plane.now() - self.started
+        head = self.head
+        log.add(
+            Entry(
+                started_us=self.plane.wall_us() - int(duration_s * 1_000_000),
+                request_id=self.request_id,
+                client=read_client(self.forwarded),
+                method=head.method,
+                host=head.host,
+                target=head.target,
+                minor=head.minor,
+                lines=head.lines,
+                status=status,
+                bytes_in=self.body_bytes,
+                bytes_out=self.bytes_out,
+                duration_s=duration_s,
+                first_byte_s=self.first_byte - self.started if self.first_byte else 0.0,
+                app=self.service.app,
+                machine=target.id if target is not None else "",
+                region=target.region if target is not None else "",
+                retries=self.retries,
+                replays=self.replays.count if self.replays is not None else 0,
+                error=self.error,
+            )
+        )
+
+
+def describe_refusal(
+    plane: Plane, client: str, code: str, request_id: bytes, head: RequestHead | None
+) -> Entry:
+    """Return the entry of a request that never became an exchange; one without a head was malformed."""
+    return Entry(
+        started_us=plane.wall_us(),
+        request_id=request_id,
+        client=client.encode("ascii"),
+        method=head.method if head is not None else b"",
+        host=head.host if head is not None else b"",
+        target=head.target if head is not None else b"",
+        minor=head.minor if head is not None else 1,
+        lines=head.lines if head is not None else [],
+        status=ERRORS[code][0],
+        bytes_in=0,
+        bytes_out=0,
+        duration_s=0.0,
+        first_byte_s=0.0,
+        app="",
+        machine="",
+        region="",
+        retries=0,
+        replays=0,
+        error=code,
+    )
