@@ -137,12 +137,14 @@ class Applier:
 
     @contextlib.contextmanager
     def unnoticed(self) -> Iterator[None]:
-        """Keep triggers from noting what is written here; undo it all when SQLite refuses a value."""
+        """Keep triggers from noting what is written from here on; undo it all when SQLite refuses a value.
+
+        They note again when the ledger is written, at the end of the transaction.
+        """
         self._connection.execute("SAVEPOINT merging")
         try:
             self._connection.execute("UPDATE _repl_state SET merging = 1")
             yield
-            self._connection.execute("UPDATE _repl_state SET merging = 0")
         except POISON:
             self._connection.execute("ROLLBACK TO merging")
             self._sites.reload()

@@ -101,9 +101,8 @@ class TableCapture:
         self._table = table
         self._sites = sites
         self._clock = clock
-        self._ordinal = sites.get_ordinal(clock.site)
         self._created_record = (*sites.encode(Record(clock, False, clock)), None)
-        self._deleted_record = (*sites.encode(Record(clock, True, None)), None)
+        self._deleted_record: tuple[Any, ...] = ()  # made with the first deletion
         self._records: list[tuple[Any, ...]] = []
         self._deleted: list[Key] = []
         # Rows by the columns that travel; a table that merges by row has one group.
@@ -158,6 +157,8 @@ class TableCapture:
         self.rows.append(RowChange(schema.name, pk, schema.to_row(row)))
 
     def _note_deleted(self, pk: Key) -> None:
+        if not self._deleted:
+            self._deleted_record = (*self._sites.encode(Record(self._clock, True, None)), None)
         self._deleted.append(pk)
         self._records.append(pk + self._deleted_record)
         self.rows.append(RowChange(self._table.schema.name, pk, None))

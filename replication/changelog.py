@@ -40,6 +40,9 @@ class _Kept(NamedTuple):
     size_bytes: int
 
 
+_NOTHING: Final = _Kept(0, 0)
+
+
 class ChangeLog:
     """The log of one replica."""
 
@@ -70,10 +73,17 @@ class ChangeLog:
     def append(self, changesets: Iterable[EncodedChangeset]) -> None:
         """Add changesets that were not seen before."""
         rows = []
+        counts: dict[int, list[int]] = {}
         for encoded in changesets:
             ordinal = self._sites.get_ordinal(encoded.site)
             rows.append((ordinal << VERSION_BITS | encoded.version, encoded.payload))
-            self._count(ordinal, 1, compute_cost(len(encoded.payload)))
+            count = counts.get(ordinal)
+            if count is None:
+                count = counts[ordinal] = [0, 0]
+            count[0] += 1
+            count[1] += compute_cost(len(encoded.payload))
+        for ordinal, (entries, size_bytes) in counts.items():
+            self._count(ordinal, entries, size_bytes)
         self._connection.executemany("INSERT OR REPLACE INTO _repl_log VALUES (?, ?)", rows)
 
     def floor(self, site: SiteId) -> int | None:
@@ -182,7 +192,7 @@ class ChangeLog:
         return int(entries)
 
     def _count(self, ordinal: int, entries: int, size_bytes: int) -> None:
-        kept = self._kept.get(ordinal, _Kept(0, 0))
+        kept = self._kept.get(ordinal, _NOTHING)
         self._before.setdefault(ordinal, kept)
         self._kept[ordinal] = _Kept(kept.entries + entries, kept.size_bytes + size_bytes)
 

@@ -117,7 +117,7 @@ class _StoreConnection(aiosqlite.Connection):
     def submit(self, act: Callable[[Store], None]) -> None:
         """Have the thread run something that raises nothing and answers by itself."""
         assert self.store is not None, "the connection is open"
-        self._tx.put_nowait((asyncio.get_running_loop().create_future(), partial(act, self.store)))
+        self._tx.put_nowait((None, partial(act, self.store)))
 
     async def shut(self) -> None:
         """Close the store, then end the thread."""
@@ -226,15 +226,11 @@ class Database:
         def run(store: Store) -> T:
             result = act(store)
             for commit in commits_of(result):
-                self._publish_soon(commit)
+                # From here: the task that waits for it may be cancelled.
+                self._loop.call_soon_threadsafe(self._publish, commit)
             return result
 
         return await self.run(run)
-
-    def _publish_soon(self, commit: Commit | None) -> None:
-        """Hand out a commit from the thread that made it: the task that waits for it may be cancelled."""
-        if commit is not None:
-            self._loop.call_soon_threadsafe(self._publish, commit)
 
     # --- writes ---------------------------------------------------------------------------------------
 
@@ -275,19 +271,19 @@ class Database:
                     self._write([call], store)
                 return
             batch = error
-        else:
-            self._publish_soon(batch[2])
+        # All that there is to tell at once: each time that the loop wakes up meanwhile, it takes the
+        # interpreter from the transaction.
         self._loop.call_soon_threadsafe(self._handle_written, calls, batch)
 
     def _handle_written(self, calls: Sequence[_Call], batch: _Batch | Exception) -> None:
         outcomes: Sequence[list[int] | Exception]
-        version = None
+        version = commit = None
         if isinstance(batch, Exception):
             outcomes = [batch] * len(calls)
             if isinstance(batch, ReadOnlyError | ReplacedError):
                 self._note_trouble(batch)
         else:
-            outcomes, version, _ = batch
+            outcomes, version, commit = batch
         for call, outcome in zip(calls, outcomes, strict=False):
             if call.done.cancelled():
                 continue
@@ -297,6 +293,8 @@ class Database:
                 call.done.set_result(Written(outcome, version))
         self._waiting.extendleft(reversed(calls[len(outcomes) :]))
         self._write_waiting()
+        if commit is not None:
+            self._publish(commit)  # before any of the callers goes on
 
     # --- trouble --------------------------------------------------------------------------------------
 

@@ -97,9 +97,14 @@ def translated() -> Iterator[None]:
     except POISON:
         raise
     except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        if code in _BUSY_CODES:
-            raise BusyError("another process is writing to the database file") from error
-        if code in _READ_ONLY_CODES:
-            raise ReadOnlyError(str(error)) from error
-        raise StoreError(str(error)) from error
+        raise translate(error) from error
+
+
+def translate(error: sqlite3.Error) -> ReplicationError:
+    """Return this package's error for one of SQLite's that is not POISON."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if code in _BUSY_CODES:
+        return BusyError("another process is writing to the database file")
+    if code in _READ_ONLY_CODES:
+        return ReadOnlyError(str(error))
+    return StoreError(str(error))

@@ -125,7 +125,8 @@ class Ledger:
         self.seq += has_rows
         left = self.left
         cursor = self._connection.execute(
-            "UPDATE _repl_state SET version = ?, hlc = ?, seq = ? WHERE version = ? AND seq = ? AND site = ?",
+            "UPDATE _repl_state SET version = ?, hlc = ?, seq = ?, merging = 0 "
+            "WHERE version = ? AND seq = ? AND site = ?",
             (
                 *(self.version, max(self._clock.last, self.promised), self.seq),
                 *(left.version, left.seq, self._ordinal),

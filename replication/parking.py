@@ -15,7 +15,7 @@ from .core.change import EncodedChangeset
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from .core.clock import SiteId
     from .tables import Sites
@@ -43,8 +43,10 @@ class Parking:
         self._connection = connection
         self._sites = sites
 
-    def put(self, parked: Iterable[tuple[EncodedChangeset, str]]) -> None:
+    def put(self, parked: Sequence[tuple[EncodedChangeset, str]]) -> None:
         """Add changesets with their reasons."""
+        if not parked:
+            return
         self._connection.executemany(
             "INSERT OR REPLACE INTO _repl_parked VALUES (?, ?, ?, ?)",
             [

@@ -132,7 +132,7 @@ class Cluster(RuleBasedStateMachine):
 
     def execute(self, replica, batch):
         before = read(self.stores[replica])
-        noted = bool(self.stores[replica]._noted_tables())
+        noted = bool(self.stores[replica]._capture.find_noted())
         _, commit = self.stores[replica].execute(batch, self.wall_ms[replica])
         if not noted:
             assert (commit is None) == (read(self.stores[replica]) == before)
