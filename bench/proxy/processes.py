@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,10 +38,12 @@ def find_port() -> int:
 
 
 @contextlib.contextmanager
-def running(name: str, version: str, command: Sequence[str], port: int, log: Path) -> Iterator[Program]:
+def running(
+    name: str, version: str, command: Sequence[str], port: int, log: Path, env: Mapping[str, str] = os.environ
+) -> Iterator[Program]:
     """Start a server and wait until it answers; stop it in the end."""
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
     try:
         wait_until_answers(process, port, log)
         yield Program(name, version, process.pid, port)

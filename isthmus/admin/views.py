@@ -11,7 +11,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from isthmus import __version__
+from isthmus import __version__, compiled
 from isthmus.config import format_address
 from routing.balancer import ANYWHERE
 from routing.explain import Verdict, describe, judge
@@ -66,6 +66,7 @@ class Views:
             "node": config.node,
             "region": config.region,
             "software": f"isthmus {__version__}",
+            "compiled": compiled.is_compiled(),
             "workers": config.workers,
             "agent_pid": os.getpid(),
             "workers_following": self._feed.followers,

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isthmus import __version__
+from isthmus import __version__, compiled
 from isthmus.config import Config, load_config
 from isthmus.logs import setup_logging
 from isthmus.supervisor import NodeInfo, Supervisor
@@ -82,8 +82,11 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(file, flags)
     setup_logging(config.log.format, config.log.level, "node")
 
+    # Asked here and not below, so that a warning is of this process alone.
+    software = f"isthmus {__version__} ({compiled.describe()})"
+
     def announce(info: NodeInfo) -> None:
-        print(_banner(config, info), flush=True)
+        print(_banner(software, config, info), flush=True)
 
     if config.workers == 0:
         # All parts of the node are loaded here and not above: a supervisor needs none of them.
@@ -111,10 +114,10 @@ def _front(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     return [app]
 
 
-def _banner(config: Config, info: NodeInfo) -> str:
+def _banner(software: str, config: Config, info: NodeInfo) -> str:
     sealed = "sealed with the cluster key" if config.gossip.sealed else "no cluster key, this machine only"
     return (
-        f"isthmus {__version__}   node {info.node}   region {info.region}\n"
+        f"{software}   node {info.node}   region {info.region}\n"
         f"  proxy   http://{info.listen}\n"
         f"  admin   http://{info.admin}\n"
         f"  gossip  {info.gossip} ({sealed})\n"

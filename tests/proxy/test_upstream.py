@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from isthmus import compiled
 from proxy.settings import ProxySettings
 from proxy.upstream import Upstream
 
@@ -52,6 +53,7 @@ class FakeExchange:
         self.upstream.release()
 
 
+@pytest.mark.skipif(compiled.is_compiled(), reason="a compiled Upstream takes only what is a Pool")
 @pytest.mark.parametrize("unsent", [0, 1])
 def test_an_answer_to_what_is_not_yet_sent_ends_the_connection(unsent: int) -> None:
     pool, transport = FakePool(), FakeTransport()
