@@ -589,10 +589,10 @@ class Replica:
         """
         if self.parked:
             return {}
+        reachable = self.swim.reachable
         return {
-            site: member.info.address
-            for site, member in self.swim.members.items()
-            if member.is_reachable and self.freshness.get_complete_hlc(site) >= self.collected
+            site: reachable[site].info.address
+            for site in self.freshness.find_complete(reachable, self.collected)
         }
 
     def _is_gone(self, site: SiteId) -> bool:

@@ -183,10 +183,16 @@ class Freshness:
             return None
         return max(0, wall_ms - compute_ms(origin.covered.hlc))
 
-    def get_complete_hlc(self, site: SiteId) -> Hlc:
-        """Return up to which time a site says that it has all changesets; NEVER when it never said."""
-        origin = self._origins.get(site)
-        return NEVER if origin is None else origin.newest.complete_hlc
+    def find_complete(self, sites: Iterable[SiteId], hlc: Hlc) -> list[SiteId]:
+        """Return those that say that they have all that the roll wrote up to a time.
+
+        One that counts others than we do may say so without having looked for what we wrote.
+        """
+        if hlc == NEVER:
+            return list(sites)
+        roll = self._compute_roll()
+        beats = ((site, origin.newest) for site in sites if (origin := self._origins.get(site)) is not None)
+        return [site for site, beat in beats if beat.roll == roll and beat.complete_hlc >= hlc]
 
     def compute_stable_hlc(self) -> Hlc:
         """Return up to which time everything has reached everybody on the roll; NEVER while it is not known.
