@@ -45,7 +45,9 @@ async def run(disk: Path) -> None:
             continue
         raise AssertionError("it takes writes")
     try:
-        await database.commit(lambda store: store.apply(sent.changesets, wall_ms()), lambda done: some(done.commit))
+        await database.commit(
+            lambda store: store.apply(sent.changesets, wall_ms()), lambda done: some(done.commit)
+        )
     except ReadOnlyError:
         assert source.site not in await database.run(Store.seen)
     else:
@@ -56,7 +58,9 @@ async def run(disk: Path) -> None:
         assert database._probing is not None
         await database._probing
     await database.execute([(PUT_SMALL, (written, 0))], wall_ms())
-    await database.commit(lambda store: store.apply(sent.changesets, wall_ms()), lambda done: some(done.commit))
+    await database.commit(
+        lambda store: store.apply(sent.changesets, wall_ms()), lambda done: some(done.commit)
+    )
     assert (await database.run(Store.seen))[source.site].head == 1
     assert (await database.query("SELECT count(*) FROM small")).rows == [(written + 1,)]
     check = await database.run(lambda store: store.connection.execute("PRAGMA integrity_check").fetchall())
