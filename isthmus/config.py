@@ -151,6 +151,7 @@ class ProxyConfig(_Section, frozen=True):
 
     listen: str = "127.0.0.1:8080"
     trusted_proxies: tuple[str, ...] = ()
+    proxy_protocol_from: tuple[str, ...] = ()
     machine_networks: tuple[str, ...] = ()
     client_routing: bool = True
     head_bytes_max: Positive = 32_768
@@ -179,6 +180,7 @@ class ProxyConfig(_Section, frozen=True):
     def __post_init__(self) -> None:
         _check("listen", parse_listen, self.listen)
         _check("trusted_proxies", ipaddress.ip_network, *self.trusted_proxies)
+        _check("proxy_protocol_from", ipaddress.ip_network, *self.proxy_protocol_from)
         _check("machine_networks", ipaddress.ip_network, *self.machine_networks)
 
 
@@ -320,6 +322,7 @@ class AppConfig(_Section, frozen=True):
     hard_limit: Positive | None = None
     machines: tuple[MachineConfig, ...] = ()
     checks: tuple[CheckConfig, ...] = ()
+    proxy_protocol: Literal["", "v1", "v2"] = ""
 
     def __post_init__(self) -> None:
         _check("name", check_app_name, self.name)

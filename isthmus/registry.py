@@ -194,11 +194,15 @@ class Registry:
             ("INSERT INTO apps (name, managed_by) VALUES (?, ?) ON CONFLICT DO NOTHING", (app.name, owner)),
             (
                 (
-                    "INSERT INTO services (app, port, soft_limit, hard_limit, checks, managed_by)"
-                    " VALUES (?, 0, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET soft_limit = excluded.soft_limit,"
-                    " hard_limit = excluded.hard_limit, checks = excluded.checks"
+                    "INSERT INTO services (app, port, soft_limit, hard_limit, checks, managed_by, options)"
+                    " VALUES (?, 0, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+                    " soft_limit = excluded.soft_limit, hard_limit = excluded.hard_limit,"
+                    " checks = excluded.checks, options = excluded.options"
                 ),
-                (app.name, app.soft_limit, app.hard_limit, encode_checks(app.checks), owner),
+                (
+                    *(app.name, app.soft_limit, app.hard_limit),
+                    *(encode_checks(app.checks), owner, encode_options(app)),
+                ),
             ),
         ]
         route = (
@@ -245,6 +249,12 @@ def _reaches(address: str, listener: str) -> bool:
 def encode_checks(checks: Iterable[CheckConfig]) -> str:
     """Return check definitions as the JSON that `services.checks` holds."""
     return msgspec.json.encode(list(checks)).decode()
+
+
+def encode_options(app: AppConfig) -> str:
+    """Return what `services.options` holds for an app: what it says, and nothing that is as usual."""
+    options = {"proxy_protocol": app.proxy_protocol}
+    return msgspec.json.encode({name: value for name, value in options.items() if value}).decode()
 
 
 def _forget(table: str, column: str, keep: Sequence[str], owner: str) -> list[Statement]:

@@ -38,6 +38,7 @@ def proxy_settings(config: Config) -> ProxySettings:
         node=config.node,
         region=config.region,
         trusted_proxies=proxy.trusted_proxies,
+        proxy_protocol_from=proxy.proxy_protocol_from,
         machine_networks=proxy.machine_networks,
         forbidden_addresses=tuple(parse_listen(address) for address in own),
         client_routing=proxy.client_routing,

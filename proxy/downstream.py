@@ -29,8 +29,10 @@ from .core.errors import (
     render_error,
 )
 from .core.exchange import Exchange
+from .core.forwarding import read_client
 from .core.framing import Body, BodyError, ChunkedBody, Data, FixedBody
 from .core.logged_exchange import LoggedExchange, describe_refusal
+from .core.proxy_protocol import render_announcement
 from .core.request_head import RequestHead, parse_request_head
 from .core.wishes import plan_want
 from .sweeper import NEVER
@@ -38,6 +40,7 @@ from .sweeper import NEVER
 if TYPE_CHECKING:
     from .core.forwarding import Forwarding
     from .core.plane import Machine, Plane
+    from .core.proxy_protocol import Endpoint
     from .upstream import Upstream
 
 
@@ -71,6 +74,8 @@ class Downstream(asyncio.Protocol):
     def __init__(self, plane: Plane, forwarding: Forwarding, port: int, clients: set[Downstream]) -> None:
         self.port = port
         self.deadline = NEVER
+        # Source and destination as a trusted proxy in front told them; set before `connection_made`.
+        self.announced: tuple[Endpoint, Endpoint] | None = None
         self._plane = plane
         self._forwarding = forwarding
         self._clients = clients
@@ -102,6 +107,8 @@ class Downstream(asyncio.Protocol):
         transport.set_write_buffer_limits(plane.settings.write_buffer_bytes_max)
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
+            if self.announced is not None:
+                peer = self.announced[0]
             self._peer = peer[0].partition("%")[0]
             bound = plane.settings.write_buffer_bytes_max
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, bound)
@@ -244,6 +251,21 @@ class Downstream(asyncio.Protocol):
         """Cut the connection."""
         if self._transport is not None:
             self._transport.abort()
+
+    def announce(self, version: str, forwarded: bytes) -> bytes:
+        """Return the PROXY header for the client of a request that has these lines about it."""
+        client = read_client(forwarded).decode("ascii")
+        transport = self._transport
+        ends = self.announced
+        if ends is None and transport is not None:
+            peer, own = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
+            if isinstance(peer, tuple) and isinstance(own, tuple):
+                ends = (self._peer, peer[1]), (own[0].partition("%")[0], own[1])
+        if ends is None:
+            ends = (client, 0), ("127.0.0.1", self.port)
+        # One that a proxy in front named in X-Forwarded-For: nobody told its port.
+        source = ends[0] if ends[0][0] == client else (client, 0)
+        return render_announcement(version, source, ends[1])
 
     def start_tunnel(self, machine: Machine, data: bytes) -> None:
         """Pass bytes between the client and the machine from now on."""

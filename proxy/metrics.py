@@ -46,6 +46,10 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
         "Requests sent again because an app asked for it, by app that asked.",
     ),
     "isthmus_retries_total": ("counter", "Requests sent again after a failure, by app."),
+    "isthmus_bad_announcements_total": (
+        "counter",
+        "Connections cut because their PROXY header was malformed or late.",
+    ),
     "isthmus_connections_total": ("counter", "Client connections accepted."),
     "isthmus_connections_open": ("gauge", "Client connections open."),
     "isthmus_upstream_connections_total": ("counter", "Connections to machines opened."),
@@ -80,6 +84,7 @@ class ProxyMetrics:
     __slots__ = (
         "aborted",
         "apps",
+        "bad_announcements",
         "connect_failures",
         "connections",
         "connections_open",
@@ -102,6 +107,7 @@ class ProxyMetrics:
         self.aborted = {"client": 0, "machine": 0}
         self.shed: dict[str, int] = {}
         self.log_lines_dropped = 0
+        self.bad_announcements = 0
         self.in_flight = 0
         self.queued = 0
         self.queue_waits = 0
@@ -136,6 +142,7 @@ class ProxyMetrics:
         samples: list[Sample] = [
             ("isthmus_requests_in_flight", (), self.in_flight),
             ("isthmus_requests_queued", (), self.queued),
+            ("isthmus_bad_announcements_total", (), self.bad_announcements),
             ("isthmus_access_log_dropped_total", (), self.log_lines_dropped),
             ("isthmus_queue_waits_total", (), self.queue_waits),
             ("isthmus_queue_wait_seconds_total", (), self.queue_seconds),

@@ -133,6 +133,9 @@ class Pool:
             exchange.handle_connect_failed(CONNECT_FAILED, f"{_show(address)}: {reason}")
         else:
             upstream.deadline = NEVER
+            announcement = exchange.announcement()
+            if announcement:
+                upstream.announce(announcement)
             exchange.handle_connected(upstream)
 
     async def _open(self, address: tuple[str, int]) -> tuple[asyncio.BaseTransport, Upstream]:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .admission import Admission, compute_files_max
+from .announced import AnnouncedConnection
+from .core.addresses import Networks
 from .core.forwarding import Forwarding
 from .core.plane import Plane
 from .core.queue import Queue
@@ -22,6 +25,7 @@ from .sweeper import Sweeper
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
 
     from routing.balancer import Balancer
     from routing.table import RoutingTable
@@ -53,6 +57,7 @@ class Server:
         self._metrics = metrics
         self._access_log = access_log
         self._clients: set[Downstream] = set()
+        self._announcing: set[AnnouncedConnection] = set()  # accepted, and not yet told whose they are
         # All set by `start`.
         self.port = 0  # listened on
         self._listener: asyncio.Server | None = None
@@ -94,9 +99,14 @@ class Server:
         admission.watch(plane, pool.close_idle)
         accepting: dict[str, tuple[Forwarding, int]] = {}
 
-        def make() -> Downstream:
+        def make_downstream() -> Downstream:
             forwarding, public = accepting["rules"]
             return Downstream(plane, forwarding, public, self._clients)
+
+        make: Callable[[], asyncio.Protocol] = make_downstream
+        if self._settings.proxy_protocol_from:
+            announcers = Networks(self._settings.proxy_protocol_from)
+            make = partial(AnnouncedConnection, plane, announcers, make_downstream, self._announcing)
 
         if sock is not None:
             self._listener = await loop.create_server(make, sock=sock, backlog=_BACKLOG, start_serving=False)
@@ -111,6 +121,7 @@ class Server:
         self._sweeper = Sweeper(
             self._settings.sweep_interval_s,
             self._clients,
+            self._announcing,
             pool.connections,
             plane.queue.waiting,
             (plane.queue, admission),
@@ -124,6 +135,8 @@ class Server:
         self._plane.draining = True
         if self._listener is not None:
             self._listener.close()
+        for waiting in list(self._announcing):
+            waiting.abort()
         for client in list(self._clients):
             client.drain()
         deadline = self._plane.now() + grace_s
@@ -137,6 +150,8 @@ class Server:
             self._listener.close()
         if self._sweeper is not None:
             self._sweeper.stop()
+        for waiting in list(self._announcing):
+            waiting.abort()
         for client in list(self._clients):
             client.abort()
         if self._pool is not None:

@@ -18,6 +18,8 @@ class ProxySettings:
 
     # Peers whose X-Forwarded-* and Via are believed: networks in CIDR form. Nobody by default.
     trusted_proxies: tuple[str, ...] = ()
+    # Peers whose connections begin with a PROXY header, which is believed. Nobody by default.
+    proxy_protocol_from: tuple[str, ...] = ()
     # Networks that machines may be in; empty for any but link-local, where clouds keep their metadata.
     machine_networks: tuple[str, ...] = ()
     # Addresses (host, port) never connected to: this node's own listeners, lest a row makes a loop or

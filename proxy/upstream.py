@@ -50,6 +50,7 @@ class Upstream(asyncio.Protocol):
         self.address = address
         self.deadline = NEVER
         self.reused = False  # set when it goes back to the pool
+        self._announced = False  # it began with a PROXY header: for one client only
         self.transport: asyncio.Transport | None = None  # from connection_made to connection_lost
         self._state = _IDLE
         self._exchange: Exchange | None = None  # set by `begin`, cleared when its answer ends
@@ -61,6 +62,11 @@ class Upstream(asyncio.Protocol):
         self._discard_left = 0
         self._peer: Downstream | None = None  # the client's side of a tunnel
         self._loop = pool.loop
+
+    def announce(self, header: bytes) -> None:
+        """Begin with a PROXY header; the connection is never used for another exchange."""
+        self._announced = True
+        self.write(header)
 
     # What an exchange calls
 
@@ -107,6 +113,7 @@ class Upstream(asyncio.Protocol):
         if (
             self._state is _IDLE
             and self._reusable
+            and not self._announced
             and transport is not None
             and not transport.get_write_buffer_size()
         ):

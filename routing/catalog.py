@@ -16,6 +16,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from .geo import AREAS
+from .options import parse_options
 from .types import (
     AppRow,
     CheckRow,
@@ -272,6 +273,7 @@ def _parse_service(row: Row) -> ServiceRow:
         hard_limit=None if row[5] is None else _integer(row[5], "hard_limit", 1),
         checks=_text(row[6], "checks", TEXT_CHARS_MAX),
         managed_by=_text(row[7], "managed_by"),
+        options=parse_options(_text(row[8], "options", TEXT_CHARS_MAX)) if len(row) > 8 else None,
     )
 
 
@@ -311,11 +313,15 @@ def _parse_load(row: Row) -> LoadRow:
 
 
 class TableSpec(NamedTuple):
-    """How many columns a row has at least, how many of them, from the left, are its key, and who reads it."""
+    """How many columns a row has at least, how many of them, from the left, are its key, and who reads it.
+
+    `added` more came later: rows of nodes that are not upgraded yet do without.
+    """
 
     columns: int
     pk: int
     parse: Callable[[Row], Entity]
+    added: int = 0
 
 
 TABLES: Final[dict[str, TableSpec]] = {
@@ -323,7 +329,7 @@ TABLES: Final[dict[str, TableSpec]] = {
     "regions": TableSpec(4, 1, _parse_region),
     "apps": TableSpec(3, 1, _parse_app),
     "hostnames": TableSpec(4, 2, _parse_hostname),
-    "services": TableSpec(8, 2, _parse_service),
+    "services": TableSpec(8, 2, _parse_service, added=1),
     "machines": TableSpec(8, 1, _parse_machine),
     "checks": TableSpec(6, 2, _parse_check),
     "loads": TableSpec(4, 2, _parse_load),

@@ -36,6 +36,8 @@ from .types import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from .options import ServiceOptions
+
 __all__ = ["App", "RoutingTable", "Service", "Target"]
 
 ANY_PORT: Final = 0
@@ -67,7 +69,17 @@ class App:
 class Service:
     """How an app is reached on one public port; the same object as long as its row exists."""
 
-    __slots__ = ("app", "checks", "concurrency", "hard_limit", "internal_port", "owner", "port", "soft_limit")
+    __slots__ = (
+        "app",
+        "checks",
+        "concurrency",
+        "hard_limit",
+        "internal_port",
+        "options",
+        "owner",
+        "port",
+        "soft_limit",
+    )
 
     def __init__(self, row: ServiceRow, owner: App) -> None:
         self.app = row.app
@@ -78,6 +90,7 @@ class Service:
         self.hard_limit: int | None
         self.concurrency: Concurrency
         self.checks: str
+        self.options: ServiceOptions | None  # None: all as usual
         self.update(row)
 
     def __repr__(self) -> str:
@@ -90,6 +103,7 @@ class Service:
         self.hard_limit = row.hard_limit
         self.concurrency = row.concurrency
         self.checks = row.checks
+        self.options = row.options
 
     @property
     def network(self) -> str:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from .options import ServiceOptions
 
 SqlValue: TypeAlias = int | float | str | bytes | None
 Pk: TypeAlias = tuple[SqlValue, ...]
@@ -92,6 +95,7 @@ class ServiceRow:
     hard_limit: int | None
     checks: str
     managed_by: str
+    options: ServiceOptions | None
 
 
 @dataclass(frozen=True, slots=True)

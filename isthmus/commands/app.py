@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from isthmus.client import add_client_flags, make_client, quote
+from routing.options import PROXY_PROTOCOLS
 
 if TYPE_CHECKING:
     import argparse
@@ -29,6 +30,9 @@ def add_parser(verbs: Any) -> None:
     add.add_argument(
         "--hard-limit", metavar="N", type=int, help="requests in flight that a machine never exceeds"
     )
+    add.add_argument(
+        "--proxy-protocol", choices=PROXY_PROTOCOLS, help="tell machines the client with a PROXY header"
+    )
     add_client_flags(add)
     add.set_defaults(run=run_add)
 
@@ -41,7 +45,7 @@ def add_parser(verbs: Any) -> None:
 def run_add(args: argparse.Namespace) -> int:
     """Add the app."""
     body: dict[str, Any] = {"name": args.app}
-    for key in ("path_prefix", "soft_limit", "hard_limit"):
+    for key in ("path_prefix", "soft_limit", "hard_limit", "proxy_protocol"):
         if getattr(args, key) is not None:
             body[key] = getattr(args, key)
     if args.host:

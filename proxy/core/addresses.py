@@ -47,3 +47,23 @@ class AddressRules:
         elif address.is_link_local:
             return "link-local addresses are no machines"  # clouds keep their metadata there
         return None
+
+
+class Networks:
+    """A list of networks of peers."""
+
+    __slots__ = ("_networks",)
+
+    def __init__(self, networks: Sequence[str]) -> None:
+        self._networks = [ipaddress.ip_network(network, strict=False) for network in networks]
+
+    def contain(self, address: str) -> bool:
+        """True when the address is in one of them; IPv4 written as IPv6 counts as IPv4."""
+        if not self._networks:
+            return False
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        mapped = getattr(parsed, "ipv4_mapped", None)
+        return any((mapped or parsed) in network for network in self._networks)

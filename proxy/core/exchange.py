@@ -252,7 +252,9 @@ class Exchange:
         if port is None:
             self._retry_elsewhere(CONNECT_FAILED, f"machine {choice.id} has no port")
             return
-        machine = plane.connector.acquire(choice, port, self, fresh=self.fresh)
+        # A connection that begins with a PROXY header is of one client, and is not kept.
+        fresh = self.fresh or (self.service.options is not None and bool(self.service.options.proxy_protocol))
+        machine = plane.connector.acquire(choice, port, self, fresh=fresh)
         if machine is not None:
             self._send(machine)
 
@@ -291,6 +293,13 @@ class Exchange:
 
     def _count_retry(self) -> None:
         self.plane.metrics.app(self.service.app).retries += 1
+
+    def announcement(self) -> bytes:
+        """Return the PROXY header that a new connection begins with, if the service wants one."""
+        options = self.service.options
+        if options is None or not options.proxy_protocol:
+            return b""
+        return self.client.announce(options.proxy_protocol, self.forwarded)
 
     def _retry_elsewhere(self, code: str, detail: str) -> None:
         target = self.target

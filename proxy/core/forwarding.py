@@ -13,6 +13,8 @@ import ipaddress
 import re
 from typing import TYPE_CHECKING, Final
 
+from .addresses import Networks
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -29,20 +31,13 @@ class Forwarding:
     __slots__ = ("_port", "_region", "_trusted")
 
     def __init__(self, trusted: Sequence[str], region: str, port: int) -> None:
-        self._trusted = [ipaddress.ip_network(network, strict=False) for network in trusted]
+        self._trusted = Networks(trusted)
         self._region = region.encode("ascii")
         self._port = b"%d" % port
 
     def trusts(self, address: str) -> bool:
         """True when the peer's own X-Forwarded-* are believed."""
-        if not self._trusted:
-            return False
-        try:
-            parsed = ipaddress.ip_address(address)
-        except ValueError:
-            return False
-        mapped = getattr(parsed, "ipv4_mapped", None)
-        return any((mapped or parsed) in network for network in self._trusted)
+        return self._trusted.contain(address)
 
     def lines_for_peer(self, address: str) -> bytes:
         """Return the lines for a peer that is not believed; the same for all its requests."""

@@ -49,6 +49,9 @@ class Client(Protocol):
     def abort(self) -> None:
         """End the exchange by cutting the connection: the answer cannot be completed."""
 
+    def announce(self, version: str, forwarded: bytes) -> bytes:
+        """Return the PROXY header for the client of a request that has these lines about it."""
+
     def start_tunnel(self, machine: Machine, data: bytes) -> None:
         """End the exchange; from now on pass bytes between both sides. `data` came from the machine."""
 

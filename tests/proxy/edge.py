@@ -52,11 +52,13 @@ class Edge:
         for machine in self.machines:
             await machine.stop()
 
-    def put_app(self, name: str, host: str, network: str = "default", **limits: int | None) -> None:
+    def put_app(
+        self, name: str, host: str, network: str = "default", options: str = "{}", **limits: int | None
+    ) -> None:
         self.table.apply("apps", (name,), (name, network, ""))
         self.table.apply("hostnames", (host, "/"), (host, "/", name, ""))
         soft, hard = limits.get("soft", 100), limits.get("hard")
-        self.table.apply("services", (name, 0), (name, 0, None, "requests", soft, hard, "[]", ""))
+        self.table.apply("services", (name, 0), (name, 0, None, "requests", soft, hard, "[]", "", options))
         assert not self.table.rejected
 
     def put_machine(self, machine_id: str, port: int, app: str = "app", region: str = "ams") -> None:

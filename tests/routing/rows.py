@@ -25,6 +25,7 @@ _COLUMNS: dict[str, tuple[int, dict[str, SqlValue]]] = {
             "hard_limit": None,
             "checks": "[]",
             "managed_by": "",
+            "options": "{}",
         },
     ),
     "machines": (

@@ -26,7 +26,7 @@ def test_reads_the_columns_of_the_shipped_schema() -> None:
     database.executescript(load_schema_sql())
     for table, spec in TABLES.items():
         columns = database.execute(f"PRAGMA table_info({table})").fetchall()
-        assert len(columns) == spec.columns
+        assert len(columns) == spec.columns + spec.added
         assert [column[1] for column in columns if column[5]] == [column[1] for column in columns[: spec.pk]]
     database.close()
 
@@ -74,6 +74,10 @@ def test_accepts_the_usual_row_and_columns_of_a_newer_schema(table: str) -> None
         ("services", {"hard_limit": 0}, "hard_limit"),
         ("services", {"concurrency": "threads"}, "concurrency"),
         ("services", {"checks": "x" * 65_537}, "longer"),
+        ("services", {"options": "{"}, "not valid JSON"),
+        ("services", {"options": "[]"}, "must be a JSON object"),
+        ("services", {"options": '{"proxy_protocoll": "v1"}'}, "unknown option 'proxy_protocoll'"),
+        ("services", {"options": '{"proxy_protocol": "v3"}'}, "must be v1 or v2"),
         ("apps", {"network": ""}, "network"),
         ("hostnames", {"hostname": "Web.test."}, "must be written 'web.test'"),
         ("hostnames", {"path_prefix": "/api/"}, "must be written '/api'"),
