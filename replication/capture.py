@@ -64,8 +64,8 @@ class Capture:
     ) -> tuple[list[RowChange], list[EncodedChangeset]]:
         """Make one changeset of what was noted, log it and count it as seen; none when no value changed.
 
-        What was noted in tables that `but` names stays. What somebody else wrote cannot be refused: more than a
-        changeset may hold becomes several.
+        What was noted in tables that `but` names stays. What somebody else wrote cannot be refused: more than
+        a changeset may hold becomes several.
         """
         noted = self.find_noted(but)
         if not noted:
@@ -118,10 +118,8 @@ class TableCapture:
             pk = noted[:width]
             existed, exists = noted[width], noted[width + 1]
             if exists:
-                old, new = noted[olds:news], noted[news:]
-                if not existed:
-                    old = None
-                elif is_same(old, new):
+                old, new = noted[olds:news] if existed else None, noted[news:]
+                if old is not None and is_same(old, new):
                     continue
                 self._note_row(pk, noted[width + 2 : olds], old, new)
             elif existed:

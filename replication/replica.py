@@ -9,9 +9,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from replication.collecting import Collector
 from replication.core import freshness, plumtree, swim
 from replication.core.change import Commit, EncodedChangeset, some
 from replication.core.clock import NEVER, Hlc, SiteId
@@ -58,6 +57,7 @@ from replication.core.wire import (
 )
 from replication.errors import BusyError, ReadOnlyError, ReplacedError, StoreError
 from replication.host import Host, Spool
+from replication.maintenance import Maintenance, MaintenanceSettings, Tidied
 from replication.pulls import Failed, Puller
 from replication.serving import CHUNK_BYTES, Server
 from replication.store import ApplyResult, Store
@@ -83,9 +83,6 @@ RELINK_MS = 20.0
 # After a batch that could not be applied: whatever is wrong with the file is not over at once.
 RETRY_MS = 1_000.0
 RESENDS_MAX = 256
-# Records looked at per maintenance: 10 ms.
-COLLECTED_AT_ONCE = 100_000
-CHECKPOINT_WAIT_MS = 50
 # Whom nobody has told us of by then is no member.
 SETTLED_MS = 60_000.0
 # Who waits for a write holds a connection of the application's; so many at once are a queue that grows.
@@ -93,7 +90,7 @@ WAITING_MAX = 1_024
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaSettings:
+class ReplicaSettings(MaintenanceSettings):
     """The knobs of one replica; times as in AgentSettings."""
 
     swim: SwimSettings = field(default_factory=SwimSettings)
@@ -109,24 +106,7 @@ class ReplicaSettings:
     chunk_bytes: int = CHUNK_BYTES
     # What may wait to be applied; above it pushes are dropped, and sync brings them when there is room.
     inbox_bytes_max: int = 32 * 1024 * 1024
-    # How many changesets per site the log keeps for repair; who lacks more gets a snapshot.
-    log_versions_max: int = 100_000
-    log_bytes_min: int = 16 * 1024 * 1024  # and never less of it than this
-    wal_bytes_max: int = 64 * 1024 * 1024  # above it the WAL is emptied, as soon as no reader is in the way
-    maintenance_ms: float = 15_000
-    # Deletions are remembered for this long at least: who was away for longer starts from a snapshot.
-    tombstone_keep_ms: int = 24 * 3600 * 1000
     verify: VerifySettings = field(default_factory=VerifySettings)
-
-
-class _Tidied(NamedTuple):
-    """What a look after the file has found and done."""
-
-    parked: int  # changesets that are left
-    parked_dropped: int  # since the store was opened
-    tombstones: int  # that were forgotten now
-    collected_hlc: Hlc
-    schema_problem: str
 
 
 class Replica:
@@ -194,10 +174,15 @@ class Replica:
             is_gone=self._is_gone,
         )
         self.collected = NEVER  # up to when deletions may have been forgotten here, as of the last look
-        self.schema_problem = (
-            ""  # how others left the tables, where that cannot be undone; as of the last look
+        self.schema_problem = ""  # how others left the tables, as of the last look
+        self._maintenance = Maintenance(
+            host,
+            settings,
+            stable=self._compute_stable,
+            members=self._find_members,
+            on_tidied=self._on_tidied,
+            on_failed=lambda error: self._note_failed("maintenance", error),
         )
-        self._collector: Collector | None = None  # made with the first look, on the store's thread
         self._started_ms = 0.0
         self._host = host
         self._log = log
@@ -213,7 +198,6 @@ class Replica:
         self._relinking = False
         self._exported_ms = float("-inf")  # when a large part of the member list last went along
         self._resends = 0
-        self._remembered: dict[SiteId, MemberInfo] = {}  # who is in the file, for the next life
 
     @property
     def site(self) -> SiteId:
@@ -226,14 +210,13 @@ class Replica:
         self._started_ms = self._host.now_ms()
         self.verifier.start()
         self.swim.set_join_addresses(join)
-        self._remembered = {info.site: info for info in known}
-        self.swim.remember(self._remembered.values(), self._host.now_ms())
+        self.swim.remember(known, self._host.now_ms())
         if self.swim.members:
             self._relink_soon()
         self.freshness.start(self._host.now_ms())
         self._run_swim(self.swim.start(self._host.now_ms()))
         self._arm_sync()
-        self._maintain()
+        self._maintenance.run()
 
     def set_join_addresses(self, addresses: Iterable[Address]) -> None:
         """Replace the addresses at which to look for a first peer."""
@@ -343,57 +326,24 @@ class Replica:
 
         self._apply(batch, done, failed)
 
-    def _maintain(self) -> None:
-        """Try again what is parked; bound the log, the WAL and what is known of deleted rows."""
+    def _compute_stable(self) -> Hlc:
         self.freshness.set_roll(self.swim.compute_roll(self._host.now_ms()))
-        self._host.commit(
-            lambda store: store.retry_parked(self._host.wall_ms()),
-            some,
-            lambda _: self._tidy_up(),  # after the retry: what can be applied by now is not given up
-            self._on_maintenance_failed,
-        )
+        return self.freshness.compute_stable_hlc()
 
-    def _tidy_up(self) -> None:
-        settings = self._settings
-        stable = self.freshness.compute_stable_hlc()
-        members = {
+    def _find_members(self) -> dict[SiteId, MemberInfo]:
+        """Return whom to look for in the next life of this node."""
+        return {
             site: member.info
             for site, member in sorted(self.swim.members.items())
             if member.state is not MemberState.LEFT
         }
-        is_same = members == self._remembered
 
-        def act(store: Store) -> _Tidied:
-            if not is_same:
-                store.remember(members.values())
-            if self._collector is None:
-                self._collector = Collector(store, keep_ms=settings.tombstone_keep_ms)
-            store.check_file()
-            collected = self._collector.run(stable, self._host.wall_ms(), COLLECTED_AT_ONCE)
-            store.trim_log(settings.log_versions_max, settings.log_bytes_min)
-            store.checkpoint(settings.wal_bytes_max, CHECKPOINT_WAIT_MS)
-            return _Tidied(
-                len(store.parked()),
-                store.dropped_parked,
-                collected,
-                store.collected_hlc,
-                store.schema_problem,
-            )
-
-        def done(found: _Tidied) -> None:
-            self._remembered = members
-            self.parked = found.parked
-            self.collected = found.collected_hlc
-            self.schema_problem = found.schema_problem
-            self.counters["tombstones_collected"] += found.tombstones
-            self.counters["parked_dropped"] = found.parked_dropped
-            self._host.call_later(settings.maintenance_ms, self._maintain)
-
-        self._host.run(act, done, self._on_maintenance_failed)
-
-    def _on_maintenance_failed(self, error: Exception) -> None:
-        self._note_failed("maintenance", error)
-        self._host.call_later(self._settings.maintenance_ms, self._maintain)
+    def _on_tidied(self, found: Tidied) -> None:
+        self.parked = found.parked
+        self.collected = found.collected_hlc
+        self.schema_problem = found.schema_problem
+        self.counters["tombstones_collected"] += found.tombstones
+        self.counters["parked_dropped"] = found.parked_dropped
 
     def _note_failed(self, what: str, error: Exception) -> None:
         """Count and tell what the database refused; that what others are told of is no news."""
