@@ -18,7 +18,7 @@ from replication.core.vivaldi import (
     estimate_rtt_ms,
     is_sane,
 )
-from replication.simulator.regions import compute_one_way_us, place
+from replication.simulator.regions import REGIONS, compute_one_way_us
 
 FAR = (REACH_MS / 2.1,) * 4
 
@@ -32,7 +32,7 @@ class World:
 
     def __init__(self, count: int, *, seed: int, jitter: float = 0.1, liars: int = 0) -> None:
         self.rng = Random(seed)
-        self.regions = [place(index) for index in range(count)]
+        self.regions = [REGIONS[index % 10] for index in range(count)]
         self.access_ms = [3 * self.rng.random() for _ in range(count)]
         self.nodes = [Vivaldi() for _ in range(count)]
         self.jitter = jitter
@@ -85,7 +85,7 @@ def test_without_noise_estimates_come_nearer(seed):
 def test_a_node_that_moved_to_another_continent_finds_its_new_place(seed):
     world = World(30, seed=seed)
     world.run(200)
-    world.regions[29] = place(24)
+    world.regions[29] = REGIONS[4]
     assert world.compute_error(of=29) > 0.4
     world.run(120)
     assert world.compute_error(of=29) < 0.3, f"seed {seed}"
