@@ -184,6 +184,21 @@ class ProxyConfig(_Section, frozen=True):
         _check("machine_networks", ipaddress.ip_network, *self.machine_networks)
 
 
+class TlsConfig(_Section, frozen=True):
+    """`[tls]`: the listener that clients reach over TLS."""
+
+    listen: str = ""
+    certificates: tuple[str, ...] = ()
+    handshakes_max: Positive = 1_024
+    handshake_timeout_ms: Positive = 10_000
+
+    def __post_init__(self) -> None:
+        if self.listen:
+            _check("listen", parse_listen, self.listen)
+            if not self.certificates:
+                raise _ValueOfKeyError("certificates", "the listener for TLS needs at least one")
+
+
 class AdminConfig(_Section, frozen=True):
     """`[admin]`: JSON API, metrics and dashboard."""
 
@@ -323,6 +338,7 @@ class AppConfig(_Section, frozen=True):
     machines: tuple[MachineConfig, ...] = ()
     checks: tuple[CheckConfig, ...] = ()
     proxy_protocol: Literal["", "v1", "v2"] = ""
+    force_https: bool = False
 
     def __post_init__(self) -> None:
         _check("name", check_app_name, self.name)
@@ -372,6 +388,7 @@ class Config(_Section, frozen=True):
     workers: Annotated[int, Meta(ge=0, le=256)] = 1
     synchronous: Literal["normal", "full"] = "normal"
     proxy: ProxyConfig = ProxyConfig()
+    tls: TlsConfig = TlsConfig()
     admin: AdminConfig = AdminConfig()
     gossip: GossipConfig = GossipConfig()
     replication: ReplicationConfig = ReplicationConfig()
@@ -392,7 +409,9 @@ class Config(_Section, frozen=True):
 
     def _check_listeners(self) -> None:
         taken: dict[tuple[str, int], str] = {}
-        for section in ("proxy", "admin", "gossip"):
+        for section in ("proxy", "tls", "admin", "gossip"):
+            if not getattr(self, section).listen:
+                continue
             address = parse_listen(getattr(self, section).listen)
             other = taken.setdefault(address, section)
             if other != section and address[1]:

@@ -1,7 +1,7 @@
 """Claim the addresses of a node before anything starts, so that a taken port is one clear sentence.
 
-Decides nothing but which address is free. Invariant: when `claim` returns, the proxy's port stays ours for
-as long as the returned socket lives, because workers may come and go.
+Decides nothing but which address is free. Invariant: when `claim` returns, the ports of workers stay ours
+until the claim is closed, because workers may come and go.
 """
 
 from __future__ import annotations
@@ -10,14 +10,27 @@ import contextlib
 import errno
 import socket
 
+import msgspec
+
 from isthmus.config import Config, ConfigError, flag_name, format_address, parse_listen
 
 
-def claim(config: Config) -> socket.socket:
-    """Check every listener of the node and return the socket that holds the proxy's port.
+class Claim:
+    """What `claim` holds: sockets that never listen, so that the kernel gives them no connections."""
 
-    The returned socket is bound with SO_REUSEPORT and never listens, so that the kernel gives it no
-    connections. Raises ConfigError that names the setting and the way out.
+    def __init__(self, config: Config, held: contextlib.ExitStack) -> None:
+        self.config = config  # with the ports that the system chose for workers
+        self._held = held
+
+    def close(self) -> None:
+        """Let go of the ports."""
+        self._held.close()
+
+
+def claim(config: Config) -> Claim:
+    """Check every listener of the node and keep the ports of its workers.
+
+    Raises ConfigError that names the setting and the way out.
     """
     # All are held until the last is had: two that differ in their text may still be one address.
     with contextlib.ExitStack() as held:
@@ -29,8 +42,23 @@ def claim(config: Config) -> socket.socket:
             held.enter_context(_bind(setting, address, kind))
         # Without SO_REUSEPORT first: with it, a second isthmus would silently share the port of the first.
         probe = held.enter_context(_bind("proxy.listen", config.proxy.listen, socket.SOCK_STREAM))
-        host, port = probe.getsockname()[:2]
-    return _bind("proxy.listen", format_address(host, port), socket.SOCK_STREAM, share=True)
+        listen = bound_address(probe)
+        tls_listen = ""
+        if config.tls.listen:
+            probe = held.enter_context(_bind("tls.listen", config.tls.listen, socket.SOCK_STREAM))
+            tls_listen = bound_address(probe)
+    proxy = msgspec.structs.replace(config.proxy, listen=listen)
+    tls = msgspec.structs.replace(config.tls, listen=tls_listen)
+    with contextlib.ExitStack() as held:
+        held.enter_context(bind_shared("proxy.listen", listen))
+        if tls_listen:
+            held.enter_context(bind_shared("tls.listen", tls_listen))
+        return Claim(msgspec.structs.replace(config, proxy=proxy, tls=tls), held.pop_all())
+
+
+def bind_shared(setting: str, address: str) -> socket.socket:
+    """Return a socket on an address that processes of this node share. Raises ConfigError."""
+    return _bind(setting, address, socket.SOCK_STREAM, share=True)
 
 
 def bound_address(sock: socket.socket) -> str:

@@ -253,7 +253,7 @@ def encode_checks(checks: Iterable[CheckConfig]) -> str:
 
 def encode_options(app: AppConfig) -> str:
     """Return what `services.options` holds for an app: what it says, and nothing that is as usual."""
-    options = {"proxy_protocol": app.proxy_protocol}
+    options = {"proxy_protocol": app.proxy_protocol, "force_https": app.force_https}
     return msgspec.json.encode({name: value for name, value in options.items() if value}).decode()
 
 

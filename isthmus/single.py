@@ -14,14 +14,20 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import uvloop
 
 from isthmus.agent_role import AgentRole
 from isthmus.config import Config, ConfigError
-from isthmus.listeners import bound_address, claim
+from isthmus.listeners import claim
 from isthmus.role import RefusedError
-from isthmus.supervisor import NodeInfo, ends_on_hangup, lock_data_dir, with_addresses, write_node_info
+from isthmus.supervisor import (
+    NodeInfo,
+    ends_on_hangup,
+    lock_data_dir,
+    node_info,
+    with_addresses,
+    write_node_info,
+)
 from isthmus.worker_role import WorkerRole
 
 if TYPE_CHECKING:
@@ -57,8 +63,7 @@ async def _run(config: Config, announce: Callable[[NodeInfo], None]) -> None:
         loop.add_signal_handler(number, stop)
     lock = await lock_data_dir(config)
     reservation = claim(config)
-    listen = bound_address(reservation)
-    config = msgspec.structs.replace(config, proxy=msgspec.structs.replace(config.proxy, listen=listen))
+    config = reservation.config
     info_file = Path(config.data) / "node.json"
     async with contextlib.AsyncExitStack() as undo:
         undo.callback(os.close, lock)
@@ -72,9 +77,7 @@ async def _run(config: Config, announce: Callable[[NodeInfo], None]) -> None:
             await worker.start()
             loop.add_signal_handler(signal.SIGHUP, stop if ends_on_hangup() else reload)
             undo.push_async_callback(worker.stop)
-            info = NodeInfo(
-                config.node, config.region, os.getpid(), listen, addresses["admin"], addresses["gossip"]
-            )
+            info = node_info(config)
             write_node_info(info_file, info)
             undo.callback(info_file.unlink, missing_ok=True)
             announce(info)

@@ -22,7 +22,7 @@ import msgspec
 
 from isthmus.child import BEAT_S, EXIT_LOST, EXIT_REFUSED, Report, Task, send_task
 from isthmus.config import Config, ConfigError
-from isthmus.listeners import bound_address, claim
+from isthmus.listeners import claim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -55,6 +55,7 @@ class NodeInfo(msgspec.Struct, frozen=True):
     listen: str
     admin: str
     gossip: str
+    tls: str = ""  # where clients connect over TLS; empty when they cannot
 
 
 class _Child:
@@ -91,9 +92,7 @@ class Supervisor:
         """Run the node until SIGTERM or SIGINT. Raises ConfigError when it cannot start."""
         self._lock = await lock_data_dir(self._config)
         reservation = claim(self._config)
-        listen = bound_address(reservation)
-        proxy = msgspec.structs.replace(self._config.proxy, listen=listen)
-        self._config = msgspec.structs.replace(self._config, proxy=proxy)
+        self._config = reservation.config
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
@@ -107,7 +106,7 @@ class Supervisor:
                 if child.role == "agent":
                     self._fix_agent_addresses(child.addresses)
             if not self._stopping.is_set():
-                info = self._info(listen)
+                info = node_info(self._config)
                 write_node_info(info_file, info)
                 self._announce(info)
                 keepers.append(asyncio.create_task(self._watch_loops()))
@@ -145,12 +144,6 @@ class Supervisor:
         """Keep the ports that the system chose, so that a restarted agent is found where it was."""
         if addresses:
             self._config = with_addresses(self._config, addresses)
-
-    def _info(self, listen: str) -> NodeInfo:
-        config = self._config
-        return NodeInfo(
-            config.node, config.region, os.getpid(), listen, config.admin.listen, config.gossip.listen
-        )
 
     async def _keep(self, child: _Child) -> None:
         """Start the child, and start it again whenever it ends, until the node stops."""
@@ -260,6 +253,19 @@ class Supervisor:
 def ends_on_hangup() -> bool:
     """Say what SIGHUP means: that our terminal was closed, or, to a daemon, to read again what may change."""
     return os.isatty(0)
+
+
+def node_info(config: Config) -> NodeInfo:
+    """Return what this process, which runs a node, tells of it; the addresses must be those that it has."""
+    return NodeInfo(
+        config.node,
+        config.region,
+        os.getpid(),
+        config.proxy.listen,
+        config.admin.listen,
+        config.gossip.listen,
+        config.tls.listen,
+    )
 
 
 def with_addresses(config: Config, addresses: Mapping[str, str]) -> Config:

@@ -10,37 +10,46 @@ import asyncio
 import contextlib
 import os
 import random
+import time
 from typing import TYPE_CHECKING
 
 from isthmus.config import Config, parse_listen
 from isthmus.feed import FeedFollower
+from isthmus.listeners import bind_shared
 from isthmus.role import RefusedError
 from isthmus.route_feed import RouteFeed
 from proxy.access_log import AccessLog
 from proxy.admission import compute_memory_max, raise_files_limit
+from proxy.core.forwarding import HTTPS_PORT
 from proxy.metrics import ProxyMetrics
 from proxy.server import Server
 from proxy.settings import ProxySettings
+from proxy.tls import TlsSettings
+from proxy.tls_metrics import TlsMetrics
 from routing.balancer import Balancer
 from routing.table import RoutingTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from proxy.certificates import Certificates
     from replication.metrics import Sample
+
+# Looking at a file takes 2 us: little even for thousands, and soon enough for a certificate.
+CERTIFICATES_POLL_S = 5.0
 
 
 def proxy_settings(config: Config) -> ProxySettings:
     """Return what the data plane needs to know of the configuration."""
     proxy = config.proxy
-    own = (config.proxy.listen, config.admin.listen, config.gossip.listen)
+    own = (config.proxy.listen, config.tls.listen, config.admin.listen, config.gossip.listen)
     return ProxySettings(
         node=config.node,
         region=config.region,
         trusted_proxies=proxy.trusted_proxies,
         proxy_protocol_from=proxy.proxy_protocol_from,
         machine_networks=proxy.machine_networks,
-        forbidden_addresses=tuple(parse_listen(address) for address in own),
+        forbidden_addresses=tuple(parse_listen(address) for address in own if address),
         client_routing=proxy.client_routing,
         head_bytes_max=proxy.head_bytes_max,
         header_count_max=proxy.header_count_max,
@@ -77,7 +86,7 @@ def _open_access_log(config: Config, metrics: ProxyMetrics) -> AccessLog | None:
 
 
 class WorkerRole:
-    """One worker of a node. `_follower_task` runs from start to stop."""
+    """One worker of a node. `_tasks` run from start to stop."""
 
     def __init__(self, config: Config, index: int) -> None:
         self._config = config
@@ -94,19 +103,42 @@ class WorkerRole:
             apply=self._routes.apply,
             samples=self._samples,
         )
-        self._follower_task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._index = index
+        self._tls_metrics = TlsMetrics()
+        self._certificates: Certificates | None = None  # set by `start` if there is a listener for TLS
 
     async def start(self) -> dict[str, str]:
         """Load the table from the file, begin to follow, and serve."""
         raise_files_limit()
         self._follower.seq = self._routes.load()
-        self._follower_task = asyncio.create_task(self._follower.run())
+        self._tasks.append(asyncio.create_task(self._follower.run()))
+        tls = self._config.tls
+        certificates = self._load_certificates() if tls.listen else None
         host, port = parse_listen(self._config.proxy.listen)
-        await self._server.start(host, port, reuse_port=True)
+        https_port = parse_listen(tls.listen)[1] if tls.listen else HTTPS_PORT
+        await self._server.start(host, port, reuse_port=True, https_port=https_port)
+        if certificates is not None:
+            sock = bind_shared("tls.listen", tls.listen)
+            settings = TlsSettings(tls.handshakes_max, tls.handshake_timeout_ms / 1000)
+            self._server.start_tls(sock, settings, certificates, self._tls_metrics)
+            self._tasks.append(asyncio.create_task(certificates.watch(CERTIFICATES_POLL_S)))
         return {}
 
+    def _load_certificates(self) -> Certificates:
+        # Importing here keeps cryptography, 10 MB, out of workers without TLS.
+        from proxy.certificates import Certificates  # noqa: PLC0415 — see above
+
+        self._certificates = Certificates(self._config.tls.certificates, time.time)
+        problem = self._certificates.load()
+        if problem is not None:
+            raise RefusedError(f"tls.certificates: {problem}")
+        return self._certificates
+
     def reload(self) -> None:
-        """Go on in a new access log, when the old one was moved away."""
+        """Read the certificates again; go on in a new access log, when the old one was moved away."""
+        if self._certificates is not None:
+            self._certificates.reload()
         if self._access_log is not None:
             self._access_log.reopen()
 
@@ -116,12 +148,16 @@ class WorkerRole:
         await self._server.close()
         if self._access_log is not None:
             await asyncio.to_thread(self._access_log.close)
-        if self._follower_task is not None:
-            self._follower_task.cancel()
+        for task in self._tasks:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._follower_task
+                await task
 
     def _samples(self) -> Iterator[Sample]:
         yield from self._metrics.samples()
+        if self._certificates is not None:
+            yield from self._tls_metrics.samples()
+            if self._index == 0:  # all have the same, and gauges of workers are added up
+                yield from self._certificates.samples()
         yield "isthmus_feed_connected", (), float(self._follower.connected)
         yield "isthmus_routing_rows_rejected", (), float(len(self._table.rejected))

@@ -29,15 +29,18 @@ from .core.errors import (
     render_error,
 )
 from .core.exchange import Exchange
-from .core.forwarding import read_client
+from .core.forwarding import INSECURE, read_client
 from .core.framing import Body, BodyError, ChunkedBody, Data, FixedBody
 from .core.logged_exchange import LoggedExchange, describe_refusal
 from .core.proxy_protocol import render_announcement
+from .core.redirect import render_redirect
 from .core.request_head import RequestHead, parse_request_head
 from .core.wishes import plan_want
 from .sweeper import NEVER
 
 if TYPE_CHECKING:
+    from routing.table import Service
+
     from .core.forwarding import Forwarding
     from .core.plane import Machine, Plane
     from .core.proxy_protocol import Endpoint
@@ -163,6 +166,12 @@ class Downstream(asyncio.Protocol):
                 self._machine.write_tunnelled(data)
         elif state is _DISCARD:
             self._discard_body(data)
+
+    def eof_received(self) -> None:
+        """The client sends no more; over TLS it also gets no more: it is as good as gone."""
+        transport = self._transport
+        if transport is not None and self._state is not _LINGER and not transport.can_write_eof():
+            transport.abort()
 
     def _limit_buffer(self) -> None:
         if len(self._buffer) > self._plane.settings.head_bytes_max:
@@ -399,6 +408,9 @@ class Downstream(asyncio.Protocol):
         forwarded = self._forwarded
         if self._trusted and head.forwarded is not None:
             forwarded = self._forwarding.lines_for_trusted(self._peer, head.forwarded)
+        if service.options is not None and service.options.force_https and INSECURE in forwarded:
+            self._redirect(head, service)
+            return
         if head.minor == 0:
             forwarded = forwarded.replace(b"Via: 1.1 ", b"Via: 1.0 ")
         exchange = self._exchange = self._exchange_type(plane, self, head, service, want, forwarded)
@@ -488,6 +500,18 @@ class Downstream(asyncio.Protocol):
     def _answer_unrouted(self, head: RequestHead) -> None:
         self._respond(NO_ROUTE, "", head, keep=head.keep_alive and self._body is None)
 
+    def _redirect(self, head: RequestHead, service: Service) -> None:
+        """Send the client to the same place over TLS."""
+        plane = self._plane
+        keep = head.keep_alive and self._body is None and not plane.draining
+        request_id = plane.request_ids.next(plane.wall_us() // 1000)
+        self.write(render_redirect(head, self._forwarding.https_port, request_id, close=not keep))
+        plane.metrics.app(service.app).record(301, 0.0)
+        if keep:
+            self._await_head()
+        else:
+            self._close_gently(unread=True)
+
     def _refuse(self, error: RequestError) -> None:
         """Answer, and close: where the next request would begin cannot be known."""
         self._respond(error.code, error.detail, None, keep=False)
@@ -532,7 +556,8 @@ class Downstream(asyncio.Protocol):
         # What waits for a slow client has the time that it always has.
         waits = transport.get_write_buffer_size() > 0
         self.deadline = self._plane.now() + (settings.send_timeout_s if waits else settings.linger_s)
-        if unread:
+        # TLS cannot close one side alone; its transport reads to nowhere by itself until the client is done.
+        if unread and transport.can_write_eof():
             self.resume_reading()
             transport.write_eof()
         else:

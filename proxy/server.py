@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 from .admission import Admission, compute_files_max
 from .announced import AnnouncedConnection
 from .core.addresses import Networks
-from .core.forwarding import Forwarding
+from .core.forwarding import HTTPS_PORT, Forwarding
 from .core.plane import Plane
 from .core.queue import Queue
 from .core.request_id import RequestIds
 from .downstream import Downstream
 from .pool import Pool
 from .sweeper import Sweeper
+from .tls_listener import TlsListener
 
 if TYPE_CHECKING:
     import socket
@@ -31,8 +32,11 @@ if TYPE_CHECKING:
     from routing.table import RoutingTable
 
     from .access_log import AccessLog
+    from .certificates import Certificates
     from .metrics import ProxyMetrics
     from .settings import ProxySettings
+    from .tls import TlsSettings
+    from .tls_metrics import TlsMetrics
 
 # How often a drain looks whether the last exchange is over.
 _DRAIN_POLL_S = 0.02
@@ -41,7 +45,7 @@ _BACKLOG = 4_096
 
 
 class Server:
-    """Serves the apps of a routing table on one address."""
+    """Serves the apps of a routing table on one address, and on another one over TLS."""
 
     def __init__(
         self,
@@ -61,6 +65,7 @@ class Server:
         # All set by `start`.
         self.port = 0  # listened on
         self._listener: asyncio.Server | None = None
+        self._tls_listener: TlsListener | None = None
         self._plane: Plane | None = None
         self._pool: Pool | None = None
         self._sweeper: Sweeper | None = None
@@ -73,10 +78,12 @@ class Server:
         reuse_port: bool = False,
         sock: socket.socket | None = None,
         public_port: int | None = None,
+        https_port: int = HTTPS_PORT,
     ) -> None:
         """Listen on an address, or on a socket that is bound already.
 
-        `public_port` is the port that services are looked up by when it is not the one listened on.
+        `public_port` is the port that services are looked up by when it is not the one listened on, and
+        `https_port` the one that clients are sent to when an app wants TLS.
         """
         loop = asyncio.get_running_loop()
         pool = self._pool = Pool(self._settings, self._metrics)
@@ -97,11 +104,10 @@ class Server:
             body_kept_max=self._settings.replay_body_bytes_max,
         )
         admission.watch(plane, pool.close_idle)
-        accepting: dict[str, tuple[Forwarding, int]] = {}
+        accepting: list[Callable[[], Downstream]] = []
 
         def make_downstream() -> Downstream:
-            forwarding, public = accepting["rules"]
-            return Downstream(plane, forwarding, public, self._clients)
+            return accepting[0]()
 
         make: Callable[[], asyncio.Protocol] = make_downstream
         if self._settings.proxy_protocol_from:
@@ -115,8 +121,7 @@ class Server:
                 make, host, port, backlog=_BACKLOG, reuse_port=reuse_port or None, start_serving=False
             )
         self.port = self._listener.sockets[0].getsockname()[1]
-        public = public_port or self.port
-        accepting["rules"] = Forwarding(self._settings.trusted_proxies, self._settings.region, public), public
+        accepting.append(self._maker(public_port or self.port, secure=False, https_port=https_port))
         await self._listener.start_serving()
         self._sweeper = Sweeper(
             self._settings.sweep_interval_s,
@@ -129,6 +134,30 @@ class Server:
         )
         self._sweeper.start()
 
+    def start_tls(
+        self,
+        sock: socket.socket,
+        settings: TlsSettings,
+        certificates: Certificates,
+        metrics: TlsMetrics,
+        public_port: int | None = None,
+    ) -> None:
+        """Serve the same apps over TLS on a socket that is bound. Call after `start`."""
+        assert self._plane is not None
+        port = public_port or sock.getsockname()[1]
+        make = self._maker(port, secure=True, https_port=port)
+        self._tls_listener = TlsListener(self._plane, settings, certificates, metrics, make)
+        self._tls_listener.start(sock)
+
+    def _maker(self, port: int, *, secure: bool, https_port: int) -> Callable[[], Downstream]:
+        """Return what makes a listener's connections."""
+        assert self._plane is not None
+        settings = self._settings
+        forwarding = Forwarding(
+            settings.trusted_proxies, settings.region, port, secure=secure, https_port=https_port
+        )
+        return partial(Downstream, self._plane, forwarding, port, self._clients)
+
     async def drain(self, grace_s: float) -> bool:
         """Stop accepting, let running exchanges end; True when all did in time. `close` comes after."""
         assert self._plane is not None
@@ -137,6 +166,8 @@ class Server:
             self._listener.close()
         for waiting in list(self._announcing):
             waiting.abort()
+        if self._tls_listener is not None:
+            self._tls_listener.stop_accepting()
         for client in list(self._clients):
             client.drain()
         deadline = self._plane.now() + grace_s
@@ -148,6 +179,8 @@ class Server:
         """Cut what is left, and free everything."""
         if self._listener is not None:
             self._listener.close()
+        if self._tls_listener is not None:
+            await self._tls_listener.close()
         if self._sweeper is not None:
             self._sweeper.stop()
         for waiting in list(self._announcing):

@@ -18,6 +18,7 @@ class ServiceOptions:
     """The options of one service; each default stands for what is not said."""
 
     proxy_protocol: str = ""  # the version that connections to machines begin with; empty: none
+    force_https: bool = False  # requests without TLS are redirected
 
 
 def parse_options(text: str) -> ServiceOptions | None:
@@ -36,4 +37,7 @@ def parse_options(text: str) -> ServiceOptions | None:
     protocol = fields.get("proxy_protocol", "")
     if protocol != "" and protocol not in PROXY_PROTOCOLS:
         raise ValueError("proxy_protocol must be v1 or v2")
-    return ServiceOptions(protocol)
+    force_https = fields.get("force_https", False)
+    if not isinstance(force_https, bool):
+        raise ValueError("force_https must be true or false")  # noqa: TRY004 - as above
+    return ServiceOptions(protocol, force_https)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Flags and the settings that they give.
 _SETTINGS = {
     "listen": "proxy.listen",
+    "tls_listen": "tls.listen",
+    "tls_certificates": "tls.certificates",
     "admin_listen": "admin.listen",
     "gossip_listen": "gossip.listen",
     "advertise": "gossip.advertise",
@@ -41,6 +43,13 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file [ISTHMUS_CONFIG]")
     parser.add_argument("--listen", metavar="HOST:PORT", help="where clients connect (127.0.0.1:8080)")
+    parser.add_argument("--tls-listen", metavar="HOST:PORT", help="where clients connect over TLS")
+    parser.add_argument(
+        "--tls-certificates",
+        metavar="PATH",
+        action="append",
+        help="a directory of certificates and keys, or CERT:KEY",
+    )
     parser.add_argument(
         "--admin-listen", metavar="HOST:PORT", help="admin API and dashboard (127.0.0.1:8471)"
     )
@@ -116,9 +125,10 @@ def _front(args: argparse.Namespace) -> list[dict[str, Any]] | None:
 
 def _banner(software: str, config: Config, info: NodeInfo) -> str:
     sealed = "sealed with the cluster key" if config.gossip.sealed else "no cluster key, this machine only"
+    tls = f"   https://{info.tls}" if info.tls else ""
     return (
         f"{software}   node {info.node}   region {info.region}\n"
-        f"  proxy   http://{info.listen}\n"
+        f"  proxy   http://{info.listen}{tls}\n"
         f"  admin   http://{info.admin}\n"
         f"  gossip  {info.gossip} ({sealed})\n"
         f"  data    {config.data}"

@@ -26,6 +26,7 @@ BAD_BODY: Final = "PH10"
 BAD_CODING: Final = "PH11"
 BAD_ROUTING_FIELD: Final = "PH12"
 NO_ROUTE: Final = "PH13"
+PLAIN_HTTP: Final = "PT10"
 
 OVERLOADED: Final = "PL01"
 TOO_MANY_CONNECTIONS: Final = "PL02"
@@ -55,6 +56,7 @@ ERRORS: Final[dict[str, tuple[int, str]]] = {
     BAD_CODING: (501, "the transfer coding is not served"),
     BAD_ROUTING_FIELD: (400, "a routing header is malformed"),
     NO_ROUTE: (404, "no app is served under this host and path"),
+    PLAIN_HTTP: (400, "this port speaks TLS; ask for https://"),
     OVERLOADED: (503, "this node has more to do than it can"),
     TOO_MANY_CONNECTIONS: (429, "this client has too many connections"),
     BODY_TOO_LARGE: (413, "the request body is too large to be replayed"),

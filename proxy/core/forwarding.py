@@ -21,16 +21,30 @@ if TYPE_CHECKING:
 VIA: Final = b"1.1 isthmus"
 _PORT: Final = re.compile(rb"[0-9]{1,5}")
 _HOST: Final = re.compile(rb"[A-Za-z0-9._:\[\]-]{1,255}")
+_SCHEMES: Final = frozenset((b"http", b"https"))
+# In the lines about a client whose connection is not encrypted.
+INSECURE: Final = b"\r\nX-Forwarded-Proto: http\r\n"
+HTTPS_PORT: Final = 443
 # More hops than any real chain; bounds the line that is sent on.
 _HOPS_MAX: Final = 32
 
 
 class Forwarding:
-    """The rules of one listener."""
+    """The rules of one listener, over TLS or not; `https_port` is where its clients can have TLS."""
 
-    __slots__ = ("_port", "_region", "_trusted")
+    __slots__ = ("_port", "_region", "_scheme", "_trusted", "https_port")
 
-    def __init__(self, trusted: Sequence[str], region: str, port: int) -> None:
+    def __init__(
+        self,
+        trusted: Sequence[str],
+        region: str,
+        port: int,
+        *,
+        secure: bool = False,
+        https_port: int = HTTPS_PORT,
+    ) -> None:
+        self._scheme = b"https" if secure else b"http"
+        self.https_port = https_port
         self._trusted = Networks(trusted)
         self._region = region.encode("ascii")
         self._port = b"%d" % port
@@ -42,7 +56,7 @@ class Forwarding:
     def lines_for_peer(self, address: str) -> bytes:
         """Return the lines for a peer that is not believed; the same for all its requests."""
         client = address.encode("ascii")
-        return self._lines(client, client, b"http", self._port)
+        return self._lines(client, client, self._scheme, self._port)
 
     def lines_for_trusted(self, address: str, fields: list[tuple[bytes, bytes]]) -> bytes:
         """Return the lines for a request of a trusted proxy with these X-Forwarded-* fields.
@@ -66,7 +80,8 @@ class Forwarding:
             client = hop
             if not self.trusts(hop):
                 break
-        scheme = b"https" if said.get(b"x-forwarded-proto", b"").lower() == b"https" else b"http"
+        scheme = said.get(b"x-forwarded-proto", b"").lower()
+        scheme = scheme if scheme in _SCHEMES else self._scheme
         port = said.get(b"x-forwarded-port", b"")
         lines = self._lines(
             client.encode("ascii"),

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from isthmus.config import AdminConfig, Config, ConfigError, GossipConfig, ProxyConfig
-from isthmus.listeners import bound_address, claim
+from isthmus.config import AdminConfig, Config, ConfigError, GossipConfig, ProxyConfig, TlsConfig
+from isthmus.listeners import bind_shared, bound_address, claim
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 ANY = "127.0.0.1:0"
 
 
-def config(proxy: str = ANY, admin: str = ANY, gossip: str = ANY) -> Config:
+def config(proxy: str = ANY, admin: str = ANY, gossip: str = ANY, tls: str = "") -> Config:
     return Config(
         node="n1",
         data="/nowhere",
         proxy=ProxyConfig(listen=proxy),
+        tls=TlsConfig(listen=tls, certificates=("/nowhere",)),
         admin=AdminConfig(listen=admin),
         gossip=GossipConfig(listen=gossip),
     )
@@ -48,7 +49,13 @@ def other_program(request: pytest.FixtureRequest) -> Iterator[socket.socket]:
 
 
 @pytest.mark.parametrize(
-    ("section", "flag"), [("proxy", "--listen"), ("admin", "--admin-listen"), ("gossip", "--gossip-listen")]
+    ("section", "flag"),
+    [
+        ("proxy", "--listen"),
+        ("tls", "--tls-listen"),
+        ("admin", "--admin-listen"),
+        ("gossip", "--gossip-listen"),
+    ],
 )
 def test_taken_port_is_refused_with_the_setting_and_the_way_out(
     other_program: socket.socket, section: str, flag: str
@@ -80,7 +87,7 @@ def test_host_that_means_nothing_is_refused(host: str) -> None:
 
 def test_port_chosen_by_the_system_is_held_for_workers_that_come_and_go() -> None:
     with closing(claim(config())) as reservation:
-        address = bound_address(reservation)
+        address = reservation.config.proxy.listen
         host, port = address.split(":")
         assert int(port) > 0
         # Nobody listens yet: the reservation itself takes no connections.
@@ -115,7 +122,7 @@ def test_ipv6_addresses_get_their_brackets() -> None:
     except ConfigError:
         pytest.skip("this machine has no IPv6")
     with closing(reservation):
-        assert bound_address(reservation).startswith("[::1]:")
+        assert reservation.config.proxy.listen.startswith("[::1]:")
 
 
 def test_one_address_for_two_listeners_is_refused_however_it_is_written() -> None:
@@ -123,3 +130,14 @@ def test_one_address_for_two_listeners_is_refused_however_it_is_written() -> Non
         port = sock.getsockname()[1]
     problem = refusal(config(f"127.0.0.1:{port}", admin=f"localhost:{port}"))
     assert problem.startswith(f"proxy.listen: 127.0.0.1:{port} is taken")
+
+
+def test_port_for_tls_is_held_too() -> None:
+    with closing(claim(config(tls=ANY))) as reservation:
+        address = reservation.config.tls.listen
+        assert not address.endswith(":0")
+        with bind_shared("tls.listen", address) as worker:
+            worker.listen()
+            assert f"tls.listen: {address} is taken by another program" in refusal(config(tls=address))
+    with closing(claim(config(tls=address))) as again:
+        assert again.config.tls.listen == address

@@ -76,6 +76,7 @@ def test_accepts_the_usual_row_and_columns_of_a_newer_schema(table: str) -> None
         ("services", {"checks": "x" * 65_537}, "longer"),
         ("services", {"options": "{"}, "not valid JSON"),
         ("services", {"options": "[]"}, "must be a JSON object"),
+        ("services", {"options": '{"force_https": 1}'}, "must be true or false"),
         ("services", {"options": '{"proxy_protocoll": "v1"}'}, "unknown option 'proxy_protocoll'"),
         ("services", {"options": '{"proxy_protocol": "v3"}'}, "must be v1 or v2"),
         ("apps", {"network": ""}, "network"),
