@@ -35,6 +35,7 @@ from routing.catalog import (
     canonical_prefix,
     parse_address,
 )
+from routing.options import PAGE_CHARS_MAX, parse_headers
 
 T = TypeVar("T")
 # Numbers end up in SQLite's integers and in timers; beyond this is a mistake.
@@ -338,6 +339,8 @@ class AppConfig(_Section, frozen=True):
     machines: tuple[MachineConfig, ...] = ()
     checks: tuple[CheckConfig, ...] = ()
     proxy_protocol: Literal["", "v1", "v2"] = ""
+    response_headers: dict[str, bool | str | tuple[str, ...]] = {}
+    maintenance: Annotated[str, Meta(max_length=PAGE_CHARS_MAX)] = ""
     force_https: bool = False
 
     def __post_init__(self) -> None:
@@ -346,6 +349,10 @@ class AppConfig(_Section, frozen=True):
         _check("path_prefix", canonical_prefix, self.path_prefix)
         if self.hard_limit is not None and self.hard_limit < self.soft_limit:
             raise _ValueOfKeyError("hard_limit", f"{self.hard_limit} is below soft_limit {self.soft_limit}")
+        try:
+            parse_headers(self.response_headers)
+        except ValueError as error:
+            raise _ValueOfKeyError("response_headers", str(error)) from None
         names = [check.name for check in self.checks if check.name]
         for i, name in _repeated(names):
             raise _ValueOfKeyError(f"checks[{i}].name", f"check `{name}` is declared twice")

@@ -24,6 +24,7 @@ from isthmus.config import (
     unknown_region,
 )
 from routing.catalog import canonical_hostname, canonical_prefix
+from routing.options import parse_options
 
 Value = None | int | float | str | bytes
 Statement = tuple[str, Sequence[Value]]
@@ -122,6 +123,19 @@ class Registry:
             await self._refuse_misfit(app.name, machine)
         await self._database.execute(self._app_statements(app, ""))
         return [machine.id for machine in machines]
+
+    async def set_options(self, app: str, changes: Mapping[str, Any]) -> None:
+        """Change options of all services of an app; null takes one back (RFC 7396)."""
+        await self._require("apps", "name", app, "app")
+        patch = msgspec.json.encode(changes).decode()
+        sql = "SELECT json_patch(options, ?) FROM services WHERE app = ?"
+        for (options,) in (await self._database.query(sql, (patch, app))).rows:
+            try:
+                parse_options(options)
+            except ValueError as error:
+                raise RegistryError(str(error)) from None
+        update = "UPDATE services SET options = json_patch(options, ?) WHERE app = ?"
+        await self._database.execute([(update, (patch, app))])
 
     async def remove_app(self, name: str) -> None:
         """Remove an app with all that belongs to it."""
@@ -253,7 +267,12 @@ def encode_checks(checks: Iterable[CheckConfig]) -> str:
 
 def encode_options(app: AppConfig) -> str:
     """Return what `services.options` holds for an app: what it says, and nothing that is as usual."""
-    options = {"proxy_protocol": app.proxy_protocol, "force_https": app.force_https}
+    options = {
+        "proxy_protocol": app.proxy_protocol,
+        "response_headers": app.response_headers,
+        "maintenance": app.maintenance,
+        "force_https": app.force_https,
+    }
     return msgspec.json.encode({name: value for name, value in options.items() if value}).decode()
 
 

@@ -45,7 +45,7 @@ CREATE TABLE services (
     hard_limit INTEGER,                      -- NULL: none
     checks TEXT NOT NULL DEFAULT '[]',       -- JSON list of check definitions
     managed_by TEXT NOT NULL DEFAULT '',
-    options TEXT NOT NULL DEFAULT '{}',      -- JSON object: proxy_protocol, force_https
+    options TEXT NOT NULL DEFAULT '{}',      -- JSON object, see routing/options.py
     PRIMARY KEY (app, port)
 );
 

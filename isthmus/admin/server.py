@@ -138,6 +138,7 @@ class AdminServer:
             web.get("/v1/routes", _show(views.routes)),
             web.get("/v1/overview", _show(views.overview)),
             web.post("/v1/apps", self._add_app),
+            web.post("/v1/apps/{app}/options", self._set_options),
             web.delete("/v1/apps/{app}", self._remove_app),
             web.post("/v1/machines", self._add_machine),
             web.delete("/v1/machines/{machine}", self._remove_machine),
@@ -164,6 +165,11 @@ class AdminServer:
         app = await _body(request, AppConfig)
         machines = await self._registry.add_app(app)
         return _json({"app": app.name, "machines": machines}, 201)
+
+    async def _set_options(self, request: web.Request) -> web.Response:
+        name = request.match_info["app"]
+        await self._registry.set_options(name, await _body(request, dict[str, Any]))
+        return _json({"app": name})
 
     async def _remove_app(self, request: web.Request) -> web.Response:
         name = request.match_info["app"]

@@ -1,10 +1,11 @@
-"""`isthmus app add|remove`: what the cluster serves."""
+"""`isthmus app add|set|remove`: what the cluster serves."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isthmus.client import add_client_flags, make_client, quote
+from isthmus.client import ClientError, add_client_flags, make_client, quote
 from routing.options import PROXY_PROTOCOLS
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 def add_parser(verbs: Any) -> None:
     """Add `app` with its actions."""
-    parser: argparse.ArgumentParser = verbs.add_parser("app", help="add or remove an app")
+    parser: argparse.ArgumentParser = verbs.add_parser("app", help="add, change or remove an app")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
     add = actions.add_parser("add", help="add an app, or change what leads to it")
@@ -30,11 +31,19 @@ def add_parser(verbs: Any) -> None:
     add.add_argument(
         "--hard-limit", metavar="N", type=int, help="requests in flight that a machine never exceeds"
     )
-    add.add_argument(
-        "--proxy-protocol", choices=PROXY_PROTOCOLS, help="tell machines the client with a PROXY header"
-    )
+    _add_options(add)
     add_client_flags(add)
     add.set_defaults(run=run_add)
+
+    change = actions.add_parser("set", help="change what the proxy does for an app; the rest stays")
+    change.add_argument("app", metavar="NAME")
+    _add_options(change)
+    change.add_argument("--no-maintenance", action="store_true", help="serve the app again")
+    change.add_argument(
+        "--keep-header", metavar="NAME", action="append", help="no longer add, replace or remove it"
+    )
+    add_client_flags(change)
+    change.set_defaults(run=run_set)
 
     remove = actions.add_parser("remove", help="remove an app and its machines")
     remove.add_argument("app", metavar="NAME")
@@ -42,10 +51,61 @@ def add_parser(verbs: Any) -> None:
     remove.set_defaults(run=run_remove)
 
 
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--proxy-protocol", choices=PROXY_PROTOCOLS, help="tell machines the client with a PROXY header"
+    )
+    parser.add_argument(
+        "--response-header",
+        metavar="'NAME: VALUE'",
+        action="append",
+        help="add to each answer, in place of what the app says; may be repeated",
+    )
+    parser.add_argument(
+        "--remove-header", metavar="NAME", action="append", help="remove from each answer; may be repeated"
+    )
+    parser.add_argument(
+        "--maintenance", metavar="FILE", help="answer all requests with 503 and this page, HTML or text"
+    )
+
+
+def _read_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags say, as the API takes it."""
+    options: dict[str, Any] = {}
+    headers: dict[str, Any] = dict.fromkeys(args.remove_header or (), False)
+    for line in args.response_header or ():
+        name, colon, value = line.partition(":")
+        if not colon:
+            raise ClientError(f"--response-header: `{line}` is not of the form NAME: VALUE")
+        headers.setdefault(name, []).append(value.strip())
+    if headers:
+        options["response_headers"] = headers
+    if args.proxy_protocol:
+        options["proxy_protocol"] = args.proxy_protocol
+    if args.maintenance:
+        try:
+            options["maintenance"] = Path(args.maintenance).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ClientError(f"--maintenance: cannot read {args.maintenance}: {error}") from None
+    return options
+
+
+def run_set(args: argparse.Namespace) -> int:
+    """Change options of the app."""
+    changes = _read_options(args)
+    if args.keep_header:
+        changes.setdefault("response_headers", {}).update(dict.fromkeys(args.keep_header))
+    if args.no_maintenance:
+        changes["maintenance"] = None
+    make_client(args).post(f"/v1/apps/{quote(args.app)}/options", changes)
+    print(f"app {args.app} changed")
+    return 0
+
+
 def run_add(args: argparse.Namespace) -> int:
     """Add the app."""
     body: dict[str, Any] = {"name": args.app}
-    for key in ("path_prefix", "soft_limit", "hard_limit", "proxy_protocol"):
+    for key in ("path_prefix", "soft_limit", "hard_limit"):
         if getattr(args, key) is not None:
             body[key] = getattr(args, key)
     if args.host:
@@ -54,6 +114,7 @@ def run_add(args: argparse.Namespace) -> int:
         body["machines"] = [{"address": address} for address in args.machine]
     if args.check:
         body["checks"] = [{"path": args.check}]
+    body |= _read_options(args)
     answer = make_client(args).post("/v1/apps", body)
     print(f"app {answer['app']}")
     for machine in answer["machines"]:

@@ -30,6 +30,7 @@ PLAIN_HTTP: Final = "PT10"
 
 OVERLOADED: Final = "PL01"
 TOO_MANY_CONNECTIONS: Final = "PL02"
+MAINTENANCE: Final = "PL03"
 
 BODY_TOO_LARGE: Final = "PA01"
 TOO_MANY_REPLAYS: Final = "PA02"
@@ -58,6 +59,7 @@ ERRORS: Final[dict[str, tuple[int, str]]] = {
     NO_ROUTE: (404, "no app is served under this host and path"),
     PLAIN_HTTP: (400, "this port speaks TLS; ask for https://"),
     OVERLOADED: (503, "this node has more to do than it can"),
+    MAINTENANCE: (503, "the app is under maintenance"),
     TOO_MANY_CONNECTIONS: (429, "this client has too many connections"),
     BODY_TOO_LARGE: (413, "the request body is too large to be replayed"),
     TOO_MANY_REPLAYS: (508, "the request was replayed too often"),
@@ -105,17 +107,28 @@ class ResponseError(ProxyError):
 
 
 def render_error(
-    code: str, detail: str, request_id: bytes, *, plain: bool, close: bool, with_body: bool = True
+    code: str,
+    detail: str,
+    request_id: bytes,
+    *,
+    plain: bool,
+    close: bool,
+    with_body: bool = True,
+    page: str = "",
 ) -> bytes:
     """Return a whole answer, head and body, for an error.
 
-    `plain` writes text/plain for people, else JSON. Without a body (answers to HEAD) the
-    Content-Length is what it would have been.
+    `plain` writes text/plain for people, else JSON; a `page` takes the place of both. Without a body
+    (answers to HEAD) the Content-Length is what it would have been.
     """
     status, meaning = ERRORS[code]
     message = f"{meaning}: {detail}" if detail else meaning
     shown_id = request_id.decode("ascii")
-    if plain:
+    if page:
+        body = page.encode()
+        markup = b"html" if page.lstrip().startswith("<") else b"plain"
+        content_type = b"text/%b; charset=utf-8" % markup
+    elif plain:
         body = f"[{code}] {message}\nrequest {shown_id}\n".encode()
         content_type = b"text/plain; charset=utf-8"
     else:

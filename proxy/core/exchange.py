@@ -23,6 +23,7 @@ from .errors import (
     BODY_TOO_LARGE,
     CONNECT_FAILED,
     ERRORS,
+    MAINTENANCE,
     RETRIES_EXHAUSTED,
     UPSTREAM_RESET,
     prefers_plain,
@@ -201,6 +202,10 @@ class Exchange:
         plane = self.plane
         now = plane.now()
         self.phase = _REACHING
+        options = self.service.options
+        if options is not None and options.maintenance:
+            self._fail(MAINTENANCE, "", options.maintenance)
+            return
         if self.replays is not None and self._seconds_left(now) <= 0:
             self._fail_to_reach("timeout", RETRIES_EXHAUSTED, "the replay's timeout passed")
             return
@@ -445,7 +450,12 @@ class Exchange:
             framing += b"Connection: close\r\n"
         elif request.minor == 0:
             framing += b"Connection: keep-alive\r\n"
-        lines = b"\r\n".join(head.lines) + b"\r\n" if head.lines else b""
+        fields, options = head.lines, self.service.options
+        if options is not None:
+            removed = options.headers_removed
+            fields = [line for line in fields if line[: line.find(b":")].lower() not in removed]
+            framing += options.headers_added
+        lines = b"\r\n".join(fields) + b"\r\n" if fields else b""
         return b"".join(
             (head.status_line, lines, framing, _VIA, b"Fly-Request-Id: ", self.request_id, b"\r\n\r\n")
         )
@@ -629,7 +639,7 @@ class Exchange:
         metrics.in_flight -= 1
         metrics.app(self.service.app).record(status, self.plane.now() - self.started)
 
-    def _fail(self, code: str, detail: str) -> None:
+    def _fail(self, code: str, detail: str, page: str = "") -> None:
         """Answer with an error of our own; nothing of an answer has been passed on."""
         self._leave_machine()
         keep = self.keeps_client()
@@ -641,6 +651,7 @@ class Exchange:
             plain=prefers_plain(self.head.lines),
             close=not keep,
             with_body=self.head.method != b"HEAD",
+            page=page,
         )
         self._close_books(int(data[9:12]))
         self.client.write(data)

@@ -59,9 +59,9 @@ class LoggedExchange(Exchange):
         self.retries += 1
         super()._count_retry()
 
-    def _fail(self, code: str, detail: str) -> None:
+    def _fail(self, code: str, detail: str, page: str = "") -> None:
         self.error = code
-        super()._fail(code, detail)
+        super()._fail(code, detail, page)
 
     def _close_books(self, status: int) -> None:
         target = self.target

@@ -373,3 +373,34 @@ class TestAnnounce:
         with pytest.raises(RegistryError, match="is a listener of this node itself"):
             await registry.announce(config(app("web", "127.0.0.1:8080")), "127.0.0.1:8080", 1000)
         assert database.transactions == []
+
+
+async def test_options_change_one_by_one_and_null_takes_one_back(
+    registry: Registry, database: FakeDatabase
+) -> None:
+    await registry.add_app(AppConfig(name="web", response_headers={"server": False, "x": "1"}))
+    await registry.set_options(
+        "web", {"maintenance": "Back soon", "response_headers": {"x": None, "y": ["2"]}}
+    )
+    ((options,),) = database.rows("SELECT options FROM services")
+    assert json.loads(options) == {
+        "response_headers": {"server": False, "y": ["2"]},
+        "maintenance": "Back soon",
+    }
+    await registry.set_options("web", {"maintenance": None, "response_headers": None})
+    assert database.rows("SELECT options FROM services") == [("{}",)]
+    assert_routing_takes_all(database)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"maintenence": ""}, {"response_headers": {"x y": "1"}}, {"maintenance": 1}]
+)
+async def test_options_that_routing_would_refuse_change_nothing(
+    registry: Registry, database: FakeDatabase, changes: dict[str, object]
+) -> None:
+    await registry.add_app(app())
+    with pytest.raises(RegistryError):
+        await registry.set_options("web", {"proxy_protocol": "v1", **changes})
+    assert database.rows("SELECT options FROM services") == [("{}",)]
+    with pytest.raises(RegistryError, match="no app"):
+        await registry.set_options("none", {})

@@ -218,7 +218,7 @@ async def test_a_machine_is_told_the_client_on_a_connection_of_its_own(edge: Edg
 
     edge.put_app("app", "app.test", options=json.dumps({"proxy_protocol": version}))
     machine = await edge.machine(behave=behave)
-    await edge.start(trusted_proxies=("127.0.0.0/8",))
+    await edge.start(trusted_proxies=("127.0.0.0/8",), pool_idle_timeout_s=60.0)
     client = await edge.client()
     own = client.writer.get_extra_info("sockname")[1]
     assert (await client.get()).status == 200

@@ -1,0 +1,70 @@
+"""What the flags of `isthmus app add` and `set` ask a node for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from isthmus.cli import make_parser
+from isthmus.client import ClientError
+from isthmus.commands import app
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class FakeClient:
+    def __init__(self) -> None:
+        self.posts: list[tuple[str, Any]] = []
+
+    def post(self, path: str, body: Any) -> Any:
+        self.posts.append((path, body))
+        return {"app": "web", "machines": []}
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+    client = FakeClient()
+    monkeypatch.setattr(app, "make_client", lambda args: client)
+    return client
+
+
+def run(*words: str) -> int:
+    args = make_parser().parse_args(["app", *words])
+    return args.run(args)
+
+
+def test_what_the_proxy_does_for_an_app_is_asked_for_with_flags(client: FakeClient, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("<h1>Back soon</h1>", "utf-8")
+    flags = [
+        "--response-header",
+        "Link: </a>",
+        "--response-header",
+        "Link: </b>",
+        "--remove-header",
+        "Server",
+    ]
+    options = {
+        "response_headers": {"Server": False, "Link": ["</a>", "</b>"]},
+        "proxy_protocol": "v2",
+        "maintenance": "<h1>Back soon</h1>",
+    }
+    flags += ["--remove-header", "Server", "--proxy-protocol", "v2", "--maintenance", str(page)]
+    assert run("add", "web", *flags) == run("set", "web", *flags) == 0
+    assert client.posts == [("/v1/apps", {"name": "web", **options}), ("/v1/apps/web/options", options)]
+
+
+def test_what_was_set_is_taken_back(client: FakeClient) -> None:
+    assert run("set", "web", "--no-maintenance", "--keep-header", "Server") == 0
+    assert client.posts == [
+        ("/v1/apps/web/options", {"response_headers": {"Server": None}, "maintenance": None})
+    ]
+
+
+@pytest.mark.parametrize("flags", [["--response-header", "no colon"], ["--maintenance", "/nowhere/page"]])
+def test_flags_that_say_nothing_are_refused(client: FakeClient, flags: list[str]) -> None:
+    with pytest.raises(ClientError, match=flags[0]):
+        run("set", "web", *flags)
+    assert client.posts == []
