@@ -20,15 +20,13 @@ from pathlib import Path
 from .compiled import FOLDER, GROUP, MANIFEST, ROOT, hash_sources
 
 # Modules that run for a request or hold what such modules read. Left out are the listener, which runs for
-# a connection; rows and their reading, which run for a change; and the interfaces.
+# a connection, and rows and their reading, which run for a change.
 MODULES = (
     *("proxy/downstream.py", "proxy/metrics.py", "proxy/pool.py", "proxy/settings.py", "proxy/sweeper.py"),
     *("proxy/upstream.py", "proxy/core/*.py"),
     *("routing/balancer.py", "routing/explain.py", "routing/geo.py", "routing/health.py", "routing/hosts.py"),
     *("routing/replay.py", "routing/table.py", "routing/target.py", "routing/types.py"),
 )
-# A dataclass whose annotations name compiled classes that it does not import: mypyc's code for it crashes.
-LEFT_OUT = frozenset({"proxy/core/plane.py"})
 
 
 def find_obstacle() -> str | None:
@@ -44,13 +42,8 @@ def find_obstacle() -> str | None:
 
 def list_sources(root: Path) -> list[str]:
     """Return the files to compile, relative to the root."""
-    found = {
-        file.relative_to(root).as_posix()
-        for pattern in MODULES
-        for file in root.glob(pattern)
-        if file.name != "__init__.py"
-    }
-    return sorted(found - LEFT_OUT)
+    found = {file for pattern in MODULES for file in root.glob(pattern) if file.name != "__init__.py"}
+    return sorted(file.relative_to(root).as_posix() for file in found)
 
 
 def compile_modules(root: Path, folder: Path) -> None:

@@ -7,8 +7,9 @@ only where their docstring says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from routing.balancer import ANYWHERE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,26 +124,61 @@ class Chooser(Protocol):
     """The balancer."""
 
     def choose(
-        self, service: Service, now: float, want: Want = ..., tried: tuple[str, ...] = ...
+        self, service: Service, now: float, want: Want = ANYWHERE, tried: tuple[str, ...] = ()
     ) -> Target | Refusal:
         """Return the machine to send a request to, or why there is none."""
 
 
-@dataclass(slots=True)
 class Plane:
-    """What all exchanges of a worker share."""
+    """What all exchanges of a worker share.
 
-    settings: ProxySettings
-    table: RoutingTable
-    balancer: Chooser
-    metrics: ProxyMetrics
-    connector: Connector
-    queue: Queue
-    request_ids: RequestIds
-    now: Callable[[], float]  # monotonic seconds
-    wall_us: Callable[[], int]  # microseconds since the epoch
-    admission: Gate
-    body_kept_max: int  # bytes of a request body that are kept for replays; 0 while memory is short
-    access_log: Journal | None = None
-    draining: bool = False  # set once, when the worker is told to stop
-    shedding: bool = False  # while memory is so short that requests are refused
+    No dataclass: mypyc makes one crash whose annotations are not imported for real.
+    """
+
+    __slots__ = (
+        "access_log",
+        "admission",
+        "balancer",
+        "body_kept_max",
+        "connector",
+        "draining",
+        "metrics",
+        "now",
+        "queue",
+        "request_ids",
+        "settings",
+        "shedding",
+        "table",
+        "wall_us",
+    )
+
+    def __init__(
+        self,
+        *,
+        settings: ProxySettings,
+        table: RoutingTable,
+        balancer: Chooser,
+        metrics: ProxyMetrics,
+        connector: Connector,
+        queue: Queue,
+        request_ids: RequestIds,
+        now: Callable[[], float],
+        wall_us: Callable[[], int],
+        admission: Gate,
+        body_kept_max: int,
+        access_log: Journal | None = None,
+    ) -> None:
+        self.settings = settings
+        self.table = table
+        self.balancer = balancer
+        self.metrics = metrics
+        self.connector = connector
+        self.queue = queue
+        self.request_ids = request_ids
+        self.now = now  # monotonic seconds
+        self.wall_us = wall_us  # microseconds since the epoch
+        self.admission = admission
+        self.body_kept_max = body_kept_max  # bytes kept for replays; 0 while memory is short
+        self.access_log = access_log
+        self.draining = False  # set once, when the worker is told to stop
+        self.shedding = False  # while memory is so short that requests are refused
