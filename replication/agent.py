@@ -212,6 +212,8 @@ class Agent:
                     self._replica.want_sync(site)
             await asyncio.sleep(RECOVERY_LOOK_S)
         await self._database.run(Store.release)
+        # Other clients may have written to the file all the while, or before it was copied.
+        await self._database.commit(lambda store: store.capture(self._wall_ms()), some)
 
     async def catch_up(self, within_s: float) -> None:
         """Wait until a peer has brought what it had, or for so long."""

@@ -15,7 +15,6 @@ from .core.change import CHANGESET_BYTES_MAX, Changeset, EncodedChangeset, RowCh
 from .core.clock import Clock
 from .core.codec import encode_bounded
 from .core.merge import Record
-from .errors import StoreError
 from .schema import MergeMode
 from .sidetables import RECORD_COLUMNS
 
@@ -65,7 +64,8 @@ class Capture:
         """Make one changeset of what was noted, log it and count it as seen; none when no value changed.
 
         What was noted in tables that `but` names stays. What somebody else wrote cannot be refused: more than
-        a changeset may hold becomes several.
+        a changeset may hold becomes several, and while no version may be given out, it stays noted and only
+        gets its time, so that it wins against what is older and merged before it can leave.
         """
         noted = self.find_noted(but)
         if not noted:
@@ -73,16 +73,14 @@ class Capture:
         ledger = self._ledger
         if ledger.has_beaten:
             ledger.promise(wall_ms)  # so that a node that writes need not do so for its beats
-        if ledger.is_held:
-            raise StoreError("this database was put back and does not have all of its own versions yet")
         hlc = self._clock.tick(wall_ms)
         rows: list[RowChange] = []
         changes: list[TableChange] = []
         for table in noted:
             gathered = TableCapture(table, self._sites, Clock(hlc, ledger.site))
-            changes += gathered.run()
+            changes += gathered.run(keep_notes=ledger.is_held)
             rows += gathered.rows
-        if not changes:
+        if not changes or ledger.is_held:
             return [], []
         payloads = encode_bounded(Changeset(hlc, tuple(changes)), CHANGESET_BYTES_MAX)
         own = [
@@ -109,7 +107,7 @@ class TableCapture:
         self._groups: dict[tuple[str, ...], tuple[list[Row], list[Clock | None]]] = {}
         self.rows: list[RowChange] = []
 
-    def run(self) -> list[TableChange]:
+    def run(self, *, keep_notes: bool) -> list[TableChange]:
         """Gather, write the new clock records, forget the notes; return the changes, in groups of columns."""
         width = self._table.key_width
         olds = width + 2 + len(RECORD_COLUMNS)
@@ -117,16 +115,24 @@ class TableCapture:
         for noted in self._table.read_pending():
             pk = noted[:width]
             existed, exists = noted[width], noted[width + 1]
+            fields = noted[width + 2 : olds]
             if exists:
                 old, new = noted[olds:news] if existed else None, noted[news:]
-                if old is not None and is_same(old, new):
+                if old is not None and is_same(old, new) and not self._is_dead(fields):
                     continue
-                self._note_row(pk, noted[width + 2 : olds], old, new)
-            elif existed:
+                self._note_row(pk, fields, old, new)
+            elif existed or self._is_dead(fields) is False:
                 self._note_deleted(pk)
-        self._table.clear_pending()
+        if not keep_notes:
+            self._table.clear_pending()
         self._table.write_records(self._records)
         return self._make_changes()
+
+    def _is_dead(self, fields: Sequence[Any]) -> bool | None:
+        """Return what the record says, which is ahead of notes that were kept; None without a record."""
+        if fields[0] is None and fields[2] is None:
+            return None
+        return self._sites.decode(fields[:-1]).dead
 
     def _note_row(self, pk: Key, fields: Sequence[Any], old: Row | None, new: Row) -> None:
         schema = self._table.schema

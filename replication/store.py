@@ -30,7 +30,7 @@ from .core.clock import MAX_DRIFT_MS, SITE_BYTES, HybridClock, SiteId
 from .core.codec import CodecError
 from .core.limits import names_table
 from .core.member import MemberInfo
-from .errors import POISON, SchemaError, SnapshotError, StatementError, translate, translated
+from .errors import POISON, SchemaError, SnapshotError, StatementError, StoreError, translate, translated
 from .guarding import FileGuard
 from .identity import Opened, prepare_identity, read_boot, read_home
 from .ledger import Ledger
@@ -221,6 +221,7 @@ class Store:
         The commit is None when no value changed. Raises StatementError, with nothing changed, when one fails,
         is not a write, or returns rows.
         """
+        self._check_released()
         with self._transaction():
             self._undefer_named(statements)
             affected = run_statements(self.connection, statements)
@@ -237,6 +238,7 @@ class Store:
         Return rows affected, or the error, of each caller: all statements of a caller take effect or none.
         Raises StatementError, with nothing changed for anybody, when one has rolled back for all.
         """
+        self._check_released()
         with self._transaction():
             outcomes = []
             for statements in calls:
@@ -246,6 +248,10 @@ class Store:
             _check_whole(own)
             commit = self._conclude(rows, own)
         return outcomes, commit
+
+    def _check_released(self) -> None:
+        if self.is_held:
+            raise StoreError("this database was put back and does not have all of its own versions yet")
 
     def _undefer_named(self, statements: Sequence[Statement]) -> None:
         self.deferred -= {name for name in self.deferred for sql, _ in statements if names_table(sql, name)}
