@@ -35,6 +35,7 @@ from routing.catalog import (
     canonical_prefix,
     parse_address,
 )
+from routing.machine_tls import parse_machine_tls
 from routing.options import PAGE_CHARS_MAX, parse_headers
 
 T = TypeVar("T")
@@ -192,6 +193,7 @@ class TlsConfig(_Section, frozen=True):
     certificates: tuple[str, ...] = ()
     handshakes_max: Positive = 1_024
     handshake_timeout_ms: Positive = 10_000
+    client_certificate: str = ""
 
     def __post_init__(self) -> None:
         if self.listen:
@@ -328,6 +330,21 @@ class MachineConfig(_Section, frozen=True):
             _check("id", lambda name: check_identifier(name, "a machine"), self.id)
 
 
+class MachineTlsConfig(_Section, frozen=True):
+    """`[apps.machine_tls]`: how machines are spoken to over TLS."""
+
+    server_name: str = ""
+    ca: str = ""
+    fingerprint: str = ""
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        try:
+            parse_machine_tls(msgspec.structs.asdict(self))
+        except ValueError as error:
+            raise _ValueOfKeyError(re.findall(r"machine_tls\.(\w+)", str(error))[0], str(error)) from None
+
+
 class AppConfig(_Section, frozen=True):
     """`[[apps]]`: something served through this node's part of the table."""
 
@@ -342,6 +359,7 @@ class AppConfig(_Section, frozen=True):
     response_headers: dict[str, bool | str | tuple[str, ...]] = {}
     maintenance: Annotated[str, Meta(max_length=PAGE_CHARS_MAX)] = ""
     force_https: bool = False
+    machine_tls: MachineTlsConfig | bool = False
 
     def __post_init__(self) -> None:
         _check("name", check_app_name, self.name)
@@ -672,6 +690,7 @@ def _suggest_key(path: str) -> str | None:
         ("apps", AppConfig),
         ("apps.machines", MachineConfig),
         ("apps.checks", CheckConfig),
+        ("apps.machine_tls", MachineTlsConfig),
         ("regions.*", RegionConfig),
     ):
         known += [f"{prefix}.{key}" for key in struct.__struct_fields__]

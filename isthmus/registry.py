@@ -272,6 +272,7 @@ def encode_options(app: AppConfig) -> str:
         "response_headers": app.response_headers,
         "maintenance": app.maintenance,
         "force_https": app.force_https,
+        "machine_tls": app.machine_tls,
     }
     return msgspec.json.encode({name: value for name, value in options.items() if value}).decode()
 

@@ -50,6 +50,7 @@ def proxy_settings(config: Config) -> ProxySettings:
         proxy_protocol_from=proxy.proxy_protocol_from,
         machine_networks=proxy.machine_networks,
         forbidden_addresses=tuple(parse_listen(address) for address in own if address),
+        client_certificate=config.tls.client_certificate,
         client_routing=proxy.client_routing,
         head_bytes_max=proxy.head_bytes_max,
         header_count_max=proxy.header_count_max,

@@ -11,15 +11,18 @@ import asyncio
 import contextlib
 import errno
 import socket
-from typing import TYPE_CHECKING
+import ssl
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .admission import FILES
 from .core.addresses import Address, AddressRules, parse_address
 from .core.errors import CONNECT_FAILED, CONNECT_REFUSED, OVERLOADED, UPSTREAM_TIMEOUT
 from .sweeper import NEVER
+from .tls import has_fingerprint, make_machine_context
 from .upstream import Upstream
 
 if TYPE_CHECKING:
+    from routing.machine_tls import MachineTls
     from routing.target import Target
 
     from .core.exchange import Exchange
@@ -29,6 +32,13 @@ if TYPE_CHECKING:
 _WILDCARDS = frozenset(("", "*"))
 # A connection that failed for one of these says nothing about its machine.
 _OWN_SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+
+
+# Settings of services; each of their contexts takes some 20 KB, with the system's authorities a megabyte.
+_MACHINE_CONTEXTS_MAX = 256
+
+# Where a machine is and how it is spoken to: connections are shared by those who agree on all of it.
+MachineAddress: TypeAlias = "tuple[str, int, MachineTls | None]"
 
 
 class ForbiddenError(Exception):
@@ -43,7 +53,8 @@ class Pool:
         self.loop = asyncio.get_running_loop()
         self.connections: set[Upstream] = set()  # all that are open
         self._metrics = metrics
-        self._idle: dict[tuple[str, int], list[Upstream]] = {}  # the last one put back is last
+        self._machine_contexts: dict[MachineTls, ssl.SSLContext] = {}
+        self._idle: dict[MachineAddress, list[Upstream]] = {}  # the last one put back is last
         self._connecting: set[asyncio.Task[None]] = set()
         self._rules = AddressRules(settings.machine_networks, ())  # with our own listeners after `open`
         self._closed = False
@@ -59,7 +70,8 @@ class Pool:
 
     def acquire(self, target: Target, port: int, exchange: Exchange, *, fresh: bool) -> Upstream | None:
         """Return an idle connection to the machine, or None and later tell the exchange."""
-        address = (target.host, port)
+        options = exchange.service.options
+        address = (target.host, port, None if options is None else options.machine_tls)
         idle = self._idle.get(address)
         while idle and not fresh:
             # The one used last is the least likely to be closed by the machine, and lets the rest expire.
@@ -115,7 +127,7 @@ class Pool:
         for upstream in list(self.connections):
             upstream.close()
 
-    async def _connect(self, address: tuple[str, int], exchange: Exchange) -> None:
+    async def _connect(self, address: MachineAddress, exchange: Exchange) -> None:
         try:
             async with asyncio.timeout(exchange.reach_timeout_s()):
                 _, upstream = await self._open(address)
@@ -124,7 +136,7 @@ class Pool:
         except ConnectionRefusedError:
             exchange.handle_connect_failed(CONNECT_REFUSED, f"{_show(address)} refused the connection")
         except (OSError, ForbiddenError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
+            reason = _explain(error) if isinstance(error, OSError) else str(error)
             if isinstance(error, OSError) and error.errno in _OWN_SHORTAGES:
                 self.close_idle()
                 self._metrics.count_shed(FILES)
@@ -138,8 +150,11 @@ class Pool:
                 upstream.announce(announcement)
             exchange.handle_connected(upstream)
 
-    async def _open(self, address: tuple[str, int]) -> tuple[asyncio.BaseTransport, Upstream]:
-        host, port = address
+    async def _open(self, address: MachineAddress) -> tuple[asyncio.BaseTransport, Upstream]:
+        host, port, tls = address
+        secure: dict[str, Any] = {}
+        if tls is not None:
+            secure = {"ssl": await self._context(tls), "server_hostname": tls.server_name or host}
         error: Exception = OSError(0, "no address")
         for ip in await self._resolve(host):
             refusal = self._rules.explain_refusal(ip, port, _is_local)
@@ -147,10 +162,27 @@ class Pool:
                 error = ForbiddenError(refusal)
                 continue
             try:
-                return await self.loop.create_connection(lambda: Upstream(self, address), str(ip), port)
+                made = await self.loop.create_connection(
+                    lambda: Upstream(self, address), str(ip), port, **secure
+                )
+                if tls is not None and not has_fingerprint(made[0], tls):
+                    made[1].close()
+                    raise ForbiddenError("the machine's certificate is not the one that its service names")
+                return made  # noqa: TRY300 - what failed is told below
             except OSError as failure:
                 error = failure
         raise error
+
+    async def _context(self, tls: MachineTls) -> ssl.SSLContext:
+        context = self._machine_contexts.get(tls)
+        if context is None:
+            # Reading the system's authorities takes tens of milliseconds.
+            certificate = self.settings.client_certificate
+            context = await asyncio.to_thread(make_machine_context, tls, certificate)
+            if len(self._machine_contexts) >= _MACHINE_CONTEXTS_MAX:
+                self._machine_contexts.clear()
+            self._machine_contexts[tls] = context
+        return context
 
     async def _resolve(self, host: str) -> list[Address]:
         if host in _WILDCARDS:
@@ -176,6 +208,14 @@ def _is_local(address: Address) -> bool:
     return True
 
 
-def _show(address: tuple[str, int]) -> str:
-    host, port = address
+def _explain(error: OSError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate was not accepted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS: {error.reason}"
+    return error.strerror or "the connection was lost"
+
+
+def _show(address: MachineAddress) -> str:
+    host, port, _ = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

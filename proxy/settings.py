@@ -25,6 +25,8 @@ class ProxySettings:
     # Addresses (host, port) never connected to: this node's own listeners, lest a row makes a loop or
     # leads to the admin API. Names are resolved once; a wildcard stands for every address of this host.
     forbidden_addresses: tuple[tuple[str, int], ...] = ()
+    # What machines are shown that ask for a certificate: `CERT:KEY`, or a file with both; empty: none.
+    client_certificate: str = ""
     # Whether clients may name a machine or region (fly-force-instance-id and the like), as on Fly.
     client_routing: bool = True
     # Protocols that a client may upgrade to. Never h2c: a tunnel past all rules of this proxy.

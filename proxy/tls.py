@@ -6,9 +6,15 @@ TLS 1.2, no renegotiation, no compression, and only suites with forward secrecy 
 
 from __future__ import annotations
 
+import hashlib
 import ssl
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from routing.machine_tls import MachineTls
 
 # Mozilla's "intermediate" without its finite-field suites: all clients of the last ten years. The suites of
 # TLS 1.3 are not named here; OpenSSL offers all three.
@@ -33,6 +39,31 @@ class TlsSettings:
 def make_server_context() -> ssl.SSLContext:
     """Return a context for clients, without a certificate."""
     return _restrict(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+
+
+def make_machine_context(tls: MachineTls, certificate: str) -> ssl.SSLContext:
+    """Return a context for machines of a service. Blocks; raises OSError.
+
+    `certificate` is `CERT:KEY`, or one file with both, that machines are shown if they ask; or empty.
+    """
+    context = _restrict(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    if tls.fingerprint or not tls.verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    elif tls.ca:
+        context.load_verify_locations(cadata=tls.ca)
+    else:
+        context.load_default_certs()
+    if certificate:
+        cert, _, key = certificate.partition(":")
+        context.load_cert_chain(cert, key or None, password=lambda: "")
+    return context
+
+
+def has_fingerprint(transport: asyncio.BaseTransport, tls: MachineTls) -> bool:
+    """True unless only one certificate will do and the machine has shown another one."""
+    shown = transport.get_extra_info("ssl_object").getpeercert(True) or b""
+    return not tls.fingerprint or hashlib.sha256(shown).hexdigest() == tls.fingerprint
 
 
 def _restrict(context: ssl.SSLContext) -> ssl.SSLContext:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .core.exchange import Exchange
     from .core.response_head import ResponseHead
     from .downstream import Downstream
-    from .pool import Pool
+    from .pool import MachineAddress, Pool
 
 
 class State(Enum):
@@ -45,7 +45,7 @@ _CLOSED: Final = State.CLOSED
 class Upstream(asyncio.Protocol):
     """An open connection to `address`; the pool makes it and takes it back."""
 
-    def __init__(self, pool: Pool, address: tuple[str, int]) -> None:
+    def __init__(self, pool: Pool, address: MachineAddress) -> None:
         self.pool = pool
         self.address = address
         self.deadline = NEVER

@@ -12,9 +12,11 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from .machine_tls import MachineTls, parse_machine_tls
+
 PROXY_PROTOCOLS: Final = ("v1", "v2")
 # What may be said, as in the JSON.
-NAMES: Final = ("proxy_protocol", "response_headers", "maintenance", "force_https")
+NAMES: Final = ("proxy_protocol", "response_headers", "maintenance", "force_https", "machine_tls")
 # More is no policy but a mistake, and each costs every answer.
 HEADERS_MAX: Final = 64
 VALUE_CHARS_MAX: Final = 4_096
@@ -38,6 +40,7 @@ class ServiceOptions:
     headers_added: bytes = b""  # whole lines
     maintenance: str = ""  # the page that every request gets; empty: none
     force_https: bool = False  # requests without TLS are redirected
+    machine_tls: MachineTls | None = None  # None: machines are spoken to in the clear
 
 
 def parse_options(text: str) -> ServiceOptions | None:
@@ -63,7 +66,10 @@ def parse_options(text: str) -> ServiceOptions | None:
     force_https = fields.get("force_https", False)
     if not isinstance(force_https, bool):
         raise ValueError("force_https must be true or false")  # noqa: TRY004 - as above
-    return ServiceOptions(protocol, removed, added, page, force_https)
+    machine_tls = parse_machine_tls(fields.get("machine_tls", False))
+    if machine_tls is not None and protocol:
+        raise ValueError("proxy_protocol and machine_tls do not go together")
+    return ServiceOptions(protocol, removed, added, page, force_https, machine_tls)
 
 
 def parse_headers(headers: object) -> tuple[frozenset[bytes], bytes]:

@@ -19,6 +19,7 @@ from isthmus.config import (
     CheckConfig,
     Config,
     MachineConfig,
+    MachineTlsConfig,
     RegionConfig,
     default_data_dir,
     setting_types,
@@ -34,6 +35,7 @@ TABLES = {
     "apps": AppConfig,
     "apps.machines": MachineConfig,
     "apps.checks": CheckConfig,
+    "apps.machine_tls": MachineTlsConfig,
     "regions.*": RegionConfig,
 }
 
