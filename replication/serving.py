@@ -194,6 +194,9 @@ class Server:
 
         def written(chunks: Iterator[bytes], is_over: bool) -> None:
             if not is_over:
+                # All is read before any of it is sent; that there is progress the peer must hear meanwhile.
+                if serving.link.is_writable:
+                    self._send(serving, SnapshotChunk(serving.request.session, b"", more=True))
                 begun(chunks)  # writes of others get their turn in between
                 return
             self._send_spooled(serving, spool.read(), make, sent)

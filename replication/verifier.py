@@ -33,12 +33,13 @@ from replication.errors import SnapshotError, StoreError
 from replication.host import Host, Spool, SpoolError
 from replication.pulls import NUMBER_END
 from replication.store import Store
-from replication.verifying import Healed, adopt_strays, find_differences, heal
+from replication.verifying import Bounds, Healed, adopt_strays, find_differences, heal
 
 Answer = DigestRanges | SyncState | SnapshotChunk | SyncDone | SyncBusy
 # How often to look whether what the peer had seen has come.
 WAIT_MS = 100.0
-Bounds = tuple[bytes | None, bytes | None]
+# Our own rows within the peer's slice, in slices, beyond which it is cut: a new peer's is the whole table.
+SLICES_OURS = 4
 T = TypeVar("T")
 
 
@@ -183,11 +184,10 @@ class Verifier:
             # The peer does not know the table: nothing can be said of it.
             self._skip_table(session)
             return
-        session.upper = None if answer.is_last else answer.ranges[-1][0]
 
-        def compared(differing: list[Bounds]) -> None:
-            session.differing = differing
-            self.counters["ranges_differing"] += len(differing)
+        def compared(found: tuple[list[Bounds], bytes | None]) -> None:
+            session.differing, session.upper = found
+            self.counters["ranges_differing"] += len(session.differing)
             self._advance(session)
 
         self._run(
@@ -198,6 +198,7 @@ class Verifier:
                 after=session.after,
                 ranges=answer.ranges,
                 is_last=answer.is_last,
+                rows_max=SLICES_OURS * self._settings.slice_rows,
             ),
             compared,
         )

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 BLOCK_ROWS: Final = 256
 
 Range = tuple[bytes, int, bytes]  # the upper key, live rows up to it, their digest
+Bounds = tuple[bytes | None, bytes | None]  # keys behind the one, up to the other; None is no bound
 
 
 class Healed(NamedTuple):
@@ -84,33 +85,41 @@ def read_ranges(store: Store, table: str, after: bytes | None, rows_max: int) ->
 
 
 def find_differences(
-    store: Store, table: str, after: bytes | None, ranges: Sequence[Range], is_last: bool
-) -> list[tuple[bytes | None, bytes | None]]:
-    """Return the bounds (behind, up to) within which our rows differ from what a peer's ranges say.
+    store: Store, table: str, after: bytes | None, ranges: Sequence[Range], is_last: bool, rows_max: int
+) -> tuple[list[Bounds], bytes | None]:
+    """Return the bounds (behind, up to) within which our rows differ from a peer's ranges, and their end.
 
-    None is no bound: what the peer says to be all ends where keys end. Raises CodecError.
+    None is no bound: what the peer says to be all ends where keys end. Where we have more than rows_max rows
+    in the peer's ranges, they are cut there, and the last one counts as different: a peer may have nothing.
+    Raises CodecError.
     """
     known = store.tables.get(table)
     if known is None or not (ranges or is_last):
-        return []
+        return [], None
     theirs: list[tuple[bytes | None, bytes]] = [(upper, digest) for upper, _, digest in ranges]
     if is_last:
         theirs[-1:] = [(None, theirs[-1][1] if theirs else Digest(known).read())]
-    differing: list[tuple[bytes | None, bytes | None]] = []
+    differing: list[Bounds] = []
     lower = after
     for upper, digest in theirs:
+        end = upper
         mine = Digest(known)
-        for state in read_states(
-            known, store.sites, None, _decode_key(known, lower), _decode_key(known, upper)
-        ):
+        bounds = _decode_key(known, lower), _decode_key(known, upper)
+        for state in read_states(known, store.sites, None, *bounds):
             mine.add(state)
-        if mine.read() != digest:
+            rows_max -= 1
+            if rows_max < 0:
+                end = pack(state.pk)
+                break
+        if rows_max < 0 or mine.read() != digest:
             if differing and differing[-1][1] == lower:
-                differing[-1] = (differing[-1][0], upper)
+                differing[-1] = (differing[-1][0], end)
             else:
-                differing.append((lower, upper))
-        lower = upper
-    return differing
+                differing.append((lower, end))
+        lower = end
+        if rows_max < 0:
+            break
+    return differing, lower
 
 
 def read_range_states(

@@ -160,6 +160,8 @@ class PullRound:
         return Take((EncodedChangeset(part.site, part.version, bytes(partial.data)),))
 
     def _handle_chunk(self, chunk: SnapshotChunk) -> Step:
+        if not chunk.chunk:
+            return Wait()  # the peer is still reading
         self._pieces.append(chunk.chunk)
         if sum(map(len, self._pieces)) > PAYLOAD_BYTES_MAX:
             raise SyncError("chunk")

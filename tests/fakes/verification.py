@@ -22,18 +22,18 @@ class Session:
             ranges, is_last = read_ranges(peer, table, after, rows_max)
             if not (ranges or is_last):
                 raise StoreError("not known there")
-            for bounds in find_differences(asker, table, after, ranges, is_last):
+            differing, upper = find_differences(asker, table, after, ranges, is_last, 4 * rows_max)
+            for bounds in differing:
                 chunks = list(read_range_states(peer, table, *bounds, chunk_bytes))
                 self.sent_bytes += sum(map(len, chunks))
                 done = heal(asker, chunks, now, peer.site, lambda site: site in gone)
                 self.healed += done.rows
                 self.unresolved += done.unresolved
                 self.commits += done.commits
-            upper = None if is_last else ranges[-1][0]
             adopted = adopt_strays(asker, table, after, upper, now)
             if adopted is not None:
                 self.commits.append(adopted)
-            after = upper
+            after, is_last = upper, upper is None
 
 
 def write_past_triggers(path, *statements):

@@ -156,9 +156,18 @@ def test_a_snapshot_is_spooled_in_turns_with_others_and_sent_as_the_peer_takes_i
     assert last == SyncDone(1, complete=True)
     assert served.host.spools[0].is_closed
     other = Store.open(":memory:", SCHEMA)
-    data = [chunk.chunk for chunk in chunks if isinstance(chunk, SnapshotChunk)]
+    data = [chunk.chunk for chunk in chunks if isinstance(chunk, SnapshotChunk) and chunk.chunk]
     other.apply_snapshot(data, 1_700_000_000_000)
     assert other.digest("items") == served.store.digest("items")
+
+
+def test_who_waits_for_a_snapshot_that_is_being_read_hears_that_there_is_progress() -> None:
+    served = Served()
+    served.write(40)
+    served.server.handle_request(served.link, SnapshotAsk(1))
+    served.host.step()
+    served.host.step()
+    assert served.link.frames == [SnapshotChunk(1, b"", more=True)]
 
 
 def test_a_snapshot_is_let_go_when_its_peer_is_gone() -> None:

@@ -245,7 +245,20 @@ def test_rows_of_one_block_are_asked_for_not_the_table(pair):
     write(a, b, *(f"REPLACE INTO t (k, v) VALUES ({n}, 'v')" for n in range(10 * BLOCK_ROWS)), at=NOW + 1)
     damage(b, ("UPDATE t SET v = 'wrong' WHERE k = 300",))
     ranges, is_last = read_ranges(a, "t", None, 10_000)
-    assert find_differences(b, "t", None, ranges, is_last) == [(pack((255,)), pack((511,)))]
+    assert find_differences(b, "t", None, ranges, is_last, 10_000) == ([(pack((255,)), pack((511,)))], None)
+
+
+def test_no_more_of_our_rows_are_gone_through_at_once_where_the_peer_has_few(make):
+    a, b = make("a"), make("b")
+    write(a, *(f"INSERT INTO t (k, v) VALUES ({n}, 'v')" for n in range(100)))
+    assert find_differences(a, "t", None, [], True, 10) == ([(None, pack((10,)))], pack((10,)))
+    assert find_differences(a, "t", pack((95,)), [], True, 10) == ([(pack((95,)), None)], None)
+    ranges, is_last = read_ranges(a, "t", None, 1_000)
+    assert find_differences(a, "t", None, ranges, is_last, 100) == ([], None)
+    damage(a, ("INSERT INTO t (k, v) VALUES (200, 'stray')",))
+    session = Session(a, b, rows_max=5)
+    assert [change.pk for commit in session.commits for change in commit.changes] == [(200,)]
+    assert session.sent_bytes < 1_000
 
 
 def test_keys_of_several_columns_are_gone_through_in_their_order(make):
@@ -281,7 +294,7 @@ def test_all_rows_come_back_to_an_emptied_file_that_the_writer_has_in_an_empty_t
 def test_of_a_table_that_the_peer_does_not_know_nothing_is_said(pair):
     a, _ = pair
     assert read_ranges(a, "unknown", None, 10) == ([], False)
-    assert find_differences(a, "t", None, [], is_last=False) == []
+    assert find_differences(a, "t", None, [], False, 10) == ([], None)
     assert list(read_range_states(a, "unknown", None, None, 100)) == []
 
 
