@@ -218,13 +218,22 @@ class Downstream(asyncio.Protocol):
 
     def write(self, data: Data) -> None:
         """Send bytes of the answer."""
-        if self._transport is not None:
-            self._transport.write(data)
+        transport = self._transport
+        if transport is not None and not (transport.is_closing() and self._is_gone(transport)):
+            transport.write(data)
 
     def writelines(self, pieces: tuple[Data, ...]) -> None:
         """Send bytes of the answer, not joined, in one system call."""
-        if self._transport is not None:
-            self._transport.writelines(pieces)
+        transport = self._transport
+        if transport is not None and not (transport.is_closing() and self._is_gone(transport)):
+            transport.writelines(pieces)
+
+    def _is_gone(self, transport: asyncio.Transport) -> bool:
+        """True, and cut, if a closing connection takes nothing more, as with TLS."""
+        if transport.can_write_eof():
+            return False
+        transport.abort()
+        return True
 
     def pause_body(self) -> None:
         """Stop reading the request body."""
@@ -294,8 +303,9 @@ class Downstream(asyncio.Protocol):
 
     def write_tunnelled(self, data: bytes) -> None:
         """Send bytes of the machine."""
-        if self._transport is not None:
-            self._transport.write(data)
+        transport = self._transport
+        if transport is not None and not (transport.is_closing() and self._is_gone(transport)):
+            transport.write(data)
 
     def end_tunnel(self) -> None:
         """The machine's side has ended: send what is left, then close."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from isthmus.client import ClientError, add_client_flags, make_client, quote
 from routing.options import PROXY_PROTOCOLS
-
-if TYPE_CHECKING:
-    import argparse
 
 
 def add_parser(verbs: Any) -> None:
@@ -65,6 +63,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--remove-header", metavar="NAME", action="append", help="remove from each answer; may be repeated"
     )
     parser.add_argument(
+        "--force-https",
+        action=argparse.BooleanOptionalAction,
+        help="send requests without TLS to the same place over it",
+    )
+    parser.add_argument(
         "--maintenance", metavar="FILE", help="answer all requests with 503 and this page, HTML or text"
     )
 
@@ -82,6 +85,8 @@ def _read_options(args: argparse.Namespace) -> dict[str, Any]:
         options["response_headers"] = headers
     if args.proxy_protocol:
         options["proxy_protocol"] = args.proxy_protocol
+    if args.force_https is not None:
+        options["force_https"] = args.force_https
     if args.maintenance:
         try:
             options["maintenance"] = Path(args.maintenance).read_text("utf-8")

@@ -68,3 +68,9 @@ def test_flags_that_say_nothing_are_refused(client: FakeClient, flags: list[str]
     with pytest.raises(ClientError, match=flags[0]):
         run("set", "web", *flags)
     assert client.posts == []
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--force-https", True), ("--no-force-https", False)])
+def test_redirect_to_tls_is_turned_on_and_off(client: FakeClient, flag: str, value: bool) -> None:
+    run("set", "web", flag)
+    assert client.posts == [("/v1/apps/web/options", {"force_https": value})]

@@ -90,6 +90,8 @@ async def test_large_bodies_pass_both_ways(edge: TlsEdge) -> None:
 
 
 async def test_refused_request_gets_its_answer_although_the_rest_of_it_is_still_coming(edge: TlsEdge) -> None:
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
     await edge.machine()
     await edge.start()
     client = await edge.tls_client()
@@ -97,6 +99,7 @@ async def test_refused_request_gets_its_answer_although_the_rest_of_it_is_still_
     response = await client.read_response()
     assert response.error == "PH02"
     assert await client.read_to_end() == b""
+    assert not failures
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
@@ -277,7 +280,9 @@ async def test_idle_connection_is_closed_with_a_notice(edge: TlsEdge) -> None:
     assert await client.read_to_end() == b""
 
 
-async def test_client_that_leaves_within_an_answer_ends_the_exchange_at_once(edge: TlsEdge) -> None:
+async def test_client_that_leaves_within_an_answer_ends_the_exchange_at_once(
+    edge: TlsEdge, caplog: pytest.LogCaptureFixture
+) -> None:
     async def endless(connection: Connection) -> None:
         await connection.read_request()
         connection.writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 999999999\r\n\r\n")
@@ -292,6 +297,7 @@ async def test_client_that_leaves_within_an_answer_ends_the_exchange_at_once(edg
     await client.read(100_000)
     client.writer.close()
     await wait_for(lambda: edge.metrics.aborted["client"] == 1)
+    assert not caplog.records  # uvloop warns of what is written to nobody
 
 
 async def test_drain_lets_the_request_in_flight_finish(edge: TlsEdge) -> None:
