@@ -74,7 +74,12 @@ class FileGuard:
 
     def check_not_older(self, expected: State) -> None:
         """Raise ReplacedError when the file holds an older state, or another site's."""
-        found = read_state(self._connection)
+        try:
+            found = read_state(self._connection)
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                self.check_file(expected)  # something that was copied over it, with our WAL on top
+            raise
         if found is None or found.site != expected.site or found < expected:
             self.refuse("an older state was put into it")
 

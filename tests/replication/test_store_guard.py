@@ -118,6 +118,25 @@ def test_an_older_file_copied_over_it_is_noticed(store, path):
     assert_becomes_another_site(store, path)
 
 
+def test_an_older_file_that_does_not_fit_the_wal_is_noticed_after_a_failure_too(store, path):
+    older = back_up(path)
+    write(store, 2)
+    store.checkpoint(0, 0)
+    store.check_file()
+    shell(
+        path,
+        "PRAGMA writable_schema = ON",
+        "UPDATE sqlite_master SET rootpage = 9999 WHERE name = '_repl_state'",
+        "PRAGMA schema_version = 999",
+    )
+    with pytest.raises(StoreError, match="malformed"):
+        write(store, 3)
+    shutil.copyfile(older, path)
+    with pytest.raises(ReplacedError, match="another state"):
+        store.foreign_writes()
+    assert_becomes_another_site(store, path)
+
+
 def overwrite(older, path):
     shutil.copyfile(older, path)
 
