@@ -235,7 +235,7 @@ def test_why_a_snapshot_cannot_be_taken_in_is_logged_once_until_one_can(
     for outcome in ("unknown table notes", "unknown table notes", "", "unknown table notes"):
         number = pulling.begin()
         pulling.answer(SyncState(number, {PEER: ((1, 9),)}, {PEER: 5}))
-        pulling.answer(SnapshotChunk(number, b"1"), SyncDone(number))
+        pulling.answer(SnapshotChunk(number, b"1"), SyncDone(number, complete=True))
         _, done, failed = pulling.adopting.pop()
         if outcome:
             failed(SnapshotError(outcome))
