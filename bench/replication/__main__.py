@@ -16,13 +16,15 @@ from typing import NamedTuple
 
 from bench.table import Target, compute_spread, describe_machine, print_table, show_number
 
+from .agents import measure_agents
 from .crsqlite import CrSqlite, UnavailableError
-from .million import ROWS, measure_million
+from .million import ROWS, SITES, measure_million
 from .ours import (
     CELLS,
     MODES,
     STEADY_CHANGES,
     STEADY_ROWS,
+    WRITERS,
     Round,
     Sizes,
     measure_agent,
@@ -56,6 +58,7 @@ MEASURES = (
     Measure("single_waiting", "the same when many wait, changesets/s", SIZES.singles),
     Measure("local_single", "write, one row a transaction, store, rows/s", SIZES.singles),
     Measure("agent_single", "the same acknowledged by an agent, rows/s", SIZES.singles, 8_000),
+    Measure("agent_writers", f"the same of {WRITERS} writers at once, rows/s", SIZES.singles, 8_000),
     Measure("local", "write, 1000 rows a transaction, store, rows/s", SIZES.rows),
     Measure("agent", "the same acknowledged by an agent, rows/s", SIZES.rows, 80_000),
     Measure("plain", "for scale: the table alone, 1000 rows a transaction, rows/s", SIZES.rows),
@@ -97,7 +100,14 @@ def main() -> None:
     print_bytes(ours, theirs)
     with tempfile.TemporaryDirectory() as folder:
         print_visible(measure_visible(Path(folder)))
-    print_million({mode: measure_million(mode) for mode in MODES})
+    million: dict[str, dict[str, float]] = {}
+    agents: dict[str, float] = {}
+    for mode in MODES:
+        with tempfile.TemporaryDirectory() as folder:
+            million[mode] = measure_million(Path(folder), mode)
+            agents = agents or measure_agents(Path(folder))
+    print_million(million)
+    print_agents(agents)
 
 
 @contextmanager
@@ -237,6 +247,23 @@ def print_million(found: Mapping[str, Mapping[str, float]]) -> None:
             rows.append([name, mode, shown, *judge(figure, target, f" {unit}")])
     print()
     print_table([f"{ROWS:,} rows, store to store", "by", "isthmus", "target", ""], rows)
+
+
+def print_agents(figures: Mapping[str, float]) -> None:
+    """Print what a new node takes to have many rows, and the memory of agents."""
+    rows = []
+    for name, figure, unit, limit in (
+        ("from the start of a new node until it has all rows", figures["join_s"], "s", 60),
+        ("CPU of both", figures["join_cpu_s"] + figures["holder_cpu_s"], "s", None),
+        ("most memory of the new node", figures["join_peak_mb"], "MB", None),
+        ("most memory of the node that has them", figures["holder_peak_mb"], "MB", None),
+        (f"memory of a node among {SITES:,} members", figures["stand_mb"], "MB", 300),
+        ("the most that it had", figures["stand_peak_mb"], "MB", 300),
+    ):
+        target = Target(limit, at_least=False) if limit else None
+        rows.append([name, f"{show_number(figure)} {unit}", *judge(figure, target, f" {unit}")])
+    print()
+    print_table([f"{ROWS:,} rows of {SITES:,} sites, agents, by row", "isthmus", "target", ""], rows)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from replication.agent import Agent
 from replication.core.change import Commit, EncodedChangeset
 from replication.schema import Schema
 from replication.settings import AgentSettings
+from replication.statements import Statement
 from replication.store import Store
 
 TABLE = """CREATE TABLE items (
@@ -35,6 +36,7 @@ UPDATE = f"UPDATE items SET ({COLUMNS}) = (?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE id =
 UPDATE_TWO = "UPDATE items SET c3 = ?, c5 = ? WHERE id = ?"
 # What an agent gives to the store at once when changesets wait.
 WAITING = 512
+WRITERS = 64  # of an agent, at the same time
 # How far behind the clock of one who writes the same rows is, so that all it writes loses.
 STALE_MS = 60_000
 LOG_BYTES_MAX = 1 << 30  # all of it
@@ -221,21 +223,31 @@ def measure_steady(folder: Path, mode: str) -> tuple[int, int]:
 
 
 def measure_agent(folder: Path, mode: str, sizes: Sizes) -> dict[str, float]:
-    """Return CPU seconds of writes through an agent: its thread, its event loop, each awaited in turn."""
+    """Return CPU seconds of writes through an agent, its thread and its event loop together.
+
+    Each is awaited before the next, but for those of many writers.
+    """
     settings = AgentSettings("bench", folder / "agent.db", bind=("127.0.0.1", 0))
     commits: list[Commit] = []
     cpu: dict[str, float] = {}
-    statements = [(INSERT, (i, *compute_row(i, 0))) for i in range(sizes.singles + sizes.rows)]
-    ones, many = statements[: sizes.singles], statements[sizes.singles :]
+    statements = [(INSERT, (i, *compute_row(i, 0))) for i in range(2 * sizes.singles + sizes.rows)]
+    ones, many = statements[: sizes.singles], statements[2 * sizes.singles :]
+    shared = statements[sizes.singles : 2 * sizes.singles]
+
+    async def write_in_turn(agent: Agent, statements: Sequence[Statement]) -> None:
+        for statement in statements:
+            await agent.execute([statement])
 
     async def act() -> None:
         agent = Agent(settings, make_schema(mode), on_commit=commits.append)
         await agent.start()
         try:
             before = time.process_time()
-            for statement in ones:
-                await agent.execute([statement])
+            await write_in_turn(agent, ones)
             cpu["agent_single"] = time.process_time() - before
+            before = time.process_time()
+            await asyncio.gather(*(write_in_turn(agent, shared[i::WRITERS]) for i in range(WRITERS)))
+            cpu["agent_writers"] = time.process_time() - before
             before = time.process_time()
             for first in range(0, sizes.rows, sizes.batch):
                 await agent.execute(many[first : first + sizes.batch])
