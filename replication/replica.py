@@ -393,11 +393,12 @@ class Replica:
                     self.recovery.handle_claims(message.updates)
                 self._run_swim(self.swim.handle_members(message, peer, now_ms))
             case Beats():
-                self.freshness.handle_beats(peer, message.beats, now_ms, self._host.wall_ms())
+                newer = self.freshness.handle_beats(peer, message.beats, now_ms, self._host.wall_ms())
+                self._send_beats(link, newer)
                 self._arm()
             case SyncOpen() | SyncAsk() | SnapshotAsk() | DigestAsk() | StatesAsk():
                 if isinstance(message, SyncOpen):
-                    self._send_beats(link)
+                    self._send_beats(link, self.freshness.export(now_ms))
                 self.server.handle_request(link, message)
             case DigestRanges() | SyncState() | SnapshotChunk() | SyncDone() | SyncBusy() if (
                 self.verifier.owns(message)
@@ -507,7 +508,7 @@ class Replica:
         return rtt_ms if rtt_ms is not None else float("inf")
 
     def _run_freshness(self) -> None:
-        for output in self.freshness.tick(self._host.now_ms(), self.tree.eager):
+        for output in self.freshness.tick(self._host.now_ms(), self.tree.eager, self.tree.untried):
             match output:
                 case freshness.SendFrame(peer, message):
                     self.links.send(peer, encode(message))
@@ -528,8 +529,8 @@ class Replica:
             lambda error: self._note_failed("beat", error),
         )
 
-    def _send_beats(self, link: Link) -> None:
-        for message in self.freshness.export():
+    def _send_beats(self, link: Link, messages: Iterable[Beats]) -> None:
+        for message in messages:
             link.send(encode(message))
 
     def _find_equals(self) -> dict[SiteId, Address]:
@@ -603,7 +604,7 @@ class Replica:
                 self.sync_counters["failed_dial"] += 1
                 self._end_sync(peer, ok=False, received=0)
             else:
-                self._send_beats(link)
+                self._send_beats(link, self.freshness.export(self._host.now_ms()))
                 self.puller.begin(peer, link, borrowed=is_ours)
 
         self.links.borrow(peer, self.swim.members[peer].info.address, borrowed)

@@ -6,13 +6,14 @@ distances, with the product's bounds. Invariant: a figure follows from its seed;
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
 from bench.table import Target, describe_machine, print_table, show_number
 from replication.core.change import Commit
-from replication.core.freshness import FreshnessSettings
+from replication.core.wire import Beats, Graft, IHave, Large, Message, Prune, Push, get_kind
 from replication.replica import ReplicaSettings
 from replication.simulator.checkers import Checkers, Id, Subject
 from replication.simulator.events import EventQueue
@@ -21,8 +22,12 @@ from replication.simulator.simulation import Scenario, Simulation
 from replication.simulator.workload import KEYS, TABLES
 
 LOSS = 0.02
-# Heartbeats are most of the work of an hour in virtual time, and have no part in what is measured here.
-HEARTBEATS = FreshnessSettings(beat_interval_ms=60_000, flush_ms=2_000)
+# What is sent on streams for the broadcast and for heartbeats; all else belongs to sessions: syncs, the part
+# of the member list that goes along, and the comparison of tables.
+STREAMED: dict[type[Message], str] = {
+    Beats: "beat_bytes",
+    **dict.fromkeys((Push, IHave, Graft, Prune, Large), "tree_bytes"),
+}
 # Links come up and members are measured; then some writes find the tree.
 SETTLE_S = 20
 FIRST_WRITES = 10
@@ -51,6 +56,9 @@ SPREAD = (
     Measure("synced", "of these brought by syncs", ""),
     Measure("datagrams", "SWIM: datagrams/s per node", ""),
     Measure("datagram_bytes", "SWIM: bytes/s per node", ""),
+    Measure("beat_bytes", "heartbeats: bytes/s per node", ""),
+    Measure("session_bytes", "syncs, member lists: bytes/s per node", ""),
+    Measure("tree_bytes", "broadcast: bytes/s per node", ""),
     Measure("bytes", "all bytes/s per node", ""),
 )
 HEAL = (
@@ -69,6 +77,11 @@ class Arrivals(Checkers):
         self.queue = EventQueue()  # replaced by the simulation's
         self.written_us: dict[Id, int] = {}
         self.arrived_us: dict[Id, dict[int, int]] = {}
+        self.streamed: Counter[str] = Counter()  # bytes
+
+    def count_frame(self, frame: bytes) -> None:
+        """Note what a frame is for."""
+        self.streamed[STREAMED.get(get_kind(frame), "session_bytes")] += len(frame)
 
     def acknowledge(self, node: int, id_: Id, tx: str, parts: int) -> None:
         """Note when a changeset was written."""
@@ -86,9 +99,10 @@ def make_cluster(seed: int, nodes: int, regions: int) -> tuple[Simulation, Arriv
     """Return a cluster that has joined and settled."""
     arrivals = Arrivals()
     scenario = Scenario(seed=seed, nodes=nodes, faults=(), regions=regions, loss=LOSS, joined=True)
-    settings = NodeSettings(seed, ReplicaSettings(freshness=HEARTBEATS))
+    settings = NodeSettings(seed, ReplicaSettings())
     simulation = Simulation(scenario, settings=settings, checkers=arrivals)
     arrivals.queue = simulation.queue
+    simulation.network.on_frame = arrivals.count_frame
     simulation.start_all()
     run_for(simulation, SETTLE_S)
     return simulation, arrivals
@@ -99,12 +113,13 @@ def run_for(simulation: Simulation, seconds: float) -> None:
     simulation.queue.run_until(simulation.queue.now_us + int(seconds * 1e6))
 
 
-def count(simulation: Simulation) -> dict[str, int]:
+def count(simulation: Simulation, arrivals: Arrivals) -> dict[str, int]:
     """Return what was sent so far."""
     return {
         "pushed": sum(node.replica.counters["payloads_pushed"] for node in simulation.nodes),
         "synced": sum(node.replica.sync_counters["changesets_served"] for node in simulation.nodes),
         **{name: simulation.network.counters[name] for name in ("datagrams", "datagram_bytes", "bytes")},
+        **{name: arrivals.streamed[name] for name in ("beat_bytes", "session_bytes", "tree_bytes")},
     }
 
 
@@ -121,10 +136,10 @@ def measure_spread(seed: int, nodes: int, regions: int) -> dict[str, float]:
 
     write(FIRST_WRITES)
     run_for(simulation, WRITE_EVERY_S)
-    before, begun_us = count(simulation), simulation.queue.now_us
+    before, begun_us = count(simulation, arrivals), simulation.queue.now_us
     write(WRITES)
     run_for(simulation, PATIENCE_S)
-    sent = {name: value - before[name] for name, value in count(simulation).items()}
+    sent = {name: value - before[name] for name, value in count(simulation, arrivals).items()}
     took_ms = sorted(compute_latencies_ms(arrivals, nodes, since_us=begun_us))
     copies = WRITES * (nodes - 1)
     node_seconds = nodes * (simulation.queue.now_us - begun_us) / 1e6
@@ -132,9 +147,9 @@ def measure_spread(seed: int, nodes: int, regions: int) -> dict[str, float]:
         "p50": took_ms[len(took_ms) // 2],
         "p99": took_ms[len(took_ms) * 99 // 100],
         "last": took_ms[-1],
+        **{name: amount / node_seconds for name, amount in sent.items()},
         "copies": (sent["pushed"] + sent["synced"]) / copies,
         "synced": sent["synced"] / copies,
-        **{name: sent[name] / node_seconds for name in ("datagrams", "datagram_bytes", "bytes")},
         "cpu_s": time.process_time() - started_s,
     }
 

@@ -84,6 +84,7 @@ class _GraftDue(NamedTuple):
 @dataclass(slots=True)
 class _Peer:
     eager: bool = True  # every link starts in the tree; duplicates take it out
+    tried: bool = False  # set by the first push along it, in either direction
 
 
 @dataclass(slots=True)
@@ -125,6 +126,11 @@ class Plumtree:
         return [site for site, peer in self._peers.items() if peer.eager]
 
     @property
+    def untried(self) -> list[SiteId]:
+        """Those of the eager peers of which no push has shown yet whether they are part of the tree."""
+        return [site for site, peer in self._peers.items() if peer.eager and not peer.tried]
+
+    @property
     def lazy(self) -> list[SiteId]:
         """The peers that get changesets announced."""
         return [site for site, peer in self._peers.items() if not peer.eager]
@@ -153,6 +159,7 @@ class Plumtree:
         if self._peers.pop(site, None) is not None and not self.eager:
             for peer in self._peers.values():
                 peer.eager = True
+                peer.tried = False
 
     def broadcast(self, changeset: EncodedChangeset, now_ms: float) -> list[Output]:
         """Spread a changeset of our own."""
@@ -221,6 +228,8 @@ class Plumtree:
 
     def _handle_push(self, peer: SiteId, changeset: EncodedChangeset, now_ms: float) -> None:
         id_ = (changeset.site, changeset.version)
+        if peer in self._peers:
+            self._peers[peer].tried = True
         self._missing.pop(id_, None)
         if self._knows(id_):
             self.counters["pushes_duplicate"] += 1
@@ -320,6 +329,8 @@ class Plumtree:
 
     def _push(self, peer: SiteId, changeset: EncodedChangeset) -> None:
         self.counters["pushes_sent"] += 1
+        if peer in self._peers:
+            self._peers[peer].tried = True
         self._out.append(SendFrame(peer, Push(changeset)))
 
     def _flush_announced(self) -> None:

@@ -547,6 +547,12 @@ def encode(message: Message) -> bytes:
     return msgpack.packb(row, use_bin_type=True)
 
 
+def get_kind(frame: bytes) -> type[Message]:
+    """Return what kind of message `encode` made, without a look at the rest."""
+    kind: type[Message] = _Registry.KINDS[frame[2]]
+    return kind
+
+
 def decode_datagram(data: bytes) -> Datagram:
     """Return the datagram message in the bytes; raises WireError."""
     if len(data) > DATAGRAM_BYTES_MAX:

@@ -117,6 +117,8 @@ class Link:
         network = self._network
         network.counters["frames"] += 1
         network.counters["bytes"] += len(frame)
+        if network.on_frame is not None:
+            network.on_frame(frame)
         self._due_us = max(self._due_us, network.compute_frame_due_us(self, len(frame)))
         self._queue.append((self._due_us, frame))
         self._queued_bytes += len(frame)
@@ -196,6 +198,7 @@ class Network:
         self.trace = trace
         self.conditions = Conditions(usual_loss=loss, loss=loss)
         self.counters: Counter[str] = Counter()
+        self.on_frame: Callable[[bytes], None] | None = None  # called for each that is sent, for who counts
         # A stream for each kind of chance, so that one fault more does not change all others.
         self._loss = Random(f"{seed}/network/loss")
         self._duplicate = Random(f"{seed}/network/duplicate")

@@ -17,6 +17,8 @@ from replication.core.freshness import BeatDue, Freshness, FreshnessSettings
 from replication.core.versions import VersionRanges
 
 NODES_MAX = 5
+# Every beat is overdue at once, so that a node asks for all of them.
+HURRIED = FreshnessSettings(beat_interval_ms=0, beat_interval_per_member_ms=0)
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Node:
     answers: list[tuple[BeatDue, int, Hlc]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.core = Freshness(self.site, FreshnessSettings(), Random(1), seen=lambda: self.seen)
+        self.core = Freshness(self.site, HURRIED, Random(1), seen=lambda: self.seen)
         self.core.set_roll(self.roll)
+        self.core.start(0)
 
     def head(self, site: SiteId) -> int:
         return self.seen[site].head if site in self.seen else 0
@@ -109,8 +112,10 @@ class World:
         node.answers.clear()
 
     def pass_beats(self, node: Node, peer: Node) -> None:
-        for message in peer.core.export():
-            node.core.handle_beats(peer.site, message.beats, self.now_ms, self.wall_ms(node))
+        for question in node.core.export(self.now_ms):
+            wall_ms = self.wall_ms(peer)
+            for answer in peer.core.handle_beats(node.site, question.beats, self.now_ms, wall_ms):
+                node.core.handle_beats(peer.site, answer.beats, self.now_ms, self.wall_ms(node))
 
     def beat(self, node: Node, peer: Node) -> None:
         """Beat, while other things go on between the steps of it."""

@@ -1,5 +1,6 @@
 """Heartbeats: how old a view is, and what everybody has."""
 
+from collections.abc import Sequence
 from random import Random
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from replication.core.clock import NEVER, SiteId, hlc_from_ms
 from replication.core.freshness import BeatDue, Freshness, FreshnessSettings, SendFrame
 from replication.core.versions import VersionRanges
-from replication.core.wire import Beats, Heartbeat
+from replication.core.wire import Heartbeat
 
 WALL = 1_000_000
 
@@ -43,8 +44,12 @@ class Node:
         (due,) = (item for item in self.core.tick(now_ms, ()) if isinstance(item, BeatDue))
         return due
 
-    def take(self, *beats: Heartbeat, peer: SiteId = A) -> None:
-        self.core.handle_beats(peer, beats, 5_000, WALL)
+    def take(self, *beats: Heartbeat, peer: SiteId = A) -> list[Heartbeat]:
+        """Take beats, and return what the peer is told."""
+        return [one for frame in self.core.handle_beats(peer, beats, 5_000, WALL) for one in frame.beats]
+
+    def export(self, now_ms: float) -> list[Heartbeat]:
+        return [one for frame in self.core.export(now_ms) for one in frame.beats]
 
     def see(self, of: SiteId, head: int) -> None:
         self.heads[of] = head
@@ -54,8 +59,8 @@ class Node:
         """Make our own beat, of this moment."""
         self.core.handle_own(self.due(), 1, hlc_from_ms(WALL), 5_000)
 
-    def flush(self, *eager: SiteId) -> dict[SiteId, list[SiteId]]:
-        sent = [item for item in self.core.tick(5_200, eager) if isinstance(item, SendFrame)]
+    def flush(self, *eager: SiteId, untried: Sequence[SiteId] = ()) -> dict[SiteId, list[SiteId]]:
+        sent = [item for item in self.core.tick(5_200, eager, untried) if isinstance(item, SendFrame)]
         return {item.peer: [one.site for one in item.message.beats] for item in sent}
 
 
@@ -100,6 +105,19 @@ def test_news_goes_to_eager_peers_but_not_back():
     assert node.flush(A, B, C) == {}
 
 
+def test_of_links_that_may_not_be_part_of_the_tree_news_goes_along_some_and_not_always_the_same():
+    node = Node()
+    untried = [site(number) for number in range(10, 20)]
+    chosen = set()
+    for ago_ms in range(100, 0, -10):
+        node.take(beat(A, 0, ago_ms))
+        sent = node.flush(B, *untried, untried=untried)
+        assert B in sent
+        assert len(sent) == 5
+        chosen |= sent.keys()
+    assert len(chosen) > 8
+
+
 def test_news_is_batched_in_frames_of_bounded_size():
     node = Node(sites_max=3_000)
     node.take(*(beat(SiteId(number.to_bytes(16)), 0, ago_ms=1) for number in range(1, 3_000)))
@@ -112,6 +130,57 @@ def test_a_flush_waits_for_more_news():
     node.take(beat(A, 0, ago_ms=1))
     assert node.core.next_at() == 5_150
     assert node.core.tick(5_149, (B,)) == []
+
+
+def test_the_rarer_the_beats_the_longer_a_flush_waits():
+    node = Node(*(site(number) for number in range(1, 100)), beat_interval_per_member_ms=200)
+    node.take(beat(A, 0, ago_ms=1))
+    assert node.core.next_at() == 5_000 + 20_000 / 40
+
+
+def test_who_is_overdue_is_asked_for_and_a_peer_that_heard_of_it_since_answers():
+    node = Node(A, B, C)
+    node.take(beat(A, 3, ago_ms=2_000), beat(B, 3, ago_ms=2_000))
+    node.core.handle_beats(A, [beat(B, 3, ago_ms=1_000)], 6_000, WALL)
+    old = node.export(6_500)
+    asked = {one.site: one.hlc for one in old}
+    assert asked == {US: NEVER, A: hlc_from_ms(WALL - 2_000), C: NEVER}
+    peer = Node(US, B, C)
+    newer = [beat(A, 9, ago_ms=1_000), beat(C, 1, ago_ms=100)]
+    peer.take(*newer)
+    assert sorted(peer.take(*old, peer=US)) == sorted(newer)
+    assert node.take(*newer) == []
+
+
+def test_nobody_is_overdue_soon_after_the_start():
+    node = Node(A)
+    assert [one.site for one in node.export(5_400)] == [US]
+    assert {one.site for one in node.export(5_500)} == {US, A}
+
+
+def test_what_is_asked_for_at_once_is_bounded():
+    node = Node(*(SiteId(number.to_bytes(16)) for number in range(1, 1_000)))
+    assert len(node.export(1_000_000)) == 129
+
+
+def test_a_question_is_no_news():
+    node = Node(A, B)
+    assert node.take(Heartbeat(B, 0, NEVER, NEVER, 0)) == []
+    assert node.core.measure()["beats"][0] == 0
+    assert node.flush(C) == {}
+
+
+def test_what_comes_late_along_the_tree_is_not_answered():
+    node = Node(A, B)
+    node.take(beat(B, 0, ago_ms=100))
+    assert node.take(beat(B, 0, ago_ms=100), beat(B, 0, ago_ms=1_099)) == []
+    assert node.take(beat(B, 0, ago_ms=1_100)) == [beat(B, 0, ago_ms=100)]
+
+
+def test_a_node_that_went_back_in_time_is_told_of_its_clock():
+    node = Node(A)
+    node.take(beat(A, 5, ago_ms=100))
+    assert node.take(beat(A, 4, ago_ms=101), peer=A) == [beat(A, 5, ago_ms=100)]
 
 
 @pytest.mark.parametrize(("members", "interval_ms"), [(2, 1_000), (40, 1_000), (1_000, 20_020)])
@@ -145,7 +214,7 @@ def test_our_own_beats_never_go_back():
     node = Node()
     node.beats()
     node.core.handle_own(node.due(), 2, hlc_from_ms(WALL - 1), 5_000)
-    assert node.core.export() == [Beats((Heartbeat(US, 1, hlc_from_ms(WALL), hlc_from_ms(WALL), node.roll),))]
+    assert node.export(5_000) == [Heartbeat(US, 1, hlc_from_ms(WALL), hlc_from_ms(WALL), node.roll)]
     assert node.core.counters["own_clock_back"] == 1
 
 

@@ -90,6 +90,21 @@ def test_announces_to_those_who_pruned_it():
     assert node.tree.tick(500) == []
 
 
+def test_a_link_is_untried_until_something_was_pushed_along_it_and_again_when_the_tree_breaks():
+    node = Node()
+    assert node.tree.untried == [A, B, C]
+    node.take(C, Push(changeset()))
+    assert node.tree.untried == []
+    node.tree.handle_peer_down(B)
+    node.tree.handle_peer_up(B)
+    assert node.tree.untried == [B]
+    for peer in (A, B, C):
+        node.take(peer, Prune())
+    assert node.tree.untried == []
+    node.tree.handle_peer_down(C)
+    assert node.tree.untried == [A, B]
+
+
 def test_grafts_what_was_announced_and_did_not_come():
     node = Node()
     node.take(A, Prune())

@@ -76,6 +76,11 @@ def test_a_frame_is_not_taken_for_a_datagram_or_the_other_way_round():
         wire.decode_frame(wire.encode(DATAGRAMS[0]))
 
 
+@pytest.mark.parametrize("message", FRAMES, ids=lambda message: type(message).__name__)
+def test_the_kind_of_a_frame_is_told_without_decoding_it(message):
+    assert wire.get_kind(wire.encode(message)) is type(message)
+
+
 def altered(message: wire.Message, field: str, value: object) -> bytes:
     row = list(msgpack.unpackb(wire.encode(message), use_list=False))
     row[2 + [item.name for item in fields(message)].index(field)] = value
