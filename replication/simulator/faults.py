@@ -28,6 +28,7 @@ class Cluster(Protocol):
     nodes: list[Node]
     disks: list[Disk]
     clocks: list[WallClock]
+    regions: int  # over which the nodes are dealt out in turn
 
     @property
     def conditions(self) -> Conditions:
@@ -156,11 +157,21 @@ def _partition(cluster: Cluster, rng: Random) -> Begun:
     count = len(cluster.nodes)
     size = rng.randrange(1, max(2, count // 2 + 1))
     inside = sorted(rng.sample(range(count), min(size, count - 1)))
-    if not inside:
+    return _isolate(cluster, inside), rng.uniform(3, 25)
+
+
+def _region(cluster: Cluster, rng: Random) -> Begun:
+    region = rng.randrange(min(cluster.regions, len(cluster.nodes)))
+    inside = [index for index in range(len(cluster.nodes)) if index % cluster.regions == region]
+    if len(inside) == len(cluster.nodes):
         return None
-    outside = [index for index in range(count) if index not in inside]
+    return _isolate(cluster, inside), rng.uniform(5, 40)
+
+
+def _isolate(cluster: Cluster, inside: list[int]) -> Heal:
+    outside = [index for index in range(len(cluster.nodes)) if index not in inside]
     pairs = [pair for a in inside for b in outside for pair in ((a, b), (b, a))]
-    return _cut(cluster, pairs, f"cuts {inside} off from the others"), rng.uniform(3, 25)
+    return _cut(cluster, pairs, f"cuts {inside} off from the others")
 
 
 def _oneway(cluster: Cluster, rng: Random) -> Begun:
@@ -271,6 +282,7 @@ FAULTS: dict[str, Callable[[Cluster, Random], Begun]] = {
     "reorder": _reorder,
     "slow": _slow,
     "partition": _partition,
+    "region": _region,
     "oneway": _oneway,
     "crash": _crash,
     "power": _power,

@@ -92,6 +92,7 @@ class Simulation:
         self.queue = EventQueue()
         self.nodes: list[Node] = []  # by index; of one that is down its last life
         self.clocks = [WallClock() for _ in range(scenario.nodes)]
+        self.regions = scenario.regions
         schema = make_schema()
         self.disks = [
             Disk(
