@@ -6,7 +6,7 @@ import asyncio
 import json
 from dataclasses import dataclass
 
-DEADLINE_S = 5.0
+DEADLINE_S = 20.0
 
 
 @dataclass

@@ -93,7 +93,7 @@ class Edge:
         return await client.read_response()
 
 
-async def wait_for(condition: Callable[[], bool], deadline_s: float = 5.0) -> None:
+async def wait_for(condition: Callable[[], bool], deadline_s: float = 20.0) -> None:
     """Wait until it holds; the loop runs meanwhile."""
     async with asyncio.timeout(deadline_s):
         while not condition():  # noqa: ASYNC110 - conditions are about the outside of what is tested

@@ -33,7 +33,7 @@ QUICK = SwimSettings(
 )
 
 
-async def eventually(condition: Callable[[], object], within_s: float = 10.0) -> float:
+async def eventually(condition: Callable[[], object], within_s: float = 30.0) -> float:
     """Wait until the condition holds; return how long it took."""
     started = time.monotonic()
     while True:
