@@ -21,7 +21,8 @@ clocks in the range, but for what is left to a writer.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
 
 from .core.change import RowChange
 from .core.codec import CodecError, check_rows, pack, unpack
@@ -46,15 +47,16 @@ Range = tuple[bytes, int, bytes]  # the upper key, live rows up to it, their dig
 Bounds = tuple[bytes | None, bytes | None]  # keys behind the one, up to the other; None is no bound
 
 
-class Healed(NamedTuple):
+@dataclass(slots=True)
+class Healed:
     """What became of a peer's states: rows that changed, and those left to their writer, by writer.
 
     commits are to be published like any others; more than one where a row had to be told from others.
     """
 
-    commits: list[Commit]
-    rows: int
-    unresolved: Counter[SiteId]
+    commits: list[Commit] = field(default_factory=list)
+    rows: int = 0
+    unresolved: Counter[SiteId] = field(default_factory=Counter)
 
 
 def read_ranges(store: Store, table: str, after: bytes | None, rows_max: int) -> tuple[list[Range], bool]:
@@ -139,19 +141,36 @@ def heal(
 
     is_gone says of a site that it will not be heard of again. Chunks are merged one by one: one that
     is lost is no matter. Raises SnapshotError for what is malformed, of another schema, or too far in the
-    future.
+    future, and what chunks and store raise, all of it only while nothing has been committed.
     """
-    healed = Healed([], 0, Counter())
-    for chunk in chunks:
-        try:
-            admitted = store.applier.admit_states(read_states_chunk(chunk), wall_ms)
-            if admitted is not None:
-                check_states(*admitted)
-        except CodecError as error:
-            raise SnapshotError(str(error)) from error
-        if admitted is not None:
-            healed = _heal_part(_Healing(store, admitted[0], peer, is_gone), admitted[1], wall_ms, healed)
+    healed = Healed()
+    try:
+        for chunk in chunks:
+            _heal_chunk(store, chunk, wall_ms, peer, is_gone, healed)
+    except Exception:
+        # A commit that is not told of is a gap in our own versions, on all nodes; what is left still differs
+        # the next time.
+        if not healed.commits:
+            raise
     return healed
+
+
+def _heal_chunk(
+    store: Store,
+    chunk: bytes,
+    wall_ms: int,
+    peer: SiteId,
+    is_gone: Callable[[SiteId], bool],
+    healed: Healed,
+) -> None:
+    try:
+        admitted = store.applier.admit_states(read_states_chunk(chunk), wall_ms)
+        if admitted is not None:
+            check_states(*admitted)
+    except CodecError as error:
+        raise SnapshotError(str(error)) from error
+    if admitted is not None:
+        _heal_part(_Healing(store, admitted[0], peer, is_gone), admitted[1], wall_ms, healed)
 
 
 def adopt_strays(
@@ -182,7 +201,7 @@ def _decode_key(table: Table, packed: bytes | None) -> Key | None:
     return key
 
 
-def _heal_part(healing: _Healing, part: TableStates, wall_ms: int, healed: Healed) -> Healed:
+def _heal_part(healing: _Healing, part: TableStates, wall_ms: int, healed: Healed) -> None:
     """Merge states; those that SQLite refuses are told from the others by halves, and left."""
     rows: list[RowChange] = []
 
@@ -193,14 +212,14 @@ def _heal_part(healing: _Healing, part: TableStates, wall_ms: int, healed: Heale
     try:
         commit = healing.store.change(work, wall_ms)
     except SnapshotError:
-        if len(part.states) < 2:
-            return healed
         half = len(part.states) // 2
-        for states in (part.states[:half], part.states[half:]):
-            healed = _heal_part(healing, part._replace(states=states), wall_ms, healed)
-        return healed
-    commits = healed.commits if commit is None else [*healed.commits, commit]
-    return Healed(commits, healed.rows + len(rows), healed.unresolved + healing.unresolved)
+        for states in (part.states[:half], part.states[half:]) if half else ():
+            _heal_part(healing, part._replace(states=states), wall_ms, healed)
+        return
+    if commit is not None:
+        healed.commits.append(commit)
+    healed.rows += len(rows)
+    healed.unresolved += healing.unresolved
 
 
 class _Healing:

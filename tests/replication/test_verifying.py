@@ -355,3 +355,20 @@ def test_healing_passes_on_what_was_noted_meanwhile(pair, tmp_path):
     assert len(commit.changesets) == 1
     a.apply(commit.changesets, NOW)
     assert_equal(a, b)
+
+
+def test_what_was_committed_is_told_when_the_rest_of_the_states_cannot_be_read(pair, tmp_path):
+    a, b = pair
+    damage(b, ("DELETE FROM t",), ("DELETE FROM _repl_clock_t",))
+    with sqlite3.connect(tmp_path / "b", isolation_level=None) as other:
+        other.execute("UPDATE c SET x = 'soon' WHERE n = 1")
+    other.close()
+
+    def chunks():
+        yield from read_range_states(a, "t", None, None, 100_000)
+        raise ValueError("read of closed file")
+
+    (commit,) = heal(b, chunks(), NOW, a.site, lambda _: False).commits
+    assert [item.version for item in commit.changesets] == [b.seen()[b.site].last]
+    a.apply(commit.changesets, NOW)
+    assert_equal(a, b)
