@@ -22,6 +22,7 @@ from replication.core.limits import ALL, WriteLimits
 from replication.core.member import Address, MemberInfo, is_address_literal
 from replication.core.probe import Rng
 from replication.core.recovery import Recovery
+from replication.core.repeats import Repeats
 from replication.core.tokens import Token
 from replication.core.wire import Hello
 from replication.database import Database, Params, QueryResult, Statement, is_transient
@@ -95,6 +96,7 @@ class Agent:
         # Apart, so that another client gone mad does not use up what callers may write.
         self._writes = WriteLimits(settings.writes_per_s, now_ms)
         self._foreign_writes = WriteLimits(settings.writes_per_s, now_ms)
+        self._told = Repeats()
         self._deferred: frozenset[str] = frozenset()  # set by each look at the file
         self._tasks: list[asyncio.Task[None]] = []
         self._running = False  # from the end of start to the beginning of stop
@@ -377,7 +379,8 @@ class Agent:
                 await loop()
             except Exception as error:
                 self.counters[f"{name}_failed"] += 1
-                if not is_transient(error) and self._database.lost is None:
+                is_told = is_transient(error) or self._database.lost is not None
+                if not is_told and self._told.is_news(name, str(error), self._host.now_ms()):
                     log.exception("%s failed", name)
             await asyncio.sleep(RESTART_S)
 

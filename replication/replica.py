@@ -23,6 +23,7 @@ from replication.core.needs import Seen
 from replication.core.neighbours import plan_neighbours
 from replication.core.plumtree import Plumtree, PlumtreeSettings
 from replication.core.probe import Rng
+from replication.core.repeats import Repeats
 from replication.core.swim import Swim, SwimSettings
 from replication.core.sync import SyncSchedule, SyncSettings
 from replication.core.tokens import Arrivals, Token
@@ -186,6 +187,7 @@ class Replica:
         self._started_ms = 0.0
         self._host = host
         self._log = log
+        self._told = Repeats()
         self._settings = settings
         self._rng = rng
         self._schedule = SyncSchedule(settings.sync, rng)
@@ -328,6 +330,11 @@ class Replica:
 
     def _compute_stable(self) -> Hlc:
         self.freshness.set_roll(self.swim.compute_roll(self._host.now_ms()))
+        alone_ms = self._host.now_ms() - self._started_ms
+        if not self.swim.members and len(self.seen) > 1 and alone_ms < self._settings.swim.forget_ms:
+            # Somebody else has written here, and may not have been heard of yet. Who has not heard of anybody
+            # for as long as the dead are remembered is alone.
+            return NEVER
         return self.freshness.compute_stable_hlc()
 
     def _find_members(self) -> dict[SiteId, MemberInfo]:
@@ -348,7 +355,9 @@ class Replica:
     def _note_failed(self, what: str, error: Exception) -> None:
         """Count and tell what the database refused; that what others are told of is no news."""
         self.counters[f"{what}_failed"] += 1
-        if not isinstance(error, BusyError | ReadOnlyError | ReplacedError):
+        if isinstance(error, BusyError | ReadOnlyError | ReplacedError):
+            return
+        if self._told.is_news(what, str(error), self._host.now_ms()):
             self._log.error("%s failed", what, exc_info=error)
 
     # --- what comes in --------------------------------------------------------------------------------
