@@ -456,6 +456,9 @@ class Swim:
         if previous is not update.state or moved:
             self.counters[f"became_{update.state.name.lower()}"] += 1
             self._out.append(MemberChanged(update.info, update.state, previous))
+        if not member.is_reachable and self._is_replaced(update.info):
+            self._forget(update.info.site)
+            self._rumors.add(update)  # others may still hold it for alive
 
     def _begin_suspicion(self, member: Member, accuser: SiteId, now_ms: float) -> None:
         count = 1 + len(self.reachable)
@@ -494,6 +497,13 @@ class Swim:
                     self._order.hurry(site)
                 else:
                     self._forget(site)
+
+    def _is_replaced(self, info: MemberInfo) -> bool:
+        """Return whether a later node is reached at a member's address: it is not coming back."""
+        return any(
+            later.info.address == info.address and later.info.incarnation > info.incarnation
+            for later in self.reachable.values()
+        )
 
     def _forget_one(self) -> bool:
         fallen = [member for member in self.members.values() if not member.is_reachable]

@@ -350,6 +350,23 @@ def test_a_fallen_member_whose_address_was_taken_is_forgotten():
     assert node.state(info(2)) is None
 
 
+def test_a_member_that_falls_after_its_address_was_taken_is_forgotten_and_told_of():
+    node = Node(info(2), info(3))
+    node.take(Rumors(info(4, 5, host=2)))
+    node.take(Rumors(info(3), (Update(info(2), DEAD),)))
+    assert node.state(info(2)) is None
+    assert node.state(info(4)) is ALIVE
+    node.run(1_000)
+    assert Update(info(2), DEAD) in {u for message in node.sent(Rumors) for u in message.updates}
+
+
+def test_a_member_that_falls_is_kept_when_who_was_there_before_still_counts_as_alive():
+    node = Node(info(3), info(4, 5, host=2))
+    node.take(Rumors(info(2)))
+    node.take(Rumors(info(3), (Update(info(4, 5, host=2), DEAD),)))
+    assert node.state(info(4)) is DEAD
+
+
 def test_members_are_bounded_and_the_longest_fallen_make_room():
     node = Node(*(info(number) for number in range(2, 12)), members_max=10)
     node.take(Rumors(info(50)))
