@@ -99,7 +99,9 @@ class Verifier:
         self._number = NUMBER_END
         self._tables: list[str] = []  # still to go through in this pass
         self._after: bytes | None = None  # up to where the first of them is done
-        self._wanted: dict[SiteId, None] = {}  # writers of values that only they can tell
+        # Of this slice: writers of values that only they can tell, and those of them who were asked.
+        self._wanted: dict[SiteId, None] = {}
+        self._asked: set[SiteId] = set()
 
     def start(self) -> None:
         """Begin the first pass, some time from now."""
@@ -132,6 +134,7 @@ class Verifier:
         wanted = next((site for site in self._wanted if site in peers), None)
         if wanted is not None:
             del self._wanted[wanted]
+            self._asked.add(wanted)
         peer = wanted or next(iter(pick(self._rng, list(peers), 1)), None)
         if peer is None:
             self._wait(self._begin)
@@ -246,7 +249,7 @@ class Verifier:
             self._drop_spool(session)
             self.counters["rows_healed"] += found.rows
             self.counters["rows_unresolved"] += found.unresolved.total()
-            self._wanted.update(dict.fromkeys(found.unresolved))
+            self._wanted.update((writer, None) for writer in found.unresolved if writer not in self._asked)
             self._advance(session)
 
         self._commit(session, act, lambda found: found.commits, healed)
@@ -265,15 +268,21 @@ class Verifier:
 
     def _end_slice(self, session: _Session, *, strays: bool) -> None:
         self.counters["strays_adopted"] += strays
-        if session.upper is None:
+        if not self._wanted.keys().isdisjoint(self._peers()):
+            self._finish(session, None)  # the same slice again, with the writer
+        elif session.upper is None:
             self._skip_table(session)
         else:
-            self._after = session.upper
-            self._finish(session, None)
+            self._leave_slice(session, session.upper)
 
     def _skip_table(self, session: _Session) -> None:
         self._tables.pop(0)
-        self._after = None
+        self._leave_slice(session, None)
+
+    def _leave_slice(self, session: _Session, after: bytes | None) -> None:
+        self._after = after
+        self._wanted.clear()
+        self._asked.clear()
         self._finish(session, None)
 
     def _finish(self, session: _Session, reason: str | None) -> None:

@@ -303,16 +303,32 @@ def test_a_writer_who_alone_can_tell_what_is_right_is_asked_next(comparing: Comp
     assert comparing.rows() == [(1, "wrong")]
     comparing.go_on()
     assert comparing.asked == [THEIRS, WRITER]
-    comparing.answer_digests()  # of what follows; the row is compared again in the next pass
-    comparing.go_on()
-    comparing.begin_pass()
-    assert comparing.asked[2] in others, "it is asked once for that"
-    comparing.peers = {WRITER: comparing.peers[WRITER]}
-    comparing.link.close()
-    comparing.go_on()
-    comparing.answer_digests()
+    assert comparing.answer_digests().table == "a"
     comparing.hand_in(*comparing.compute_states())
     assert comparing.rows() == [(1, "right")]
+    comparing.go_on()
+    assert comparing.asked[2] in others
+    assert comparing.link.frames[-1].table == "b"
+
+
+def test_a_writer_who_does_not_answer_is_asked_once_for_a_slice(comparing: Comparing) -> None:
+    comparing.write(WRITER, "INSERT INTO a VALUES (1, 'right')")
+    comparing.damage("UPDATE a SET v = 'wrong'")
+    comparing.start()
+    comparing.peers[WRITER] = ("10.0.0.2", 2)
+    comparing.answer_digests()
+    comparing.hand_in(*comparing.compute_states())
+    comparing.go_on()
+    assert comparing.asked == [THEIRS, WRITER]
+    comparing.link.close()
+    del comparing.peers[WRITER]
+    comparing.go_on()
+    comparing.peers[WRITER] = ("10.0.0.2", 2)
+    comparing.answer_digests()
+    comparing.hand_in(*comparing.compute_states())
+    comparing.peers = {THEIRS: comparing.peers[THEIRS]}
+    comparing.go_on()
+    assert comparing.link.frames[-1].table == "b"
 
 
 def test_nobody_in_reach_is_waited_for(comparing: Comparing) -> None:
