@@ -5,7 +5,6 @@ one session at a time, so that nothing is asked for twice; while one answer is b
 more are in memory, as the link is paused then.
 """
 
-import logging
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +27,8 @@ from replication.core.pull import (
     Wait,
 )
 from replication.core.wire import Members, SnapshotAsk, encode
-from replication.errors import ReplicationError, SnapshotError
+from replication.errors import ReplicationError
 from replication.host import Host, Spool
-
-LOG = logging.getLogger(__name__)
 
 # Answers that may wait while one is applied: enough that the peer need not wait for each.
 WAITING_MAX = 2
@@ -89,7 +86,6 @@ class Puller:
         self._session: _Session | None = None
         self._number = 0
         self._partial: Partial | None = None  # of a payload whose session ended before it was whole
-        self._refused = ""  # why the last snapshot could not be taken in; empty once one could be
 
     def begin(self, peer: SiteId, link: Link, *, borrowed: bool) -> None:
         """Bring over what the peer has and we lack; `on_over` is told when that has ended, and how."""
@@ -195,7 +191,6 @@ class Puller:
     def _adopted(self, session: _Session) -> None:
         if self._session is session:
             self._counters["snapshots_received"] += 1
-            self._refused = ""
             session.busy = False
             session.came = 1
             self._drop_spool(session)
@@ -222,10 +217,6 @@ class Puller:
             session.link.retire()
         if error is not None:
             self._counters[f"failed_{getattr(error, 'reason', type(error).__name__)}"] += 1
-        if isinstance(error, SnapshotError) and str(error) != self._refused:
-            # Until somebody mends it nothing comes from whoever has no log of it; once is enough to say so.
-            self._refused = str(error)
-            LOG.warning("a snapshot from %s cannot be taken in: %s", session.peer.hex(), error)
         self._on_over(session.peer, session.received, error)
 
     def _drop_spool(self, session: _Session) -> None:

@@ -56,7 +56,7 @@ from replication.core.wire import (
     decode_frame,
     encode,
 )
-from replication.errors import BusyError, ReadOnlyError, ReplacedError, StoreError
+from replication.errors import BusyError, ReadOnlyError, ReplacedError, SnapshotError, StoreError
 from replication.host import Host, Spool
 from replication.maintenance import Maintenance, MaintenanceSettings, Tidied
 from replication.pulls import Failed, Puller
@@ -621,6 +621,10 @@ class Replica:
     def _on_sync_over(self, peer: SiteId, received: int, error: Exception | None) -> None:
         if isinstance(error, StoreError):
             self._note_failed("sync", error)
+        elif isinstance(error, SnapshotError):
+            # Until somebody mends it nothing comes from whoever has no log of it.
+            if self._told.is_news("snapshot", str(error), self._host.now_ms()):
+                self._log.warning("a snapshot from %s cannot be taken in: %s", peer.hex(), error)
         elif error is not None:
             self._log.debug("sync with %s: %r", peer.hex(), error)
         else:

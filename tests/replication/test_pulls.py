@@ -4,8 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import pytest
-
 from replication.core.change import EncodedChangeset
 from replication.core.clock import SiteId
 from replication.core.member import MemberInfo
@@ -23,7 +21,6 @@ from replication.core.wire import (
     SyncPart,
     SyncState,
 )
-from replication.errors import SnapshotError
 from replication.pulls import WAITING_MAX, Failed, Puller
 from tests.fakes.host import FakeHost
 from tests.fakes.links import FakeLink
@@ -226,23 +223,3 @@ def test_a_peer_that_reads_a_snapshot_for_long_is_not_given_up() -> None:
     assert pulling.over == []
     pulling.answer(SnapshotChunk(number, b"1"), SnapshotChunk(number, b"2"))
     assert pulling.host.spools[0].chunks == [b"1", b"2"]
-
-
-def test_why_a_snapshot_cannot_be_taken_in_is_logged_once_until_one_can(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    pulling = Pulling()
-    for outcome in ("unknown table notes", "unknown table notes", "", "unknown table notes"):
-        number = pulling.begin()
-        pulling.answer(SyncState(number, {PEER: ((1, 9),)}, {PEER: 5}))
-        pulling.answer(SnapshotChunk(number, b"1"), SyncDone(number, complete=True))
-        _, done, failed = pulling.adopting.pop()
-        if outcome:
-            failed(SnapshotError(outcome))
-        else:
-            done()
-            pulling.link.close()
-            pulling.link.is_closed = False
-    assert [record.message for record in caplog.records] == [
-        f"a snapshot from {PEER.hex()} cannot be taken in: unknown table notes"
-    ] * 2
