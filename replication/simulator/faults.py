@@ -14,6 +14,7 @@ from replication.simulator.events import EventQueue
 from replication.simulator.machine import Disk, WallClock
 from replication.simulator.network import BYTES_PER_S, Conditions
 from replication.simulator.node import Node
+from replication.simulator.workload import KEYS
 
 # Between the beginnings of two faults of a kind, at most.
 INTERVAL_S = (4, 60)
@@ -276,6 +277,31 @@ def _io(cluster: Cluster, rng: Random) -> Begun:
     return heal, 0.0
 
 
+# Of the tables that are fought over: a row of the ledger that changes is torn until it is healed.
+_VANDALISMS = (
+    ("UPDATE contended SET n = n + 1000 WHERE k >= ?", "{}"),
+    ("DELETE FROM contended WHERE k = ?", "{}"),
+    ("DELETE FROM _repl_clock_contended WHERE k_k = ?", "{}"),
+    ("INSERT OR IGNORE INTO contended VALUES (?, 'vandal', 0)", "{}"),
+    ("UPDATE settings SET a = 'vandal' WHERE k >= ?", "s{}"),
+    ("DELETE FROM settings WHERE k = ?", "s{}"),
+)
+
+
+def _vandal(cluster: Cluster, rng: Random) -> Begun:
+    node = _choose_running(cluster, rng)
+    sql, key = rng.choice(_VANDALISMS)
+    key = key.format(rng.randrange(KEYS))
+    if node is None or not cluster.disks[node.index].write_past_triggers(sql, key):
+        return None
+    cluster.note(node.index, f"has its tables changed past the triggers: {sql.replace('?', key)}")
+
+    def heal() -> None:
+        pass  # that is for the nodes to do
+
+    return heal, 0.0
+
+
 FAULTS: dict[str, Callable[[Cluster, Random], Begun]] = {
     "loss": _lose,
     "duplicate": _duplicate,
@@ -290,4 +316,7 @@ FAULTS: dict[str, Callable[[Cluster, Random], Begun]] = {
     "clock": _clock,
     "disk": _disk,
     "io": _io,
+    "vandal": _vandal,
 }
+# Those of a run for which none are named. A vandal is left out, as tables that differ are a bug without one.
+USUAL = tuple(kind for kind in FAULTS if kind != "vandal")
