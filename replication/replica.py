@@ -265,12 +265,19 @@ class Replica:
             return commit, store.seen()
 
         def adopted(result: tuple[Commit | None, dict[SiteId, VersionRanges]]) -> None:
-            for site, ranges in result[1].items():
-                self.seen.setdefault(site, VersionRanges()).update(ranges)
-                self._on_seen(site)
+            self._merge_seen(result[1])
             done()
 
         self._host.commit(act, lambda result: some(result[0]), adopted, failed)
+
+    def reread_seen(self) -> None:
+        """Learn from the store what it has seen; what it had not told us of comes with this."""
+        self._host.run(Store.seen, self._merge_seen, lambda error: self._note_failed("reread", error))
+
+    def _merge_seen(self, seen: dict[SiteId, VersionRanges]) -> None:
+        for site, ranges in seen.items():
+            self.seen.setdefault(site, VersionRanges()).update(ranges)
+            self._on_seen(site)
 
     def _mark_seen(self, changeset: EncodedChangeset) -> None:
         ranges = self.seen.setdefault(changeset.site, VersionRanges())

@@ -26,6 +26,7 @@ from tests.fakes.verification import write_past_triggers
 from tests.replication.network import Network, Relay
 
 KEY = b"k" * 32
+NOW = 1_700_000_000_000
 SCHEMA = Schema.parse("CREATE TABLE items (id INTEGER PRIMARY KEY, v TEXT NOT NULL DEFAULT '');")
 # Four times the default pace, so that a death takes a second or two.
 QUICK = SwimSettings(
@@ -620,3 +621,20 @@ async def test_what_was_changed_behind_the_triggers_is_found_and_put_right(clust
     await eventually(equal)
     assert (await b.query("SELECT count(*) FROM items WHERE v = 'v' || id")).rows == [(300,)]
     assert b.status()["counters"]["verification"]["rows_healed"] >= 17
+
+
+async def test_a_commit_that_nobody_was_told_of_is_made_up_for_by_the_next(cluster):
+    a = await cluster.start("a")
+    await insert(a, 1)
+    await a._database.run(lambda store: store.execute([("INSERT INTO items VALUES (2, '')", ())], NOW))
+    assert a.status()["sites"][a.site.hex()]["head"] == 1
+    await insert(a, 3)
+    await eventually(lambda: a.status()["sites"][a.site.hex()] == {"head": 3, "last": 3, "gaps": []})
+    assert cluster.commits["a"][-1].reload == ("items",)
+    assert a.status()["counters"]["agent"]["commits_missed"] == 1
+    b = await cluster.start("b")
+
+    async def there() -> bool:
+        return await ids(b) == [1, 2, 3]
+
+    await eventually(there)
