@@ -9,7 +9,7 @@ PYTHON ?= python3
 BASE_PORT ?= 8080
 # Simulated clusters in a soak, a fraction of a second each.
 SEEDS ?= 300
-# What the runs of bench-simulated follow from; a quarter of an hour of one core each.
+# What the runs of bench-simulated follow from; many minutes of one core each.
 SIMULATED_SEEDS ?= 1
 # How often a writer is killed, a third of a second each.
 KILLS ?= 300
