@@ -45,7 +45,7 @@ MEMORY_BASE = 256 * 1024
 
 def open_snapshot(chunk: bytes) -> None:
     """Read a chunk wherever in a snapshot it may come."""
-    head = msgpack.packb((1, "head", []))
+    head = msgpack.packb((1, "head", [], 0))
     end = msgpack.packb((1, "end", 2))
     if chunk[:7] == head[:7]:
         list(read_snapshot([chunk, msgpack.packb((1, "end", 1))]))
@@ -90,7 +90,7 @@ VALID: dict[str, list[bytes]] = {
     ],
     "changeset": [CHANGESET],
     "snapshot": [
-        msgpack.packb((1, "head", [(SITE, [(1, 4), (6, 9)]), (OTHER, [])])),
+        msgpack.packb((1, "head", [(SITE, [(1, 4), (6, 9)]), (OTHER, [])], 7)),
         msgpack.packb((1, "parked", [(SITE, 3, CHANGESET)])),
     ],
 }
@@ -295,8 +295,8 @@ LOOKALIKES: dict[str, tuple[str, Any]] = {
     ),
     "a text for a site": ("snapshot", (1, "parked", [("s" * 16, 1, b"")])),
     "a version beyond what the log packs": ("snapshot", (1, "parked", [(SITE, 2**40, b"")])),
-    "halves of versions": ("snapshot", (1, "head", [(SITE, [(1.5, 2.5)])])),
-    "ranges out of order": ("snapshot", (1, "head", [(SITE, [(5, 6), (1, 2)])])),
+    "halves of versions": ("snapshot", (1, "head", [(SITE, [(1.5, 2.5)])], 0)),
+    "ranges out of order": ("snapshot", (1, "head", [(SITE, [(5, 6), (1, 2)])], 0)),
 }
 
 
