@@ -267,6 +267,12 @@ class Agent:
         Writes that come at the same time share a changeset. ReadOnlyError means that the disk takes none,
         RateLimitedError that it is too much at once.
         """
+        if self._writes:
+            return await self._execute_limited(statements)
+        written = await self._database.execute(statements, self._wall_ms())
+        return ExecuteResult(written.rows_affected, written.version, self.site)
+
+    async def _execute_limited(self, statements: Sequence[Statement]) -> ExecuteResult:
         found = [self._writes.find(sql) for sql, _ in statements]
         limits = list(chain.from_iterable(found))
         refusal = self._writes.begin(limits, self._host.now_ms())

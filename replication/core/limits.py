@@ -75,6 +75,10 @@ class WriteLimits:
         self._buckets = {table: Bucket(per_s, now_ms) for table, per_s in rows_per_s.items() if per_s}
         self._under_way: Counter[str] = Counter()  # statements, from `begin` to `end`
 
+    def __bool__(self) -> bool:
+        """Whether there is any limit; without one there is nothing to ask."""
+        return bool(self._buckets)
+
     def find(self, sql: str) -> list[str]:
         """Return the limits that a statement comes under: those of all tables that it names, and ALL."""
         return [table for table in self._buckets if names_table(sql, table)]
