@@ -17,6 +17,7 @@ from replication.simulator.simulation import Scenario, Simulation, run
 
 # A few dozen here; `make soak` runs as many as one likes.
 SEEDS = range(1, 33)
+SHORT_SEEDS = range(100, 300)
 # Seeds that have found a bug once; each stays here for good.
 FOUND_SOMETHING = {
     21: "a read of the store that failed let sqlite3's own error through",
@@ -77,6 +78,15 @@ def test_holds_over_many_seeds_with_every_kind_of_fault_and_of_repair():
     assert all(fired[kind] > 15 for kind in USUAL), fired
     assert all(counters[name] > 10 for name in COUNTED), counters
     assert all(checks[name] > 100 for name in CHECKED), checks
+
+
+def test_holds_over_hundreds_of_seeds_of_a_short_life():
+    fired: Counter[str] = Counter()
+    for seed in SHORT_SEEDS:
+        report = run(Scenario(seed=seed, seconds=10))
+        assert report.failure is None, "\n".join([*report.timeline, f"seed {seed}: {report.failure}"])
+        fired += report.fired
+    assert all(fired[kind] > 10 for kind in USUAL), fired
 
 
 # Each says that a fault did something, or that a way to recover was taken.
