@@ -26,7 +26,26 @@ Statement = tuple[str, "Sequence[SqlValue] | Mapping[str, SqlValue]"]
 
 def run_statements(connection: sqlite3.Connection, statements: Sequence[Statement]) -> list[int]:
     """Return rows affected by each; raise StatementError for one that fails, is no write or returns rows."""
-    return [_run(connection, index, *statement) for index, statement in enumerate(statements)]
+    affected: list[int] = []
+    cursor = connection.cursor()
+    checked = None  # many in a row are the same statement with other values
+    for index, (sql, values) in enumerate(statements):
+        if sql is not checked and _WRITES.match(sql) is None:
+            raise StatementError(index, "only INSERT, UPDATE, DELETE and REPLACE can be executed")
+        checked = sql
+        try:
+            cursor.execute(sql, values)
+        except (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError) as error:
+            if isinstance(error, sqlite3.OperationalError) and is_trouble(error):
+                raise
+            raise StatementError(index, str(error)) from error
+        if cursor.description is not None:
+            cursor.close()
+            raise StatementError(index, "the statement returns rows; use a query")
+        # The driver does not count for a statement that begins with WITH.
+        count = cursor.rowcount
+        affected.append(count if count >= 0 else connection.execute("SELECT changes()").fetchone()[0])
+    return affected
 
 
 def run_apart(connection: sqlite3.Connection, statements: Sequence[Statement]) -> list[int] | StatementError:
@@ -45,26 +64,3 @@ def run_apart(connection: sqlite3.Connection, statements: Sequence[Statement]) -
         outcome = error
     connection.execute("RELEASE caller")
     return outcome
-
-
-def _run(
-    connection: sqlite3.Connection,
-    index: int,
-    sql: str,
-    values: Sequence[SqlValue] | Mapping[str, SqlValue],
-) -> int:
-    if _WRITES.match(sql) is None:
-        raise StatementError(index, "only INSERT, UPDATE, DELETE and REPLACE can be executed")
-    try:
-        cursor = connection.execute(sql, values)
-    except (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError) as error:
-        if isinstance(error, sqlite3.OperationalError) and is_trouble(error):
-            raise
-        raise StatementError(index, str(error)) from error
-    if cursor.description is not None:
-        cursor.close()
-        raise StatementError(index, "the statement returns rows; use a query")
-    if cursor.rowcount >= 0:
-        return cursor.rowcount
-    # The driver does not count for a statement that begins with WITH.
-    return int(connection.execute("SELECT changes()").fetchone()[0])
