@@ -5,6 +5,7 @@ Databases are files, as in use. Invariant: what was merged is equal to its sourc
 """
 
 import asyncio
+import gc
 import random
 import sqlite3
 import time
@@ -239,6 +240,7 @@ def measure_agent(folder: Path, mode: str, sizes: Sizes) -> dict[str, float]:
             await agent.execute([statement])
 
     async def act() -> None:
+        gc.collect()  # what the rounds before have left is not this one's to look through
         agent = Agent(settings, make_schema(mode), on_commit=commits.append)
         await agent.start()
         try:
