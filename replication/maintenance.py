@@ -6,13 +6,13 @@ who the members are. Does not know how it is found out what they have passed.
 Invariant: one look at a time, and after one that failed there is another.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from replication.collecting import Collector
 from replication.core.change import some
-from replication.core.clock import Hlc, SiteId
+from replication.core.clock import Hlc
 from replication.core.member import MemberInfo
 from replication.host import Host
 from replication.store import Store
@@ -54,7 +54,7 @@ class Maintenance:
         settings: MaintenanceSettings,
         *,
         stable: Callable[[], Hlc],
-        members: Callable[[], Mapping[SiteId, MemberInfo]],
+        members: Callable[[], list[MemberInfo]],
         on_tidied: Callable[[Tidied], None],
         on_failed: Callable[[Exception], None],
     ) -> None:
@@ -65,7 +65,6 @@ class Maintenance:
         self._on_tidied = on_tidied
         self._on_failed = on_failed
         self._collector: Collector | None = None  # made with the first look, on the store's thread
-        self._remembered: Mapping[SiteId, MemberInfo] = {}  # members that the file names, as far as we know
 
     def run(self) -> None:
         """Look now, and then again and again."""
@@ -80,11 +79,9 @@ class Maintenance:
         settings = self._settings
         stable = self._stable()
         members = self._members()
-        is_same = members == self._remembered
 
         def act(store: Store) -> Tidied:
-            if not is_same:
-                store.remember(members.values())
+            store.remember(members)
             if self._collector is None:
                 self._collector = Collector(store, keep_ms=settings.tombstone_keep_ms)
             store.check_file()
@@ -95,7 +92,6 @@ class Maintenance:
             return Tidied(parked, dropped, tombstones, store.collected_hlc, store.schema_problem)
 
         def done(found: Tidied) -> None:
-            self._remembered = members
             self._on_tidied(found)
             self._wait()
 

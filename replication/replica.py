@@ -251,10 +251,7 @@ class Replica:
             self.counters["changesets_applied"] += result.applied
             self.counters["changesets_parked"] += result.parked
             self.parked += result.parked
-            for changeset in batch:
-                if len(changeset.payload) > self._settings.plumtree.push_bytes_max:
-                    # It came by a sync; those who are linked to us may lack it too.
-                    self._run_tree(self.tree.announce_large(changeset, None))
+            self._run_tree(self.tree.announce_pulled(batch))
             done(result.applied + result.parked)
 
         self._host.commit(act, lambda result: some(result.commit), applied, failed)
@@ -344,13 +341,9 @@ class Replica:
             return NEVER
         return self.freshness.compute_stable_hlc()
 
-    def _find_members(self) -> dict[SiteId, MemberInfo]:
+    def _find_members(self) -> list[MemberInfo]:
         """Return whom to look for in the next life of this node."""
-        return {
-            site: member.info
-            for site, member in sorted(self.swim.members.items())
-            if member.state is not MemberState.LEFT
-        }
+        return [item.info for item in self.swim.members.values() if item.state is not MemberState.LEFT]
 
     def _on_tidied(self, found: Tidied) -> None:
         self.parked = found.parked
@@ -508,10 +501,7 @@ class Replica:
         def done(found: list[EncodedChangeset]) -> None:
             self._resends -= 1
             for changeset in found:
-                if len(changeset.payload) > self._settings.plumtree.push_bytes_max:
-                    self._run_tree(self.tree.announce_large(changeset, None))
-                elif self.links.send(peer, encode(Push(changeset))):
-                    self.counters["payloads_pushed"] += 1
+                self._run_tree(self.tree.resend(peer, changeset))
 
         def failed(error: Exception) -> None:
             self._resends -= 1

@@ -122,7 +122,9 @@ def read_members(connection: sqlite3.Connection) -> list[tuple[bytes, str, str, 
     """Return the members that were known last: site, name, host, port, incarnation."""
     if connection.execute("SELECT 1 FROM sqlite_master WHERE name = '_repl_member'").fetchone() is None:
         return []
-    return connection.execute("SELECT site, name, host, port, incarnation FROM _repl_member").fetchall()
+    return connection.execute(
+        "SELECT site, name, host, port, incarnation FROM _repl_member ORDER BY site"
+    ).fetchall()
 
 
 def write_members(

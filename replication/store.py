@@ -181,12 +181,13 @@ class Store:
         ]
 
     def remember(self, members: Iterable[MemberInfo]) -> None:
-        """Keep who the members are, for the next start."""
+        """Keep who the members are, for the next start; writes nothing when the file says so already."""
+        rows = sorted((info.site, info.name, info.host, info.port, info.incarnation) for info in members)
+        with self._sound():
+            if sidetables.read_members(self.connection) == rows:
+                return
         with self._transaction():
-            sidetables.write_members(
-                self.connection,
-                [(info.site, info.name, info.host, info.port, info.incarnation) for info in members],
-            )
+            sidetables.write_members(self.connection, rows)
 
     def extend(self, schema: Schema, declared: str | None = None) -> None:
         """Take up tables, columns and indexes that a schema has beyond ours, without rewriting a row.
@@ -259,11 +260,7 @@ class Store:
     def probe(self) -> None:
         """Give back what the WAL holds of the disk, and write a page; raises StoreError, BusyError."""
         with self._sound():
-            self.connection.execute("PRAGMA busy_timeout = 0")  # not worth a wait for readers
-            try:
-                self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            finally:
-                self.connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+            self._guard.checkpoint(0, 0)  # not worth a wait for readers
         with self._transaction():
             self.connection.execute("UPDATE _repl_state SET seq = seq")
 

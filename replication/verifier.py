@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from replication.core.change import PAYLOAD_BYTES_MAX, Commit, some
+from replication.core.change import Commit, some
 from replication.core.clock import SiteId
 from replication.core.links import Link
 from replication.core.member import Address
 from replication.core.needs import Seen, WireSeen, is_ahead
 from replication.core.probe import Rng, jitter, pick
+from replication.core.pull import Pieces, SyncError
 from replication.core.wire import (
     DigestAsk,
     DigestRanges,
@@ -68,7 +69,7 @@ class _Session:
     # Of the range that was asked for last: what the peer had seen when it read it, and its chunks.
     seen: WireSeen | None = None
     spool: Spool | None = None
-    pieces: list[bytes] = field(default_factory=list)  # of a chunk that takes several frames
+    pieces: Pieces = field(default_factory=Pieces)
     moved: int = 0  # answers and settled ranges, so that a timeout can tell whether there was progress
 
 
@@ -222,15 +223,14 @@ class Verifier:
     def _keep(self, session: _Session, answer: SnapshotChunk) -> None:
         if session.spool is None:
             return
-        session.pieces.append(answer.chunk)
-        if sum(map(len, session.pieces)) > PAYLOAD_BYTES_MAX:
-            self._finish(session, "chunk")
-        elif not answer.more:
-            try:
-                session.spool.write(b"".join(session.pieces))
-            except (SpoolError, OSError):
-                self._finish(session, "spool")
-            session.pieces.clear()
+        try:
+            chunk = session.pieces.add(answer)
+            if chunk is not None:
+                session.spool.write(chunk)
+        except SyncError as error:
+            self._finish(session, error.reason)
+        except (SpoolError, OSError):
+            self._finish(session, "spool")
 
     def _heal(self, session: _Session, spool: Spool) -> None:
         """Merge what the peer has in a range, as soon as we have seen all that it had seen."""

@@ -10,7 +10,7 @@ and when nobody can send an announced changeset, the answer is a sync.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -163,17 +163,26 @@ class Plumtree:
 
     def broadcast(self, changeset: EncodedChangeset, now_ms: float) -> list[Output]:
         """Spread a changeset of our own."""
-        if len(changeset.payload) > self._settings.push_bytes_max:
-            return self.announce_large(changeset, None)
+        if self._is_large(changeset):
+            return self._announce_large(changeset)
         self._remember(changeset, None)
         self._spread(changeset, None, now_ms)
         return self._drain()
 
-    def announce_large(self, changeset: EncodedChangeset, source: SiteId | None) -> list[Output]:
-        """Tell all peers but the one that it came from that there is a changeset to be pulled."""
-        named = Large(((changeset.site, changeset.version, len(changeset.payload)),))
-        self.counters["large_announced"] += 1
-        return [SendFrame(site, named) for site in sorted(self._peers, key=self._distance) if site != source]
+    def announce_pulled(self, changesets: Iterable[EncodedChangeset]) -> list[Output]:
+        """Take note of what was applied: what is too large to have been pushed, peers may lack too."""
+        return [
+            output
+            for changeset in changesets
+            if self._is_large(changeset)
+            for output in self._announce_large(changeset)
+        ]
+
+    def resend(self, peer: SiteId, changeset: EncodedChangeset) -> list[Output]:
+        """Send a peer what it asked for with a Graft, as it was found in the log."""
+        if self._is_large(changeset):
+            return self._announce_large(changeset)
+        return [SendFrame(peer, Push(changeset))]
 
     def announce_news(self, id_: ChangesetId, source: SiteId) -> list[Output]:
         """Name a changeset that a sync brought with many others: a peer that lacks it syncs with us."""
@@ -310,6 +319,15 @@ class Plumtree:
             self._out.append(NeedSync(missing.asked))
 
     # --- sending --------------------------------------------------------------------------------------
+
+    def _is_large(self, changeset: EncodedChangeset) -> bool:
+        return len(changeset.payload) > self._settings.push_bytes_max
+
+    def _announce_large(self, changeset: EncodedChangeset) -> list[Output]:
+        """Tell all peers that there is a changeset to be pulled."""
+        named = Large(((changeset.site, changeset.version, len(changeset.payload)),))
+        self.counters["large_announced"] += 1
+        return [SendFrame(site, named) for site in sorted(self._peers, key=self._distance)]
 
     def _spread(self, changeset: EncodedChangeset, source: SiteId | None, now_ms: float) -> None:
         for site in sorted(self.eager, key=self._distance):

@@ -86,6 +86,26 @@ class Partial:
     data: bytearray = field(default_factory=bytearray)
 
 
+class Pieces:
+    """Of a chunk that takes several frames, those that have come."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+
+    def add(self, frame: SnapshotChunk) -> bytes | None:
+        """Return the chunk when this makes it whole; raises SyncError when it does not end."""
+        if not frame.chunk and not self._pieces:
+            return None  # the peer is still reading
+        self._pieces.append(frame.chunk)
+        if sum(map(len, self._pieces)) > PAYLOAD_BYTES_MAX:
+            raise SyncError("chunk")
+        if frame.more:
+            return None
+        whole = b"".join(self._pieces)
+        self._pieces.clear()
+        return whole
+
+
 class PullRound:
     """Our side of one round."""
 
@@ -99,7 +119,7 @@ class PullRound:
         self._us = us
         self._seen = seen
         self._asked: type[SyncOpen | SyncAsk | SnapshotAsk] = SyncOpen  # the last thing we sent
-        self._pieces: list[bytes] = []  # of a chunk that takes several frames
+        self._pieces = Pieces()
 
     def open(self) -> Frame:
         """Return what starts the round."""
@@ -160,13 +180,5 @@ class PullRound:
         return Take((EncodedChangeset(part.site, part.version, bytes(partial.data)),))
 
     def _handle_chunk(self, chunk: SnapshotChunk) -> Step:
-        if not chunk.chunk:
-            return Wait()  # the peer is still reading
-        self._pieces.append(chunk.chunk)
-        if sum(map(len, self._pieces)) > PAYLOAD_BYTES_MAX:
-            raise SyncError("chunk")
-        if chunk.more:
-            return Wait()
-        whole = b"".join(self._pieces)
-        self._pieces.clear()
-        return Keep(whole)
+        whole = self._pieces.add(chunk)
+        return Wait() if whole is None else Keep(whole)

@@ -392,7 +392,7 @@ def test_a_chunk_in_pieces_is_kept_as_one(differing: Comparing) -> None:
 
 
 def test_a_chunk_that_does_not_end_is_not_kept(differing: Comparing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("replication.verifier.PAYLOAD_BYTES_MAX", 1_000)
+    monkeypatch.setattr("replication.core.pull.PAYLOAD_BYTES_MAX", 1_000)
     ask = differing.link.frames[-1]
     assert isinstance(ask, StatesAsk)
     differing.hand_in(*[SnapshotChunk(ask.session, bytes(300), more=True)] * 4)
