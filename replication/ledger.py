@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from . import sidetables
 from .core.clock import NEVER, Hlc, SiteId, hlc_from_ms
 from .core.codec import pack, unpack
+from .core.needs import has_seen
 from .core.versions import VersionRanges
 from .guarding import State
 
@@ -72,8 +73,7 @@ class Ledger:
 
     def has(self, site: SiteId, version: int) -> bool:
         """True when a version was seen."""
-        ranges = self.seen.get(site)
-        return ranges is not None and ranges.contains(version)
+        return has_seen(self.seen, site, version)
 
     def mark(self, site: SiteId, first: int, last: int) -> None:
         """Note that versions are seen with this transaction."""

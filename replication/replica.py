@@ -19,7 +19,7 @@ from replication.core.inbox import Inbox
 from replication.core.limits import ORIGINS_MAX, OriginLimits, OriginSettings
 from replication.core.links import Link, Links
 from replication.core.member import Address, MemberInfo, MemberState
-from replication.core.needs import Seen
+from replication.core.needs import Seen, get_head, has_seen
 from replication.core.neighbours import plan_neighbours
 from replication.core.plumtree import Plumtree, PlumtreeSettings
 from replication.core.probe import Rng
@@ -299,12 +299,10 @@ class Replica:
 
     def head(self, site: SiteId) -> int:
         """Return up to which version all that a site wrote is here."""
-        ranges = self.seen.get(site)
-        return ranges.head if ranges is not None else 0
+        return get_head(self.seen, site)
 
     def _has(self, site: SiteId, version: int) -> bool:
-        ranges = self.seen.get(site)
-        return ranges is not None and ranges.contains(version)
+        return has_seen(self.seen, site, version)
 
     def _take_in(self, changeset: EncodedChangeset) -> None:
         if not self.inbox.add(changeset):

@@ -18,7 +18,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from replication.core.clock import HLC_MAX, MAX_DRIFT_MS, NEVER, Hlc, SiteId, compute_ms
-from replication.core.needs import Seen
+from replication.core.needs import Seen, get_head
 from replication.core.probe import Rng, jitter, pick
 from replication.core.wire import Beats, Heartbeat
 
@@ -135,8 +135,7 @@ class Freshness:
         return int.from_bytes(digest.digest())
 
     def _head(self, site: SiteId) -> int:
-        ranges = self._seen().get(site)
-        return 0 if ranges is None else ranges.head
+        return get_head(self._seen(), site)
 
     def next_at(self) -> float:
         """Return when `tick` is due."""

@@ -24,6 +24,18 @@ class Plan:
     snapshot: bool
 
 
+def has_seen(seen: Seen, site: SiteId, version: int) -> bool:
+    """Return whether a version is in a view."""
+    ranges = seen.get(site)
+    return ranges is not None and ranges.contains(version)
+
+
+def get_head(seen: Seen, site: SiteId) -> int:
+    """Return up to which version all that a site wrote is in a view."""
+    ranges = seen.get(site)
+    return 0 if ranges is None else ranges.head
+
+
 def encode_seen(seen: Seen) -> dict[SiteId, tuple[Range, ...]]:
     """Return a view as it travels; of a site with very many gaps only the lower ones."""
     return {site: tuple(ranges.encode()[:RANGES_MAX]) for site, ranges in seen.items() if ranges}

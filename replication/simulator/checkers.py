@@ -12,6 +12,7 @@ from typing import Protocol
 
 from replication.core.change import Commit, EncodedChangeset
 from replication.core.clock import SiteId
+from replication.core.needs import has_seen
 from replication.store import Store
 
 Id = tuple[SiteId, int]
@@ -101,7 +102,7 @@ class Checkers:
         pending = {write.tx for write in self._pending.get(subject.index, ())}  # none after a power failure
         for (site, version), write in self.writes.items():
             if write.node == subject.index and (write.durable or write.tx in pending):
-                is_there = site in seen and seen[site].contains(version)
+                is_there = has_seen(seen, site, version)
                 self._expect("no_write_lost", is_there, f"{write.tx} is gone", subject)
         self.check_effects(subject)
 
@@ -113,7 +114,7 @@ class Checkers:
         rows = dict(connection.execute("SELECT tx, count(*) FROM ledger GROUP BY tx"))
         for id_, write in self.writes.items():
             site, version = id_
-            if id_ not in parked and site in seen and seen[site].contains(version):
+            if id_ not in parked and has_seen(seen, site, version):
                 found = f"{write.tx} is seen as {site.hex()[:8]}/{version}, but {rows.get(write.tx, 0)} of "
                 self._expect(
                     "seen_means_applied",
@@ -144,7 +145,7 @@ class Checkers:
             seen = subject.store.seen()
             for (site, version), write in self.writes.items():
                 if write.durable:
-                    is_there = site in seen and seen[site].contains(version)
+                    is_there = has_seen(seen, site, version)
                     found = f"{write.tx} of node {write.node} ({site.hex()[:8]}/{version}) is not there"
                     self._expect("no_write_lost", is_there, found, subject, write.node)
             self.check_effects(subject)
