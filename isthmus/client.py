@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from isthmus.config import default_data_dir
+from isthmus.config_sources import default_data_dir
 from isthmus.supervisor import read_node_info
 
 if TYPE_CHECKING:

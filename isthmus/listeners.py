@@ -12,7 +12,8 @@ import socket
 
 import msgspec
 
-from isthmus.config import Config, ConfigError, flag_name, format_address, parse_listen
+from isthmus.config import Config, ConfigError, format_address, parse_listen
+from isthmus.config_sources import flag_name
 
 
 class Claim:

@@ -25,7 +25,8 @@ from isthmus.client import ClientError, add_client_flags, make_client, quote
 from isthmus.commands.db_parked import add_parked_parser
 from isthmus.commands.db_schema import add_schema_parser
 from isthmus.commands.listing import format_table
-from isthmus.config import Config, default_data_dir
+from isthmus.config import Config
+from isthmus.config_sources import default_data_dir
 from isthmus.supervisor import lock_data_dir
 from replication.errors import ReplicationError
 

@@ -19,7 +19,8 @@ import orjson
 
 from isthmus.client import ClientError, add_client_flags, make_client
 from isthmus.commands.listing import format_table
-from isthmus.config import Config, ConfigError, default_data_dir
+from isthmus.config import Config, ConfigError
+from isthmus.config_sources import default_data_dir
 from isthmus.supervisor import lock_data_dir
 from replication.errors import ReplicationError
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isthmus.client import AdminClient
-from isthmus.config import Config, ConfigError, decode_key, load_config
+from isthmus.config import Config, ConfigError, decode_key
+from isthmus.config_sources import load_config
 from isthmus.credentials import compute_id, read_keys, write_keys
 from isthmus.supervisor import read_node_info
 from replication.seal import KEYS_MAX

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isthmus import __version__, compiled
-from isthmus.config import Config, load_config
+from isthmus.config_sources import load_config
 from isthmus.logs import setup_logging
 from isthmus.supervisor import NodeInfo, Supervisor
 
 if TYPE_CHECKING:
     import argparse
+
+    from isthmus.config import Config
 
 # Flags and the settings that they give.
 _SETTINGS = {

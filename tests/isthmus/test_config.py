@@ -6,15 +6,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from isthmus.commands.run import _SETTINGS
-from isthmus.config import (
-    Config,
-    ConfigError,
-    flag_name,
-    load_config,
-    parse_listen,
-    setting_types,
-    variable_name,
-)
+from isthmus.config import Config, ConfigError, parse_listen
+from isthmus.config_sources import flag_name, load_config, setting_types, variable_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

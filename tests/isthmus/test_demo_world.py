@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from isthmus.config import ConfigError, load_config
+from isthmus.config import ConfigError
+from isthmus.config_sources import load_config
 from isthmus.demo import world as world_module
 from isthmus.demo.world import (
     HOST,

@@ -21,9 +21,8 @@ from isthmus.config import (
     MachineConfig,
     MachineTlsConfig,
     RegionConfig,
-    default_data_dir,
-    setting_types,
 )
+from isthmus.config_sources import default_data_dir, setting_types
 from proxy.core.errors import ERRORS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

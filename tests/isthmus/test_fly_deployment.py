@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from isthmus.config import Config, ConfigError, load_config, parse_listen
+from isthmus.config import Config, ConfigError, parse_listen
+from isthmus.config_sources import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
