@@ -23,6 +23,7 @@ from .types import (
     CheckStatus,
     Concurrency,
     Entity,
+    GoalRow,
     HostnameRow,
     LoadRow,
     MachineRow,
@@ -188,6 +189,11 @@ def _id(value: SqlValue, column: str) -> str:
     return _matching(value, column, IDENTIFIER)
 
 
+def _name(value: SqlValue, column: str) -> str:
+    """Return an identifier, or the empty text that stands for none."""
+    return "" if value == "" else _id(value, column)
+
+
 def _region(value: SqlValue, column: str = "region") -> str:
     code = _matching(value, column, REGION_CODE)
     if code in AREAS:
@@ -289,6 +295,22 @@ def _parse_machine(row: Row) -> MachineRow:
         state=_member(row[5], "state", MachineState),
         cordoned=bool(_integer(row[6], "cordoned", 0, 1)),
         managed_by=_text(row[7], "managed_by"),
+        driver=_name(row[8], "driver") if len(row) > 8 else "",
+        since_ms=_integer(row[9], "since_ms", 0) if len(row) > 9 else 0,
+        problem=_text(row[10], "problem", TEXT_CHARS_MAX) if len(row) > 10 else "",
+    )
+
+
+def _parse_goal(row: Row) -> GoalRow:
+    state = _member(row[1], "state", MachineState)
+    if state is MachineState.STARTING:
+        raise ValueError("state 'starting' is on the way to somewhere, and nothing to ask for")
+    return GoalRow(
+        machine=_id(row[0], "machine"),
+        state=state,
+        asked_by=_text(row[2], "asked_by"),
+        reason=_text(row[3], "reason"),
+        asked_ms=_integer(row[4], "asked_ms", 0),
     )
 
 
@@ -300,6 +322,7 @@ def _parse_check(row: Row) -> CheckRow:
         status=_member(row[3], "status", CheckStatus),
         output=_text(row[4], "output", TEXT_CHARS_MAX),
         updated_ms=_integer(row[5], "updated_ms", 0),
+        since_ms=_integer(row[6], "since_ms", 0) if len(row) > 6 else 0,
     )
 
 
@@ -330,7 +353,8 @@ TABLES: Final[dict[str, TableSpec]] = {
     "apps": TableSpec(3, 1, _parse_app),
     "hostnames": TableSpec(4, 2, _parse_hostname),
     "services": TableSpec(8, 2, _parse_service, added=1),
-    "machines": TableSpec(8, 1, _parse_machine),
-    "checks": TableSpec(6, 2, _parse_check),
+    "machines": TableSpec(8, 1, _parse_machine, added=3),
+    "goals": TableSpec(5, 1, _parse_goal),
+    "checks": TableSpec(6, 2, _parse_check, added=1),
     "loads": TableSpec(4, 2, _parse_load),
 }

@@ -13,10 +13,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from .machine_tls import MachineTls, parse_machine_tls
+from .scaling import NAMES as SCALING_NAMES
+from .scaling import USUAL, Scaling, parse_scaling
 
 PROXY_PROTOCOLS: Final = ("v1", "v2")
 # What may be said, as in the JSON.
-NAMES: Final = ("proxy_protocol", "response_headers", "maintenance", "force_https", "machine_tls")
+NAMES: Final = (
+    *("proxy_protocol", "response_headers", "maintenance", "force_https", "machine_tls"),
+    *("handlers", "idle_timeout_ms", "body_bytes_max"),
+    *SCALING_NAMES,
+)
+# What may be done to a connection, as on Fly, in any order; with neither its bytes are passed on as they are.
+HANDLERS: Final = frozenset(("tls", "http"))
 # More is no policy but a mistake, and each costs every answer.
 HEADERS_MAX: Final = 64
 VALUE_CHARS_MAX: Final = 4_096
@@ -41,6 +49,11 @@ class ServiceOptions:
     maintenance: str = ""  # the page that every request gets; empty: none
     force_https: bool = False  # requests without TLS are redirected
     machine_tls: MachineTls | None = None  # None: machines are spoken to in the clear
+    scaling: Scaling = USUAL
+    is_raw: bool = False  # its connections are passed on byte by byte, and no HTTP is served
+    ends_tls: bool = False  # of a raw one: after TLS has ended here; else TLS, if it is that, is passed on
+    idle_timeout_s: float = 0.0  # of raw connections; 0: the node's
+    body_bytes_max: int = 0  # of a request; 0: the node's
 
 
 def parse_options(text: str) -> ServiceOptions | None:
@@ -69,7 +82,31 @@ def parse_options(text: str) -> ServiceOptions | None:
     machine_tls = parse_machine_tls(fields.get("machine_tls", False))
     if machine_tls is not None and protocol:
         raise ValueError("proxy_protocol and machine_tls do not go together")
-    return ServiceOptions(protocol, removed, added, page, force_https, machine_tls)
+    handlers = parse_handlers(fields.get("handlers", ["tls", "http"]))
+    return ServiceOptions(
+        *(protocol, removed, added, page, force_https, machine_tls),
+        is_raw="http" not in handlers,
+        scaling=parse_scaling(fields),
+        ends_tls="tls" in handlers,
+        idle_timeout_s=_parse_number(fields, "idle_timeout_ms") / 1_000,
+        body_bytes_max=_parse_number(fields, "body_bytes_max"),
+    )
+
+
+def parse_handlers(handlers: object) -> frozenset[str]:
+    """Return what is done to connections. Raises ValueError."""
+    if isinstance(handlers, list | tuple):
+        named = frozenset(handler for handler in handlers if isinstance(handler, str))
+        if named <= HANDLERS and all(isinstance(handler, str) for handler in handlers):
+            return named
+    raise ValueError("handlers must be a list of tls and http")
+
+
+def _parse_number(fields: dict[str, object], name: str) -> int:
+    number = fields.get(name, 0)
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**53:
+        raise ValueError(f"{name} must be a whole number, not below 0")
+    return number
 
 
 def parse_headers(headers: object) -> tuple[frozenset[bytes], bytes]:

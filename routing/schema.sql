@@ -56,9 +56,21 @@ CREATE TABLE machines (
     node TEXT NOT NULL,                      -- the node that owns and checks it
     region TEXT NOT NULL,
     address TEXT NOT NULL,                   -- host:port, or host alone
-    state TEXT NOT NULL DEFAULT 'started',   -- started, stopped, suspended, draining
+    state TEXT NOT NULL DEFAULT 'started',   -- started, stopped, suspended, draining, starting
     cordoned INTEGER NOT NULL DEFAULT 0,
-    managed_by TEXT NOT NULL DEFAULT ''
+    managed_by TEXT NOT NULL DEFAULT '',
+    driver TEXT NOT NULL DEFAULT '',         -- what its node starts and stops it with; '': nothing does
+    since_ms INTEGER NOT NULL DEFAULT 0,     -- when it came into its state
+    problem TEXT NOT NULL DEFAULT ''         -- why it is not in the state that it should be in
+);
+
+-- What somebody wants of a machine with a driver. Written by whoever wants it, carried out by its owner.
+CREATE TABLE goals (
+    machine TEXT NOT NULL PRIMARY KEY,
+    state TEXT NOT NULL,                     -- started, stopped, suspended, draining
+    asked_by TEXT NOT NULL DEFAULT '',       -- a node
+    reason TEXT NOT NULL DEFAULT '',         -- command, request, load, idle
+    asked_ms INTEGER NOT NULL DEFAULT 0
 );
 
 -- The last result of a probe, written when it changes.
@@ -69,6 +81,7 @@ CREATE TABLE checks (
     status TEXT NOT NULL,                    -- passing, warning, critical
     output TEXT NOT NULL DEFAULT '',
     updated_ms INTEGER NOT NULL DEFAULT 0,
+    since_ms INTEGER NOT NULL DEFAULT 0,     -- when it came into its status
     PRIMARY KEY (machine, name)
 );
 

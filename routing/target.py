@@ -2,7 +2,8 @@
 
 Decides which machines of an app and region may be chosen, and keeps that in lists that cost O(1) to
 change. Refuses to know rows, services and requests. Invariant: a target is in exactly one pool of
-its bucket (`ready` or `reserve`) when it is started and not cordoned, else in none.
+its bucket (`ready` or `reserve`) when it is started and not cordoned, in `asleep` when it could be started,
+else in none.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ NO_CHECKS: Final[Mapping[str, CheckRow]] = MappingProxyType({})
 class Bucket:
     """The machines of one app in one region."""
 
-    __slots__ = ("members", "ready", "region", "reserve")
+    __slots__ = ("asleep", "members", "ready", "region", "reserve")
 
     def __init__(self, region: str) -> None:
         self.region = region
         self.members: dict[str, Target] = {}  # all of them, by id
         self.ready: list[Target] = []  # started, not cordoned, healthy; in no meaningful order
         self.reserve: list[Target] = []  # started, not cordoned, unhealthy: better than nobody
+        self.asleep: list[Target] = []  # not started, not cordoned, with a driver that can start it
 
 
 class Target:
@@ -44,6 +46,7 @@ class Target:
         "bucket",
         "checks",
         "cordoned",
+        "driver",
         "ejected_until",
         "failures",
         "healthy",
@@ -69,6 +72,7 @@ class Target:
         self.port = row.port  # None: the service names the port
         self.state = row.state
         self.cordoned = row.cordoned
+        self.driver = row.driver  # empty: nothing starts or stops it
         self.checks: Mapping[str, CheckRow] = NO_CHECKS
         self.healthy = True  # no check is critical; set by `set_checks`
         self.removed = False  # set when the row is deleted; never cleared
@@ -106,6 +110,7 @@ class Target:
         self.node = row.node
         self.state = row.state
         self.cordoned = row.cordoned
+        self.driver = row.driver
         self._place()
 
     def set_checks(self, checks: Mapping[str, CheckRow]) -> None:
@@ -132,8 +137,11 @@ class Target:
 
     def _place(self) -> None:
         pool: list[Target] | None = None
-        if self.bucket is not None and self.state is MachineState.STARTED and not self.cordoned:
-            pool = self.bucket.ready if self.healthy else self.bucket.reserve
+        if self.bucket is not None and not self.cordoned:
+            if self.state is MachineState.STARTED:
+                pool = self.bucket.ready if self.healthy else self.bucket.reserve
+            elif self.driver and self.state is not MachineState.DRAINING:
+                pool = self.bucket.asleep
         if pool is self.pool:
             return
         if self.pool is not None:

@@ -26,6 +26,7 @@ class MachineState(Enum):
     STOPPED = "stopped"
     SUSPENDED = "suspended"
     DRAINING = "draining"
+    STARTING = "starting"
 
 
 class CheckStatus(Enum):
@@ -111,6 +112,20 @@ class MachineRow:
     state: MachineState
     cordoned: bool
     managed_by: str
+    driver: str = ""
+    since_ms: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GoalRow:
+    """What somebody wants a machine with a driver to be."""
+
+    machine: str
+    state: MachineState
+    asked_by: str
+    reason: str
+    asked_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +138,7 @@ class CheckRow:
     status: CheckStatus
     output: str
     updated_ms: int
+    since_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,4 +151,6 @@ class LoadRow:
     updated_ms: int
 
 
-Entity: TypeAlias = NodeRow | RegionRow | AppRow | HostnameRow | ServiceRow | MachineRow | CheckRow | LoadRow
+Entity: TypeAlias = (
+    NodeRow | RegionRow | AppRow | HostnameRow | ServiceRow | MachineRow | GoalRow | CheckRow | LoadRow
+)

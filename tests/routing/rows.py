@@ -39,11 +39,26 @@ _COLUMNS: dict[str, tuple[int, dict[str, SqlValue]]] = {
             "state": "started",
             "cordoned": 0,
             "managed_by": "",
+            "driver": "",
+            "since_ms": 0,
+            "problem": "",
         },
+    ),
+    "goals": (
+        1,
+        {"machine": "m1", "state": "started", "asked_by": "n1", "reason": "command", "asked_ms": 0},
     ),
     "checks": (
         2,
-        {"machine": "m1", "name": "alive", "node": "n1", "status": "passing", "output": "", "updated_ms": 0},
+        {
+            "machine": "m1",
+            "name": "alive",
+            "node": "n1",
+            "status": "passing",
+            "output": "",
+            "updated_ms": 0,
+            "since_ms": 0,
+        },
     ),
     "loads": (2, {"machine": "m1", "node": "n2", "in_flight": 0, "updated_ms": 0}),
 }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 APPS = ("web", "api")
 REGIONS = ("ams", "iad", "lab")
 MACHINES = ("m1", "m2", "m3")
+ASLEEP = (MachineState.STOPPED, MachineState.SUSPENDED, MachineState.STARTING)
 Change = tuple[str, "Row", "Row | None"]
 
 
@@ -48,8 +49,9 @@ def _changes() -> st.SearchStrategy[Change]:
             app=app,
             region=region,
             address=st.sampled_from(("10.0.0.1:1", "10.0.0.2", "bad:0")),
-            state=st.sampled_from(("started", "stopped")),
+            state=st.sampled_from(("started", "stopped", "draining", "starting")),
             cordoned=st.sampled_from((0, 0, 1)),
+            driver=st.sampled_from(("", "process")),
         ),
         st.builds(
             row,
@@ -84,6 +86,7 @@ def _view(table: RoutingTable) -> object:
                         sorted(bucket.members),
                         sorted(target.id for target in bucket.ready),
                         sorted(target.id for target in bucket.reserve),
+                        sorted(target.id for target in bucket.asleep),
                     )
                     for region, bucket in app.buckets.items()
                 },
@@ -115,9 +118,12 @@ def _check_pools(table: RoutingTable) -> None:
                 assert (target.app, target.region) == (app.name, bucket.region)
                 started = target.state is MachineState.STARTED and not target.cordoned
                 pool = (bucket.ready if target.healthy else bucket.reserve) if started else None
+                if target.driver and target.state in ASLEEP and not target.cordoned:
+                    pool = bucket.asleep
                 assert target.pool is pool
                 assert pool is None or pool[target.position] is target
-            assert len(bucket.ready) + len(bucket.reserve) <= len(bucket.members)
+            pooled = len(bucket.ready) + len(bucket.reserve) + len(bucket.asleep)
+            assert pooled <= len(bucket.members)
 
 
 @given(st.lists(_changes(), max_size=60), st.randoms(use_true_random=False))
