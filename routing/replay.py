@@ -92,12 +92,12 @@ def parse_replay_header(value: bytes) -> Replay:
     while True:
         name, content, end = _read_field(text, end)
         if name in fields:
-            _refuse(f"field {name!r} is given twice")
+            _refuse(f"field {_shorten(name)} is given twice")
         fields[name] = content
         if end == len(text):
             return _build(fields)
         if text[end] != ";":
-            _refuse(f"expected ';' after field {name!r}")
+            _refuse(f"expected ';' after field {_shorten(name)}")
         end = _skip_space(text, end + 1)
 
 
@@ -226,7 +226,7 @@ def _parse_timeout_ms(text: str) -> int:
         _refuse(f"timeout {_shorten(text)} is not a whole number with ms, s or m")
     timeout_ms = int(match[1]) * _UNIT_MS[match[2]]
     if not 0 < timeout_ms <= TIMEOUT_MS_MAX:
-        _refuse(f"timeout {text!r} is not within 1ms and {TIMEOUT_MS_MAX // 60_000}m")
+        _refuse(f"timeout {_shorten(text)} is not within 1ms and {TIMEOUT_MS_MAX // 60_000}m")
     return timeout_ms
 
 
