@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
     from pathlib import Path
 
-    from replication.metrics import Sample
+    from proxy.metrics import Sample
 
 log = logging.getLogger(__name__)
 

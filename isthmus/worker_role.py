@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from proxy.certificates import Certificates
-    from replication.metrics import Sample
+    from proxy.metrics import Sample
 
 # Looking at a file takes 2 us: little even for thousands, and soon enough for a certificate.
 CERTIFICATES_POLL_S = 5.0
@@ -155,6 +155,7 @@ class WorkerRole:
                 await task
 
     def _samples(self) -> Iterator[Sample]:
+        self._metrics.forget_apps(lambda name: self._table.app(name) is not None)
         yield from self._metrics.samples()
         if self._certificates is not None:
             yield from self._tls_metrics.samples()

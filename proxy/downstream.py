@@ -162,7 +162,8 @@ class Downstream(asyncio.Protocol):
             self._buffer += data
             self._limit_buffer()
         elif state is _TUNNEL:
-            if self._machine is not None:
+            if self._machine is not None and self._exchange is not None:
+                self._exchange.count_tunnelled(len(data), 0)
                 self._machine.write_tunnelled(data)
         elif state is _DISCARD:
             self._discard_body(data)
@@ -293,16 +294,18 @@ class Downstream(asyncio.Protocol):
         self.deadline = NEVER
         upstream.start_tunnel(self)
         if data:
-            self.write(data)
+            self.write_tunnelled(data)
         early, self._buffer = self._buffer, b""
         self.resume_reading()
         if early:
-            upstream.write(early)
+            self.data_received(early)
 
     # What the other side of a tunnel calls
 
     def write_tunnelled(self, data: bytes) -> None:
         """Send bytes of the machine."""
+        if self._exchange is not None:
+            self._exchange.count_tunnelled(0, len(data))
         transport = self._transport
         if transport is not None and not (transport.is_closing() and self._is_gone(transport)):
             transport.write(data)
@@ -515,8 +518,12 @@ class Downstream(asyncio.Protocol):
         plane = self._plane
         keep = head.keep_alive and self._body is None and not plane.draining
         request_id = plane.request_ids.next(plane.wall_us() // 1000)
-        self.write(render_redirect(head, self._forwarding.https_port, request_id, close=not keep))
-        plane.metrics.app(service.app).record(301, 0.0)
+        answer = render_redirect(head, self._forwarding.https_port, request_id, close=not keep)
+        plane.metrics.record(service.app, None, 301, 0.0, 0, 0)
+        log = plane.access_log
+        if log is not None and log.samples():
+            log.add(describe_refusal(plane, self._peer, answer, request_id, head, app=service.app))
+        self.write(answer)
         if keep:
             self._await_head()
         else:
@@ -533,19 +540,18 @@ class Downstream(asyncio.Protocol):
         keep = keep and not plane.draining
         plane.metrics.count_error(code)
         request_id = plane.request_ids.next(plane.wall_us() // 1000)
+        answer = render_error(
+            code,
+            detail,
+            request_id,
+            plain=head is not None and prefers_plain(head.lines),
+            close=not keep,
+            with_body=head is None or head.method != b"HEAD",
+        )
         log = plane.access_log
         if log is not None and not logged and log.samples():
-            log.add(describe_refusal(plane, self._peer, code, request_id, head))
-        self.write(
-            render_error(
-                code,
-                detail,
-                request_id,
-                plain=head is not None and prefers_plain(head.lines),
-                close=not keep,
-                with_body=head is None or head.method != b"HEAD",
-            )
-        )
+            log.add(describe_refusal(plane, self._peer, answer, request_id, head, code))
+        self.write(answer)
         if keep:
             self._await_head()
         else:

@@ -2,15 +2,33 @@
 
 Decides names, labels and buckets; refuses to know how they are shown. Invariant: every sample but
 the gauges only grows, and all may be added up over workers. Labels come from the routing table and
-from our own code tables, never from clients.
+from our own code tables, never from clients, and there are no more of them than the bounds below.
+
+A request finds its counters by two look-ups and adds to them; texts are made when samples are taken. A
+histogram is one sample with all its numbers until it is shown: the samples of a worker travel to the agent
+every second.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-Sample = tuple[str, tuple[tuple[str, str], ...], float]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from routing.target import Target
+
+Labels = tuple[tuple[str, str], ...]
+# The value of a histogram is the count of each bucket alone, with that above the last bound, then the sum.
+Sample = tuple[str, Labels, float | tuple[float, ...]]
+
+# Machines and apps that a worker has sent to, beyond which all others are counted together. Each takes up
+# to 2 us a second in the worker.
+MACHINES_MAX: Final = 500
+APPS_MAX: Final = 1_000
+# In place of their names: no name in the table has parentheses.
+OTHER: Final = "(other)"
 
 # Seconds. From what a hop within a machine takes to the default response timeout.
 DURATION_BUCKETS_S: Final = (
@@ -33,11 +51,30 @@ DURATION_BUCKETS_S: Final = (
 METRICS: Final[dict[str, tuple[str, str]]] = {
     "isthmus_requests_total": ("counter", "Requests answered, by app and class of status."),
     "isthmus_request_duration_seconds": ("histogram", "From the head of a request to the end of its answer."),
+    "isthmus_request_bytes_total": ("counter", "Bytes of request bodies that clients sent, by app."),
+    "isthmus_response_bytes_total": ("counter", "Bytes of answers' bodies that went to clients, by app."),
+    "isthmus_machine_requests_total": (
+        "counter",
+        "Requests that ended at a machine, by app, region, machine and class of status.",
+    ),
+    "isthmus_machine_request_duration_seconds": ("histogram", "The same of those that ended at a machine."),
+    "isthmus_machine_request_bytes_total": ("counter", "Bytes of bodies of those requests."),
+    "isthmus_machine_response_bytes_total": ("counter", "Bytes of bodies of those answers."),
+    "isthmus_machine_requests_in_flight": ("gauge", "Requests that a machine has of this node."),
+    "isthmus_machine_connections_total": ("counter", "Connections opened, by machine."),
+    "isthmus_machine_failures_total": (
+        "counter",
+        "Connections that failed and answers that never came, by machine.",
+    ),
+    "isthmus_machine_replays_total": ("counter", "Requests sent elsewhere because the machine said so."),
     "isthmus_requests_in_flight": ("gauge", "Requests that are being served."),
     "isthmus_requests_queued": ("gauge", "Requests that wait because all machines are at their hard limit."),
     "isthmus_queue_waits_total": ("counter", "Requests that had to wait for a machine."),
     "isthmus_queue_wait_seconds_total": ("counter", "How long they waited, in total."),
-    "isthmus_errors_total": ("counter", "Answers made by the proxy itself, by code."),
+    "isthmus_errors_total": (
+        "counter",
+        "Answers made by the proxy itself, by code, and by app where one is known.",
+    ),
     "isthmus_shed_total": ("counter", "Connections and requests refused, by what was short."),
     "isthmus_access_log_dropped_total": ("counter", "Lines of the access log that could not be written."),
     "isthmus_aborted_total": ("counter", "Exchanges cut before their end, by who cut them."),
@@ -59,23 +96,62 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
 }
 
 
-class AppMetrics:
-    """The counters of one app."""
+class Tally:
+    """What is counted alike for an app and for a machine."""
 
-    __slots__ = ("buckets", "replays", "retries", "seconds", "statuses")
+    __slots__ = ("buckets", "bytes_in", "bytes_out", "replays", "seconds", "statuses")
 
     def __init__(self) -> None:
         self.statuses = [0] * 6  # by first digit
         self.buckets = [0] * (len(DURATION_BUCKETS_S) + 1)
         self.seconds = 0.0
-        self.replays = 0
-        self.retries = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.replays = 0  # asked for
 
-    def record(self, status: int, seconds: float) -> None:
-        """Count one finished request."""
+    def record(self, status: int, bucket: int, seconds: float, bytes_in: int, bytes_out: int) -> None:
+        """Count one finished request whose duration falls into that bucket."""
         self.statuses[status // 100] += 1
-        self.buckets[bisect_left(DURATION_BUCKETS_S, seconds)] += 1
+        self.buckets[bucket] += 1
         self.seconds += seconds
+        self.bytes_in += bytes_in
+        self.bytes_out += bytes_out
+
+    def samples(self, prefix: str, labels: Labels) -> list[Sample]:
+        """Return what was counted under names with this prefix."""
+        samples: list[Sample] = [
+            (f"{prefix}requests_total", (*labels, ("status", f"{first}xx")), count)
+            for first, count in enumerate(self.statuses)
+            if count
+        ]
+        samples.append((f"{prefix}request_duration_seconds", labels, (*self.buckets, self.seconds)))
+        samples.append((f"{prefix}request_bytes_total", labels, self.bytes_in))
+        samples.append((f"{prefix}response_bytes_total", labels, self.bytes_out))
+        samples.append((f"{prefix}replays_total", labels, self.replays))
+        return samples
+
+
+class AppMetrics(Tally):
+    """The counters of one app."""
+
+    __slots__ = ("errors", "retries")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.retries = 0
+        self.errors: dict[str, int] = {}  # by code
+
+
+class MachineMetrics(Tally):
+    """The counters of one machine, or of all that are counted together."""
+
+    __slots__ = ("connections", "failures", "target")
+
+    def __init__(self, target: Target | None) -> None:
+        super().__init__()
+        self.target = target
+        self.connections = 0
+        self.failures = 0
 
 
 class ProxyMetrics:
@@ -91,6 +167,8 @@ class ProxyMetrics:
         "errors",
         "in_flight",
         "log_lines_dropped",
+        "machines",
+        "other_machines",
         "queue_seconds",
         "queue_waits",
         "queued",
@@ -102,7 +180,9 @@ class ProxyMetrics:
 
     def __init__(self) -> None:
         self.apps: dict[str, AppMetrics] = {}
-        self.errors: dict[str, int] = {}
+        self.machines: dict[str, MachineMetrics] = {}
+        self.other_machines: dict[str, MachineMetrics] = {}  # beyond the bound, by region
+        self.errors: dict[str, int] = {}  # of requests that led to no app
         self.connect_failures: dict[str, int] = {}
         self.aborted = {"client": 0, "machine": 0}
         self.shed: dict[str, int] = {}
@@ -122,12 +202,46 @@ class ProxyMetrics:
         """Return the counters of an app; the name must come from the routing table."""
         app = self.apps.get(name)
         if app is None:
+            if len(self.apps) >= APPS_MAX and name != OTHER:
+                return self.app(OTHER)
             app = self.apps[name] = AppMetrics()
         return app
 
-    def count_error(self, code: str) -> None:
-        """Count one answer of the proxy's own."""
-        self.errors[code] = self.errors.get(code, 0) + 1
+    def forget_apps(self, exists: Callable[[str], bool]) -> None:
+        """Make room, when there is none left, where apps are that exist no longer."""
+        if len(self.apps) >= APPS_MAX:
+            for name in [name for name in self.apps if name != OTHER and not exists(name)]:
+                del self.apps[name]
+
+    def machine(self, target: Target) -> MachineMetrics:
+        """Return the counters of a machine."""
+        machine = self.machines.get(target.id)
+        if machine is None or machine.target is not target:
+            return self._meet(target)
+        return machine
+
+    def _meet(self, target: Target) -> MachineMetrics:
+        if len(self.machines) < MACHINES_MAX or target.id in self.machines:
+            machine = self.machines[target.id] = MachineMetrics(target)
+            return machine
+        other = self.other_machines.get(target.region)
+        if other is None:
+            other = self.other_machines[target.region] = MachineMetrics(None)
+        return other
+
+    def record(
+        self, app: str, target: Target | None, status: int, seconds: float, bytes_in: int, bytes_out: int
+    ) -> None:
+        """Count one finished request, and the machine at which it ended, if there was one."""
+        bucket = bisect_left(DURATION_BUCKETS_S, seconds)
+        self.app(app).record(status, bucket, seconds, bytes_in, bytes_out)
+        if target is not None:
+            self.machine(target).record(status, bucket, seconds, bytes_in, bytes_out)
+
+    def count_error(self, code: str, app: str = "") -> None:
+        """Count one answer of the proxy's own, and to which app's request if there was one."""
+        errors = self.app(app).errors if app else self.errors
+        errors[code] = errors.get(code, 0) + 1
 
     def count_connect_failure(self, code: str) -> None:
         """Count one connection to a machine that could not be made."""
@@ -161,24 +275,46 @@ class ProxyMetrics:
         for code, count in self.connect_failures.items():
             samples.append(("isthmus_upstream_connect_failures_total", (("code", code),), count))
         for name, app in self.apps.items():
-            samples += _app_samples(name, app)
+            labels = (("app", name),)
+            samples += app.samples("isthmus_", labels)
+            samples.append(("isthmus_retries_total", labels, app.retries))
+            for code, count in app.errors.items():
+                samples.append(("isthmus_errors_total", (*labels, ("code", code)), count))
+        for machine in self.machines.values():
+            if machine.target is not None:
+                target = machine.target
+                samples += _machine_samples(machine, target.app, target.id, target.region)
+        for region, machine in self.other_machines.items():
+            samples += _machine_samples(machine, OTHER, OTHER, region)
+        self._forget_removed()
         return samples
 
+    def _forget_removed(self) -> None:
+        """Make room for other machines; what was counted of these was just told."""
+        for name in [name for name, m in self.machines.items() if m.target is not None and m.target.removed]:
+            del self.machines[name]
 
-def _app_samples(name: str, app: AppMetrics) -> list[Sample]:
-    label = ("app", name)
-    samples: list[Sample] = [
-        ("isthmus_requests_total", (label, ("status", f"{first}xx")), count)
-        for first, count in enumerate(app.statuses)
-        if count
-    ]
-    samples.append(("isthmus_replays_total", (label,), app.replays))
-    samples.append(("isthmus_retries_total", (label,), app.retries))
-    total = 0
-    for bound, count in zip((*DURATION_BUCKETS_S, float("inf")), app.buckets, strict=True):
-        total += count
-        shown = "+Inf" if bound == float("inf") else repr(bound)
-        samples.append(("isthmus_request_duration_seconds_bucket", (label, ("le", shown)), total))
-    samples.append(("isthmus_request_duration_seconds_sum", (label,), app.seconds))
-    samples.append(("isthmus_request_duration_seconds_count", (label,), total))
+
+def _machine_samples(machine: MachineMetrics, app: str, name: str, region: str) -> list[Sample]:
+    labels = (("app", app), ("machine", name), ("region", region))
+    samples = machine.samples("isthmus_machine_", labels)
+    samples.append(("isthmus_machine_connections_total", labels, machine.connections))
+    samples.append(("isthmus_machine_failures_total", labels, machine.failures))
+    if machine.target is not None:
+        samples.append(("isthmus_machine_requests_in_flight", labels, machine.target.in_flight))
     return samples
+
+
+def unfold(sample: Sample) -> list[tuple[str, Labels, float]]:
+    """Return a sample as Prometheus has it: a histogram becomes many, any other one stays."""
+    name, labels, value = sample
+    if not isinstance(value, tuple):
+        return [(name, labels, value)]
+    shown: list[tuple[str, Labels, float]] = []
+    total = 0.0
+    for bound, count in zip((*map(repr, DURATION_BUCKETS_S), "+Inf"), value[:-1], strict=True):
+        total += count
+        shown.append((f"{name}_bucket", (*labels, ("le", bound)), total))
+    shown.append((f"{name}_sum", labels, value[-1]))
+    shown.append((f"{name}_count", labels, total))
+    return shown

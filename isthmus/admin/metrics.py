@@ -6,8 +6,7 @@ over workers never go down when a worker is restarted, because what a dead one h
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
@@ -17,13 +16,16 @@ import proxy.tls_metrics
 import replication.metrics
 import replication.subscriptions
 from isthmus import checks, credentials
+from proxy.metrics import unfold
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from proxy.metrics import Sample as WorkerSample
     from replication.metrics import Sample
 
 Key = tuple[str, tuple[tuple[str, str], ...]]
+Value: TypeAlias = float | tuple[float, ...]
 
 OWN_METRICS: Mapping[str, tuple[str, str]] = {
     "isthmus_feed_connected": ("gauge", "Workers that follow the agent's change feed"),
@@ -61,31 +63,40 @@ class WorkerTotals:
     """
 
     def __init__(self) -> None:
-        self._latest: dict[str, dict[Key, float]] = {}
-        self._retired: dict[Key, float] = defaultdict(float)
+        self._latest: dict[str, dict[Key, Value]] = {}
+        self._retired: dict[Key, Value] = {}
         self._types = known_metrics()
 
-    def handle_samples(self, worker: str, samples: Iterable[Sample]) -> None:
+    def handle_samples(self, worker: str, samples: Iterable[WorkerSample]) -> None:
         """Take the newest samples of a worker; `worker` names one life of one process."""
         slot = worker.split("/", maxsplit=1)[0]
         for other in [name for name in self._latest if name != worker and name.split("/")[0] == slot]:
             for key, value in self._latest.pop(other).items():
                 if not self._is_gauge(key[0]):
-                    self._retired[key] += value
+                    self._retired[key] = _add(self._retired.get(key), value)
         self._latest[worker] = {(name, labels): value for name, labels, value in samples}
 
     def samples(self) -> Iterator[Sample]:
         """Return the sums over all workers."""
-        totals = defaultdict(float, self._retired)
+        totals = dict(self._retired)
         for samples in self._latest.values():
             for key, value in samples.items():
-                totals[key] += value
+                totals[key] = _add(totals.get(key), value)
         for (name, labels), value in totals.items():
-            yield name, labels, value
+            yield from unfold((name, labels, value))
 
     def _is_gauge(self, name: str) -> bool:
         family = find_family(name, self._types)
         return family is None or self._types[family][0] == "gauge"
+
+
+def _add(one: Value | None, other: Value) -> Value:
+    """Return the sum; a histogram is only added to one of the same form."""
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        return tuple(a + b for a, b in zip(one, other, strict=True))
+    if isinstance(one, tuple) or isinstance(other, tuple) or one is None:
+        return other
+    return one + other
 
 
 def expose(samples: Iterable[Sample]) -> tuple[bytes, str]:

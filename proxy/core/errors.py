@@ -152,6 +152,11 @@ def render_error(
     return b"".join(lines)
 
 
+def count_body(answer: bytes) -> int:
+    """Return how many bytes of a whole answer are its body."""
+    return len(answer) - answer.find(b"\r\n\r\n") - 4
+
+
 def prefers_plain(lines: list[bytes]) -> bool:
     """True when the request's Accept names text and no JSON: a person with a browser, not a program."""
     for line in lines:

@@ -26,6 +26,7 @@ from .errors import (
     MAINTENANCE,
     RETRIES_EXHAUSTED,
     UPSTREAM_RESET,
+    count_body,
     prefers_plain,
     render_error,
 )
@@ -77,6 +78,7 @@ class Exchange:
         "body_bytes",
         "body_ended",
         "body_lost",
+        "bytes_out",
         "chunk_response",
         "client",
         "continued",
@@ -133,6 +135,7 @@ class Exchange:
         # The answer.
         self.informational = 0
         self.status = 0
+        self.bytes_out = 0  # of the answer's body as they are sent, without chunk framing
         self.chunk_response = False
         self.replays: Replays | None = None  # set when a machine asks for the first one
         self.extra = b""  # lines that only the next machine gets
@@ -280,6 +283,7 @@ class Exchange:
             return
         if self.target is not None:
             record_success(self.target)
+            self.plane.metrics.machine(self.target).connections += 1
         self._send(machine)
 
     def handle_connect_failed(self, code: str, detail: str) -> None:
@@ -288,6 +292,7 @@ class Exchange:
         if self.target is not None:
             # Only failed connections count: a reset may be what this one request does to any machine.
             record_failure(self.target, self.plane.now())
+            self.plane.metrics.machine(self.target).failures += 1
         if self.phase is not _DONE:
             self._retry_elsewhere(code, detail)
 
@@ -423,6 +428,7 @@ class Exchange:
         self.phase = _RELAYING
         self.status = head.status
         data = self._render_response(head)
+        self.bytes_out = len(body)
         if self.chunk_response:
             data += encode_chunk(body) if body else b""
             data += LAST_CHUNK if ended else b""
@@ -477,6 +483,7 @@ class Exchange:
         if self.phase is _READING_REPLAY:
             self._collect_replay(data, ended)
             return
+        self.bytes_out += len(data)
         if self.chunk_response:
             data = encode_chunk(data) if data else b""
             if ended:
@@ -517,6 +524,11 @@ class Exchange:
         self.status = SWITCHING_PROTOCOLS
         self.client.start_tunnel(machine, data)
 
+    def count_tunnelled(self, received: int, sent: int) -> None:
+        """Count bytes that went through the tunnel, from and to the client."""
+        self.body_bytes += received
+        self.bytes_out += sent
+
     def handle_tunnel_closed(self) -> None:
         """The tunnel is over; until now the machine counted as busy with it."""
         self.machine = None
@@ -529,6 +541,8 @@ class Exchange:
         self.machine = None
         if self.phase is _DONE or machine is None:
             return
+        if self.target is not None:
+            self.plane.metrics.machine(self.target).failures += 1
         if self.phase is _RELAYING:
             self.plane.metrics.aborted["machine"] += 1
             self._close_books(self.status)
@@ -633,17 +647,19 @@ class Exchange:
         if self.phase is _QUEUED:
             self._leave_queue()
         self.phase = _DONE
-        self._drop_target()
         self.kept = None
-        metrics = self.plane.metrics
-        metrics.in_flight -= 1
-        metrics.app(self.service.app).record(status, self.plane.now() - self.started)
+        plane = self.plane
+        plane.metrics.in_flight -= 1
+        plane.metrics.record(
+            self.service.app, self.target, status, plane.now() - self.started, self.body_bytes, self.bytes_out
+        )
+        self._drop_target()
 
     def _fail(self, code: str, detail: str, page: str = "") -> None:
         """Answer with an error of our own; nothing of an answer has been passed on."""
         self._leave_machine()
         keep = self.keeps_client()
-        self.plane.metrics.count_error(code)
+        self.plane.metrics.count_error(code, self.service.app)
         data = render_error(
             code,
             detail,
@@ -653,6 +669,7 @@ class Exchange:
             with_body=self.head.method != b"HEAD",
             page=page,
         )
+        self.bytes_out = count_body(data)
         self._close_books(int(data[9:12]))
         self.client.write(data)
         self.client.finish(keep=keep)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .access_line import Entry
-from .errors import ERRORS
+from .errors import count_body
 from .exchange import Exchange
 from .forwarding import read_client
 
@@ -26,13 +26,12 @@ if TYPE_CHECKING:
 class LoggedExchange(Exchange):
     """Counts what an `Exchange` has no use for."""
 
-    __slots__ = ("bytes_out", "error", "first_byte", "retries")
+    __slots__ = ("error", "first_byte", "retries")
 
     def __init__(
         self, plane: Plane, client: Client, head: RequestHead, service: Service, want: Want, forwarded: bytes
     ) -> None:
         super().__init__(plane, client, head, service, want, forwarded)
-        self.bytes_out = 0  # of the answer's body
         self.error = ""  # code of an answer of the proxy's own
         self.first_byte = 0.0  # when the answer began; 0 before
         self.retries = 0
@@ -41,14 +40,7 @@ class LoggedExchange(Exchange):
         """Note when the answer began."""
         if head.replays is None and not head.replay_json:
             self.first_byte = self.plane.now()
-            self.bytes_out = len(body)
         super().handle_response(head, body, ended)
-
-    def handle_response_body(self, data: Data, ended: bool) -> None:
-        """Count the bytes, unless they are those of an instruction."""
-        if self.has_answered():
-            self.bytes_out += len(data)
-        super().handle_response_body(data, ended)
 
     def handle_client_lost(self, code: str = "") -> None:
         """Note why."""
@@ -98,7 +90,13 @@ class LoggedExchange(Exchange):
 
 
 def describe_refusal(
-    plane: Plane, client: str, code: str, request_id: bytes, head: RequestHead | None
+    plane: Plane,
+    client: str,
+    answer: bytes,
+    request_id: bytes,
+    head: RequestHead | None,
+    code: str = "",
+    app: str = "",
 ) -> Entry:
     """Return the entry of a request that never became an exchange; one without a head was malformed."""
     return Entry(
@@ -110,12 +108,12 @@ def describe_refusal(
         target=head.target if head is not None else b"",
         minor=head.minor if head is not None else 1,
         lines=head.lines if head is not None else [],
-        status=ERRORS[code][0],
+        status=int(answer[9:12]),
         bytes_in=0,
-        bytes_out=0,
+        bytes_out=count_body(answer),
         duration_s=0.0,
         first_byte_s=0.0,
-        app="",
+        app=app,
         machine="",
         region="",
         retries=0,

@@ -80,6 +80,7 @@ class Replays:
         next_service, want = plan_replay(replay, source, plane.table, port)
         self.count += 1
         plane.metrics.app(service.app).replays += 1
+        plane.metrics.machine(source).replays += 1
         self.current = replay
         self._source = (service, source)
         self._started = plane.now()

@@ -63,7 +63,7 @@ def test_labels_are_kept_apart() -> None:
 def served(*seconds: float) -> ProxyMetrics:
     metrics = ProxyMetrics()
     for one in seconds:
-        metrics.app("web").record(200, one)
+        metrics.record("web", None, 200, one, 0, 0)
     return metrics
 
 
@@ -80,8 +80,10 @@ def test_restart_of_a_worker_keeps_its_histograms() -> None:
 
 
 def test_exposition_is_understood_with_type_help_and_labels() -> None:
+    totals = WorkerTotals()
+    totals.handle_samples("worker-0/1", served(0.002, 0.3).samples())
     samples = [
-        *served(0.002, 0.3).samples(),
+        *totals.samples(),
         ("isthmus_members", (("state", "alive"),), 2.0),
         ("isthmus_errors_total", (("code", 'a"b\\c\nd'),), 1.0),
     ]

@@ -181,6 +181,25 @@ async def test_each_way_to_fail_is_one_line(
         (499, "", "app.test"),
     ]
     assert [line["client"] for line in lines[:2]] == ["192.0.2.9", "127.0.0.1"]
+    assert all(line["bytes_out"] > 50 for line in lines[:3])
+
+
+async def test_an_answer_of_the_proxy_is_logged_with_the_bytes_of_its_body(
+    edge: Edge, opened: Callable[..., AccessLog], tmp_path: Path
+) -> None:
+    edge.access_log = opened()
+    edge.put_app("none", "none.test")
+    edge.put_app("app", "app.test", options='{"force_https": true}')
+    await edge.start()
+    said = [
+        await edge.exchange(b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n" % host)
+        for host in (b"none.test", b"nowhere.test", b"app.test")
+    ]
+    lines = await read_lines(tmp_path / "access.log", 3)
+    assert [(line["status"], line["bytes_out"]) for line in lines] == [
+        (response.status, len(response.body)) for response in said
+    ]
+    assert [line["app"] for line in lines] == ["none", "", "app"]
 
 
 async def test_a_replay_is_one_line_that_counts_it(
@@ -279,6 +298,8 @@ async def test_an_upgraded_connection_is_logged_when_it_ends(
         connection.writer.write(
             b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
         )
+        connection.writer.write(b"hello")
+        await connection.read_until(b"abc")
         await connection.read()
 
     edge.access_log = opened()
@@ -287,9 +308,11 @@ async def test_an_upgraded_connection_is_logged_when_it_ends(
     client = await edge.client()
     client.send(b"GET / HTTP/1.1\r\nHost: app.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
     assert (await client.read_response()).status == 101
-    client.close()
+    client.send(b"abc")
+    assert await client.read(5) == b"hello"
+    client.writer.write_eof()
     (line,) = await read_lines(tmp_path / "access.log", 1)
-    assert line["status"] == 101
+    assert (line["status"], line["bytes_in"], line["bytes_out"]) == (101, 3, 5)
 
 
 async def test_a_log_with_an_answer_in_pieces_counts_all_of_it(
