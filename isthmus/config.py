@@ -142,8 +142,10 @@ class ProxyConfig(_Section, frozen=True):
     url_bytes_max: Positive = 8_192
     connections_max: Positive = 32_768
     connections_per_client_max: Positive = 1_024
+    connections_per_client_per_s: NotNegative = 256
     requests_per_connection_max: Positive = 10_000
     memory_bytes_max: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    body_bytes_max: Annotated[int, Meta(ge=0, le=2**53)] = 0
     replay_body_bytes_max: Positive = 1_048_576
     replays_max: Positive = 10
     attempts_max: Positive = 6

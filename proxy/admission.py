@@ -1,7 +1,7 @@
 """Which connections and requests a worker takes when there are too many.
 
-Decides by counting: connections in total and by client, file descriptors, resident memory. Refuses to
-know what is asked for. Invariant: a connection that is admitted finds a file descriptor for its
+Decides by counting: connections in total, by client and by second, file descriptors, resident memory.
+Refuses to know what is asked for. Invariant: a connection that is admitted finds a file descriptor for its
 machine, and with nothing in flight a request is taken however much memory is in use, since refusing
 it would free nothing.
 """
@@ -14,6 +14,8 @@ import os
 import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from .core.client_rates import ClientRates
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +35,7 @@ RECOVERED_SHARE: Final = 15 / 16
 
 CONNECTIONS: Final = "connections"
 CLIENT_CONNECTIONS: Final = "client_connections"
+CLIENT_RATE: Final = "client_rate"
 MEMORY: Final = "memory"
 FILES: Final = "files"
 
@@ -48,6 +51,7 @@ class Admission:
         self._connections_max = max(1, min(settings.connections_max, files_max // 2))
         self._files_max = files_max
         self._per_client_max = settings.connections_per_client_max
+        self._rates = ClientRates(settings.connections_per_client_per_s)
         self._memory_max = settings.memory_bytes_max
         self._body_kept_max = settings.replay_body_bytes_max
         self._metrics = metrics
@@ -60,6 +64,10 @@ class Admission:
         """Begin to tell a worker when its memory is short, and when to close idle connections."""
         self._plane = plane
         self._close_idle = close_idle
+
+    def arrives(self, client: str, now: float) -> bool:
+        """Count a connection that this client opens; False when it opens too many a second."""
+        return not client or self._rates.take(client, now)
 
     def admit(self, client: str) -> str | None:
         """Count a connection of this client (as `name_client` has it), or return why it must not be.

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Final, cast
 
 from routing.balancer import ANYWHERE
 
-from .admission import CLIENT_CONNECTIONS, MEMORY, name_client
+from .admission import CLIENT_CONNECTIONS, CLIENT_RATE, MEMORY, name_client
 from .core.errors import (
     BAD_BODY,
     BAD_HEAD,
+    BODY_OVER_LIMIT,
     HEAD_TOO_LARGE,
     NO_ROUTE,
     OVERLOADED,
@@ -30,7 +31,7 @@ from .core.errors import (
 )
 from .core.exchange import Exchange
 from .core.forwarding import INSECURE, read_client
-from .core.framing import Body, BodyError, ChunkedBody, Data, FixedBody
+from .core.framing import Body, BodyError, BodyTooLargeError, ChunkedBody, Data, FixedBody
 from .core.logged_exchange import LoggedExchange, describe_refusal
 from .core.proxy_protocol import render_announcement
 from .core.redirect import render_redirect
@@ -123,7 +124,9 @@ class Downstream(asyncio.Protocol):
         plane.metrics.connections += 1
         plane.metrics.connections_open += 1
         counted = "" if self._trusted else name_client(self._peer)
-        refusal = plane.admission.admit(counted)
+        # Over TLS that was counted before the handshake.
+        arrives = self._forwarding.secure or plane.admission.arrives(counted, plane.now())
+        refusal = plane.admission.admit(counted) if arrives else CLIENT_RATE
         if refusal is None:
             self._admitted = counted
             self.deadline = plane.now() + plane.settings.head_timeout_s
@@ -421,8 +424,7 @@ class Downstream(asyncio.Protocol):
         forwarded = self._forwarded
         if self._trusted and head.forwarded is not None:
             forwarded = self._forwarding.lines_for_trusted(self._peer, head.forwarded)
-        if service.options is not None and service.options.force_https and INSECURE in forwarded:
-            self._redirect(head, service)
+        if service.options is not None and self._answer_by_options(head, service, forwarded):
             return
         if head.minor == 0:
             forwarded = forwarded.replace(b"Via: 1.1 ", b"Via: 1.0 ")
@@ -435,13 +437,21 @@ class Downstream(asyncio.Protocol):
 
     def _start_with_body(self, exchange: Exchange, body: Body) -> None:
         data: Data = b""
+        options = exchange.service.options
+        limit = (options.body_bytes_max if options is not None else 0) or self._plane.settings.body_bytes_max
+        if limit:
+            if exchange.head.content_length > limit:
+                self._exchange = None
+                raise RequestError(BODY_OVER_LIMIT, f"more than {limit} bytes")
+            if isinstance(body, ChunkedBody):
+                body.bytes_max = limit
         self._state = _BODY
         if self._buffer:
             try:
                 data = body.feed(self._buffer)
             except BodyError as error:
                 self._exchange = None
-                raise RequestError(BAD_BODY, str(error)) from error
+                raise _blame(error) from error
             self._buffer = body.rest
         if body.ended:
             self._state = _BUSY
@@ -456,7 +466,7 @@ class Downstream(asyncio.Protocol):
         try:
             piece = body.feed(data)
         except BodyError as error:
-            self._fail_body(RequestError(BAD_BODY, str(error)))
+            self._fail_body(_blame(error))
             return
         if body.ended:
             self._state = _BUSY
@@ -507,11 +517,26 @@ class Downstream(asyncio.Protocol):
         elif reason == CLIENT_CONNECTIONS:
             limit = plane.settings.connections_per_client_max
             self._respond(TOO_MANY_CONNECTIONS, f"more than {limit}", None, keep=False)
+        elif reason == CLIENT_RATE:
+            limit = plane.settings.connections_per_client_per_s
+            self._respond(TOO_MANY_CONNECTIONS, f"more than {limit} a second", None, keep=False)
         else:
             self._respond(OVERLOADED, "too many connections", None, keep=False)
 
     def _answer_unrouted(self, head: RequestHead) -> None:
         self._respond(NO_ROUTE, "", head, keep=head.keep_alive and self._body is None)
+
+    def _answer_by_options(self, head: RequestHead, service: Service, forwarded: bytes) -> bool:
+        """Answer a request that no machine of the service is to see; False for any other."""
+        options = service.options
+        assert options is not None
+        if options.force_https and INSECURE in forwarded:
+            self._redirect(head, service)
+        elif options.is_raw:
+            self._answer_unrouted(head)
+        else:
+            return False
+        return True
 
     def _redirect(self, head: RequestHead, service: Service) -> None:
         """Send the client to the same place over TLS."""
@@ -578,3 +603,7 @@ class Downstream(asyncio.Protocol):
             transport.write_eof()
         else:
             transport.close()
+
+
+def _blame(error: BodyError) -> RequestError:
+    return RequestError(BODY_OVER_LIMIT if isinstance(error, BodyTooLargeError) else BAD_BODY, str(error))

@@ -17,6 +17,8 @@ import ssl
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+from .admission import CLIENT_RATE, name_client
+from .core.addresses import Networks
 from .core.client_hello import HANDSHAKE_RECORD, HELLO_BYTES_MAX, ClientHelloError, parse_client_hello
 from .core.errors import PLAIN_HTTP, render_error
 from .tls import make_server_context
@@ -78,6 +80,7 @@ class TlsListener:
         self._metrics = metrics
         self._certificates = certificates
         self._make = make
+        self._trusted = Networks(plane.settings.trusted_proxies)
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None  # from `start` to `stop_accepting`
         self._pending: dict[asyncio.Task[None], str] = {}  # with the client's address; the oldest is first
@@ -121,15 +124,21 @@ class TlsListener:
                 self._loop.remove_reader(self._socket)
                 self._loop.call_later(_ACCEPT_PAUSE_S, self._resume)
                 return
-            self._admit(sock, peer[0])
+            self._admit(sock, peer[0].partition("%")[0])
 
     def _resume(self) -> None:
         if self._socket is not None:
             self._loop.add_reader(self._socket, self._accept)
 
-    def _admit(self, sock: socket.socket, client: str) -> None:
+    def _admit(self, sock: socket.socket, peer: str) -> None:
+        client = "" if self._trusted.contain(peer) else name_client(peer)
+        if not self._plane.admission.arrives(client, self._plane.now()):
+            sock.close()
+            self._plane.metrics.count_shed(CLIENT_RATE)
+            self._metrics.count_failure("client_rate")
+            return
         most = self._settings.handshakes_max
-        if self._clients[client] >= max(1, most // _CLIENT_SHARE):
+        if client and self._clients[client] >= max(1, most // _CLIENT_SHARE):
             sock.close()
             self._metrics.count_failure("client_limit")
             return

@@ -32,7 +32,7 @@ _HOPS_MAX: Final = 32
 class Forwarding:
     """The rules of one listener, over TLS or not; `https_port` is where its clients can have TLS."""
 
-    __slots__ = ("_port", "_region", "_scheme", "_trusted", "https_port")
+    __slots__ = ("_port", "_region", "_scheme", "_trusted", "https_port", "secure")
 
     def __init__(
         self,
@@ -44,6 +44,7 @@ class Forwarding:
         https_port: int = HTTPS_PORT,
     ) -> None:
         self._scheme = b"https" if secure else b"http"
+        self.secure = secure
         self.https_port = https_port
         self._trusted = Networks(trusted)
         self._region = region.encode("ascii")

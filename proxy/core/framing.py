@@ -32,6 +32,10 @@ class BodyError(Exception):
     """The stream is not a body in the announced framing."""
 
 
+class BodyTooLargeError(BodyError):
+    """The body is longer than `bytes_max`."""
+
+
 class FixedBody:
     """A body of known length, which is above 0."""
 
@@ -74,11 +78,21 @@ class UntilClose:
 class ChunkedBody:
     """A body in chunked coding; extensions and trailers are checked and dropped."""
 
-    __slots__ = ("_held", "_left", "_overhead", "_overhead_max", "_trailer_left", "ended", "rest")
+    __slots__ = (
+        "_held",
+        "_left",
+        "_overhead",
+        "_overhead_max",
+        "_trailer_left",
+        "bytes_max",
+        "ended",
+        "rest",
+    )
 
     def __init__(self, *, bound_overhead: bool) -> None:
         self.ended = False
         self.rest = b""
+        self.bytes_max = 2**62  # less what chunks have announced
         self._held = b""  # an incomplete line, kept for the next read
         self._left = 0  # of the chunk being read, with its CRLF; 0 between chunks
         self._overhead = 0  # bytes of framing, less twice those of payload
@@ -134,6 +148,9 @@ class ChunkedBody:
         self._overhead = max(self._overhead + len(line) + 2 - 2 * length, 0)
         if self._overhead > self._overhead_max:
             raise BodyError("too many tiny chunks")
+        self.bytes_max -= length
+        if self.bytes_max < 0:
+            raise BodyTooLargeError("it goes on beyond the limit")
         self._left = length + 2
 
     def _take_chunk(self, data: bytes, position: int, pieces: list[bytes]) -> int:

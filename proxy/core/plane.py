@@ -100,6 +100,9 @@ class Connector(Protocol):
 class Gate(Protocol):
     """Who may connect."""
 
+    def arrives(self, client: str, now: float) -> bool:
+        """Count a connection that this client opens; False when it opens too many a second."""
+
     def admit(self, client: str) -> str | None:
         """Count a connection of this client, or return the reason why it must not be."""
 

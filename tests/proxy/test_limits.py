@@ -52,6 +52,63 @@ async def test_one_client_has_so_many_connections_and_a_trusted_proxy_any(
         assert edge.metrics.shed == {"client_connections": 1}
 
 
+@pytest.mark.parametrize(("trusted", "last"), [((), 429), (("127.0.0.0/8",), 200)])
+async def test_one_client_may_connect_so_often_and_a_trusted_proxy_as_it_likes(
+    edge: Edge, trusted: tuple[str, ...], last: int
+) -> None:
+    await edge.machine()
+    await edge.start(connections_per_client_per_s=1, trusted_proxies=trusted)
+    responses = [await edge.get() for _ in range(5)]
+    assert [response.status for response in responses] == [200] * 4 + [last]
+    if last == 429:
+        assert (responses[4].error, responses[4].values(b"retry-after")) == ("PL02", [b"1"])
+        assert responses[4].values(b"connection") == [b"close"]
+        assert edge.metrics.shed == {"client_rate": 1}
+
+
+def post(length: int) -> bytes:
+    return b"POST / HTTP/1.1\r\nHost: app.test\r\nContent-Length: %d\r\n\r\n" % length
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nHost: app.test\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+async def test_a_body_that_is_said_to_be_too_large_reaches_no_machine(edge: Edge) -> None:
+    machine = await edge.machine()
+    await edge.start(body_bytes_max=10)
+    assert (await edge.exchange(post(10) + b"x" * 10)).status == 200
+    connections = len(machine.connections)
+    client = await edge.client()
+    client.send(post(11))
+    response = await client.read_response()
+    assert (response.status, response.error) == (413, "PH14")
+    assert await client.read_to_end() == b""
+    assert len(machine.connections) == connections
+
+
+async def test_a_chunked_body_is_cut_when_it_passes_the_limit(edge: Edge) -> None:
+    machine = await edge.machine()
+    await edge.start(body_bytes_max=10)
+    assert (await edge.exchange(CHUNKED + b"5\r\nxxxxx\r\n5\r\nxxxxx\r\n0\r\n\r\n")).status == 200
+    client = await edge.client()
+    client.send(CHUNKED + b"a\r\nxxxxxxxxxx\r\n")
+    await wait_for(lambda: len(machine.requests) + edge.metrics.in_flight == 2)
+    client.send(b"1\r\n")
+    response = await client.read_response()
+    assert (response.status, response.error) == (413, "PH14")
+    await wait_for(lambda: machine.connections[-1].closed)
+    assert len(machine.requests) == 1
+    assert (await edge.exchange(CHUNKED + b"b\r\n")).error == "PH14"
+
+
+async def test_an_app_has_its_own_limit_of_bodies(edge: Edge) -> None:
+    edge.put_app("app", "app.test", options='{"body_bytes_max": 20}')
+    await edge.machine()
+    await edge.start(body_bytes_max=10)
+    assert (await edge.exchange(post(20) + b"x" * 20)).status == 200
+    assert (await edge.exchange(post(21))).error == "PH14"
+
+
 async def test_a_flood_of_connections_is_cut_without_a_word(edge: Edge) -> None:
     await edge.machine()
     await edge.start(connections_max=1, linger_s=60.0)

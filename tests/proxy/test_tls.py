@@ -260,6 +260,22 @@ async def test_one_client_has_a_share_of_the_pending_handshakes(edge: TlsEdge) -
     assert await clients[0].read(1) == b"\x16"
 
 
+@pytest.mark.parametrize("trusted", [(), ("127.0.0.0/8",)])
+async def test_handshakes_beyond_a_clients_rate_are_not_begun(
+    edge: TlsEdge, trusted: tuple[str, ...]
+) -> None:
+    await edge.machine()
+    await edge.start(connections_per_client_per_s=1, trusted_proxies=trusted)
+    for _ in range(4):
+        assert (await (await edge.tls_client()).get()).status == 200
+    client = await edge.raw_client()
+    client.send(client_hello("app.test"))
+    first = await client.reader.read(1) if trusted else await client.read_to_end()
+    assert first == (b"\x16" if trusted else b"")
+    assert edge.tls_metrics.failures == ({} if trusted else {"client_rate": 1})
+    assert edge.metrics.shed == ({} if trusted else {"client_rate": 1})
+
+
 async def test_newcomer_takes_the_place_of_the_oldest_pending_handshake(edge: TlsEdge) -> None:
     edge.tls = TlsSettings(handshakes_max=1)
     await edge.start()
