@@ -50,6 +50,12 @@ class Pool:
         """Learn which addresses are this node's own. Call before the first exchange."""
         await self._reach.open(self.settings.forbidden_addresses)
 
+    async def adopt(self, settings: ProxySettings) -> None:
+        """Make connections by other settings from now on; those that are there stay."""
+        reach = Reach(settings.machine_networks, settings.client_certificate)
+        await reach.open(settings.forbidden_addresses)
+        self.settings, self._reach = settings, reach
+
     def acquire(self, target: Target, port: int, exchange: Exchange, *, fresh: bool) -> Upstream | None:
         """Return an idle connection to the machine, or None and later tell the exchange."""
         options = exchange.service.options

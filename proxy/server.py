@@ -7,8 +7,11 @@ replication. Invariant: after `close` no socket, timer or task of it is left.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import socket
 import time
+from contextlib import closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,7 +28,6 @@ from .sweeper import Sweeper
 from .tls_listener import TlsListener
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
 
     from routing.balancer import Balancer
@@ -59,15 +61,22 @@ class Server:
         self._table = table
         self._balancer = balancer
         self._metrics = metrics
-        self._access_log = access_log
+        self._logs = [] if access_log is None else [access_log]
         self._clients: set[Downstream] = set()
         self._announcing: set[AnnouncedConnection] = set()  # accepted, and not yet told whose they are
         # All set by `start`.
         self.port = 0  # listened on
+        self._public_port = self._tls_port = 0
         self._listener: asyncio.Server | None = None
+        self._sockets: list[socket.socket] = []  # those of `_listener`, for what it leaves in their queues
+        self._make: Callable[[], Downstream] = _make_none
+        self._make_secure: Callable[[], Downstream] = _make_none
+        self._announcers: Networks | None = None
+        self._https_port = HTTPS_PORT
         self._tls_listener: TlsListener | None = None
         self._plane: Plane | None = None
         self._pool: Pool | None = None
+        self._admission: Admission | None = None
         self._sweeper: Sweeper | None = None
 
     async def start(
@@ -88,7 +97,7 @@ class Server:
         loop = asyncio.get_running_loop()
         pool = self._pool = Pool(self._settings, self._metrics)
         await pool.open()
-        admission = Admission(self._settings, self._metrics, compute_files_max())
+        admission = self._admission = Admission(self._settings, self._metrics, compute_files_max())
         plane = self._plane = Plane(
             settings=self._settings,
             table=self._table,
@@ -100,28 +109,23 @@ class Server:
             now=loop.time,
             wall_us=lambda: time.time_ns() // 1000,
             admission=admission,
-            access_log=self._access_log,
+            access_log=self._logs[0] if self._logs else None,
             body_kept_max=self._settings.replay_body_bytes_max,
         )
         admission.watch(plane, pool.close_idle)
-        accepting: list[Callable[[], Downstream]] = []
-
-        def make_downstream() -> Downstream:
-            return accepting[0]()
-
-        make: Callable[[], asyncio.Protocol] = make_downstream
-        if self._settings.proxy_protocol_from:
-            announcers = Networks(self._settings.proxy_protocol_from)
-            make = partial(AnnouncedConnection, plane, announcers, make_downstream, self._announcing)
-
+        accept = self._accept
         if sock is not None:
-            self._listener = await loop.create_server(make, sock=sock, backlog=_BACKLOG, start_serving=False)
+            self._listener = await loop.create_server(
+                accept, sock=sock, backlog=_BACKLOG, start_serving=False
+            )
         else:
             self._listener = await loop.create_server(
-                make, host, port, backlog=_BACKLOG, reuse_port=reuse_port or None, start_serving=False
+                accept, host, port, backlog=_BACKLOG, reuse_port=reuse_port or None, start_serving=False
             )
-        self.port = self._listener.sockets[0].getsockname()[1]
-        accepting.append(self._maker(public_port or self.port, secure=False, https_port=https_port))
+        self._sockets = [_duplicate(listening) for listening in self._listener.sockets]
+        self.port = self._sockets[0].getsockname()[1]
+        self._public_port, self._https_port = public_port or self.port, https_port
+        self._make_makers()
         await self._listener.start_serving()
         self._sweeper = Sweeper(
             self._settings.sweep_interval_s,
@@ -130,7 +134,7 @@ class Server:
             pool.connections,
             plane.queue.waiting,
             (plane.queue, admission),
-            () if self._access_log is None else (self._access_log,),
+            self._logs,
         )
         self._sweeper.start()
 
@@ -144,10 +148,50 @@ class Server:
     ) -> None:
         """Serve the same apps over TLS on a socket that is bound. Call after `start`."""
         assert self._plane is not None
-        port = public_port or sock.getsockname()[1]
-        make = self._maker(port, secure=True, https_port=port)
+        self._tls_port = public_port or sock.getsockname()[1]
+        self._make_makers()
+        make = self._accept_secure
         self._tls_listener = TlsListener(self._plane, settings, certificates, metrics, make)
         self._tls_listener.start(sock)
+
+    async def adopt(
+        self, settings: ProxySettings, access_log: AccessLog | None, tls: TlsSettings | None = None
+    ) -> None:
+        """Go on with other settings and another log, which may be the same ones.
+
+        Whom a connection comes from, and whether that one is trusted, was settled when it came.
+        """
+        plane, pool, admission = self._plane, self._pool, self._admission
+        assert plane is not None
+        assert pool is not None
+        assert admission is not None
+        await pool.adopt(settings)
+        self._settings = plane.settings = settings
+        self._logs[:] = [] if access_log is None else [access_log]
+        plane.access_log = access_log
+        plane.queue.max_per_app = settings.queue_max
+        admission.adopt(settings)
+        self._make_makers()
+        for client in self._clients:
+            client.adopt_log()
+        if self._tls_listener is not None and tls is not None:
+            self._tls_listener.adopt(tls)
+
+    def _make_makers(self) -> None:
+        """Have the next connections made by the settings of now."""
+        announcing = self._settings.proxy_protocol_from
+        self._announcers = Networks(announcing) if announcing else None
+        self._make = self._maker(self._public_port, secure=False, https_port=self._https_port)
+        self._make_secure = self._maker(self._tls_port, secure=True, https_port=self._tls_port)
+
+    def _accept(self) -> asyncio.Protocol:
+        if self._announcers is None:
+            return self._make()
+        assert self._plane is not None
+        return AnnouncedConnection(self._plane, self._announcers, self._make, self._announcing)
+
+    def _accept_secure(self) -> asyncio.Protocol:
+        return self._make_secure()
 
     def _maker(self, port: int, *, secure: bool, https_port: int) -> Callable[[], Downstream]:
         """Return what makes a listener's connections."""
@@ -158,27 +202,54 @@ class Server:
         )
         return partial(Downstream, self._plane, forwarding, port, self._clients)
 
-    async def drain(self, grace_s: float) -> bool:
-        """Stop accepting, let running exchanges end; True when all did in time. `close` comes after."""
-        assert self._plane is not None
-        self._plane.draining = True
-        if self._listener is not None:
-            self._listener.close()
+    async def drain(self, grace_s: float, idle_s: float = 0.0) -> bool:
+        """Stop accepting, let running exchanges end; True when all did in time. `close` comes after.
+
+        Every answer from now on is the last of its connection, and says so. A connection that waits for a
+        request is closed only when none has come for `idle_s`: one may be on its way, and its client
+        could not know whether it was served.
+        """
+        plane = self._plane
+        assert plane is not None
+        plane.draining = True
+        await self._stop_accepting()
+        began = plane.now()
+        while self._is_busy() and plane.now() < began + grace_s:
+            if plane.now() >= began + idle_s:
+                self._close_idle(idle_s)
+            await asyncio.sleep(_DRAIN_POLL_S)
+        self._close_idle(0.0)
+        return not self._is_busy()
+
+    def _is_busy(self) -> bool:
+        handshakes = 0 if self._tls_listener is None else self._tls_listener.pending
+        return bool(self._clients or self._announcing or handshakes)
+
+    def _close_idle(self, idle_s: float) -> None:
         for waiting in list(self._announcing):
             waiting.abort()
+        for client in list(self._clients):
+            client.drain(idle_s)
+
+    async def _stop_accepting(self) -> None:
+        """Take no more connections than the kernel has accepted: it resets those that nobody takes."""
         if self._tls_listener is not None:
             self._tls_listener.stop_accepting()
-        for client in list(self._clients):
-            client.drain()
-        deadline = self._plane.now() + grace_s
-        while self._clients and self._plane.now() < deadline:  # noqa: ASYNC110 - an event would cost each request
-            await asyncio.sleep(_DRAIN_POLL_S)
-        return not self._clients
+        if self._listener is not None:
+            self._listener.close()
+        loop = asyncio.get_running_loop()
+        for listening in self._sockets:
+            with closing(listening), suppress(OSError):
+                for _ in range(_BACKLOG):
+                    await loop.connect_accepted_socket(self._accept, listening.accept()[0])
+        self._sockets.clear()
 
     async def close(self) -> None:
         """Cut what is left, and free everything."""
         if self._listener is not None:
             self._listener.close()
+        for listening in self._sockets:
+            listening.close()
         if self._tls_listener is not None:
             await self._tls_listener.close()
         if self._sweeper is not None:
@@ -194,3 +265,14 @@ class Server:
             self._pool is not None and self._pool.connections
         ):
             await asyncio.sleep(0)
+
+
+def _duplicate(listening: socket.socket) -> socket.socket:
+    """Return another descriptor of a listening socket, which outlives that of the event loop."""
+    copy = socket.socket(fileno=os.dup(listening.fileno()))
+    copy.setblocking(False)
+    return copy
+
+
+def _make_none() -> Downstream:
+    raise AssertionError("nobody can connect before `start`")

@@ -452,6 +452,8 @@ class Exchange:
                 framing = b"Transfer-Encoding: chunked\r\n"
             else:
                 request.keep_alive = False  # the end of the connection is the end of the body
+        if self.plane.draining:
+            request.keep_alive = False
         if not self.keeps_client():
             framing += b"Connection: close\r\n"
         elif request.minor == 0:
@@ -468,7 +470,7 @@ class Exchange:
 
     def keeps_client(self) -> bool:
         """True when the client's connection may carry another request after this answer."""
-        if not self.head.keep_alive or self.plane.draining:
+        if not self.head.keep_alive:
             return False
         if self.body_ended:
             return True
@@ -658,7 +660,7 @@ class Exchange:
     def _fail(self, code: str, detail: str, page: str = "") -> None:
         """Answer with an error of our own; nothing of an answer has been passed on."""
         self._leave_machine()
-        keep = self.keeps_client()
+        keep = self.keeps_client() and not self.plane.draining
         self.plane.metrics.count_error(code, self.service.app)
         data = render_error(
             code,

@@ -39,7 +39,7 @@ class Queue:
     deadline = 0.0
 
     def __init__(self, max_per_app: int, metrics: ProxyMetrics) -> None:
-        self._max_per_app = max_per_app
+        self.max_per_app = max_per_app  # may be changed; whoever waits already stays
         self._metrics = metrics
         self._lines: dict[str, dict[Waiting, None]] = {}
         self._waiting: dict[Waiting, None] = {}
@@ -52,7 +52,7 @@ class Queue:
     def join(self, app: str, exchange: Waiting) -> bool:
         """Put an exchange at the end of its app's line; False when the line is full."""
         line = self._lines.setdefault(app, {})
-        if len(line) >= self._max_per_app:
+        if len(line) >= self.max_per_app:
             return False
         line[exchange] = None
         self._waiting[exchange] = None
