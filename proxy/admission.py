@@ -47,18 +47,22 @@ class Admission:
     deadline = 0.0
 
     def __init__(self, settings: ProxySettings, metrics: ProxyMetrics, files_max: int) -> None:
-        # Each client may have a machine at the other end.
-        self._connections_max = max(1, min(settings.connections_max, files_max // 2))
         self._files_max = files_max
-        self._per_client_max = settings.connections_per_client_max
-        self._rates = ClientRates(settings.connections_per_client_per_s)
-        self._memory_max = settings.memory_bytes_max
-        self._body_kept_max = settings.replay_body_bytes_max
+        self.adopt(settings)
         self._metrics = metrics
         self._by_client: dict[str, int] = {}
         self._admitted = 0
         self._plane: Plane | None = None  # set, with the next, by `watch`
         self._close_idle: Callable[[], None] | None = None
+
+    def adopt(self, settings: ProxySettings) -> None:
+        """Go on with other limits; what is admitted already stays."""
+        # Each client may have a machine at the other end.
+        self._connections_max = max(1, min(settings.connections_max, self._files_max // 2))
+        self._per_client_max = settings.connections_per_client_max
+        self._rates = ClientRates(settings.connections_per_client_per_s)
+        self._memory_max = settings.memory_bytes_max
+        self._body_kept_max = settings.replay_body_bytes_max
 
     def watch(self, plane: Plane, close_idle: Callable[[], None]) -> None:
         """Begin to tell a worker when its memory is short, and when to close idle connections."""
@@ -106,6 +110,7 @@ class Admission:
         if metrics.connections_open + metrics.upstreams_open > self._files_max * COMFORT_SHARE:
             self._close_idle()
         if not self._memory_max:
+            plane.body_kept_max, plane.shedding = self._body_kept_max, False
             return
         used = read_memory()
         tight = used > self._memory_max * COMFORT_SHARE

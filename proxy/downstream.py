@@ -98,7 +98,7 @@ class Downstream(asyncio.Protocol):
         self._peer = ""
         self._trusted = False
         self._admitted: str | None = None  # what the connection is counted under; None when it is not
-        self._exchange_type = Exchange if plane.access_log is None else LoggedExchange
+        self.adopt_log()
         self._requests_left = plane.settings.requests_per_connection_max
         self._forwarded = b""  # lines about this client for machines; for trusted peers made per request
 
@@ -335,10 +335,18 @@ class Downstream(asyncio.Protocol):
 
     # What the server calls
 
-    def drain(self) -> None:
-        """Close now if no request is here; else its answer will be the last one."""
-        if self._state is _HEAD and not self._buffer and self._transport is not None:
-            self._transport.close()
+    def drain(self, idle_s: float) -> None:
+        """Close if no request has come for so long; the next answer will be the last one anyway."""
+        transport = self._transport
+        if self._state is _HEAD and not self._buffer and transport is not None:
+            settings = self._plane.settings
+            idle_since = self.deadline - max(settings.keepalive_timeout_s, settings.head_timeout_s)
+            if self._plane.now() - idle_since >= idle_s:
+                transport.close()
+
+    def adopt_log(self) -> None:
+        """Log the next request if there is a log now."""
+        self._exchange_type = Exchange if self._plane.access_log is None else LoggedExchange
 
     # Requests
 

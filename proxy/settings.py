@@ -1,7 +1,7 @@
 """What can be set about the data plane, and why each default is what it is.
 
 Decides nothing by itself and refuses to know where settings come from.
-Invariant: immutable; a change means a new Server.
+Invariant: immutable; a change means another object, which the Server adopts.
 """
 
 from __future__ import annotations

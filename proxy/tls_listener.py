@@ -97,8 +97,19 @@ class TlsListener:
         self._socket = sock
         self._loop.add_reader(sock, self._accept)
 
+    def adopt(self, settings: TlsSettings) -> None:
+        """Bound the next handshakes by other settings."""
+        self._settings = settings
+
+    @property
+    def pending(self) -> int:
+        """How many connections are not handed over yet."""
+        return len(self._pending)
+
     def stop_accepting(self) -> None:
-        """Take no more connections; those that are pending go on."""
+        """Take what the kernel has accepted, and no more; those that are pending go on."""
+        for _ in range(_BACKLOG // _ACCEPTS_A_TURN):
+            self._accept()
         if self._socket is not None:
             self._loop.remove_reader(self._socket)
             self._socket.close()
