@@ -31,6 +31,7 @@ from routing.catalog import (
 )
 from routing.machine_tls import parse_machine_tls
 from routing.options import PAGE_CHARS_MAX, parse_headers
+from routing.replay_options import TTL_S_MAX, TTL_S_MIN, parse_replay_options
 
 if typing.TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -149,6 +150,9 @@ class ProxyConfig(_Section, frozen=True):
     replay_body_bytes_max: Positive = 1_048_576
     replays_max: Positive = 10
     attempts_max: Positive = 6
+    retry_percent: NotNegative = 20
+    retries_per_s_min: NotNegative = 10
+    replay_cache_entries_max: NotNegative = 16_384
     queue_max: Positive = 1_024
     queue_timeout_ms: Positive = 5_000
     connect_timeout_ms: Positive = 3_000
@@ -328,6 +332,16 @@ class MachineTlsConfig(_Section, frozen=True):
             raise ValueOfKeyError(re.findall(r"machine_tls\.(\w+)", str(error))[0], str(error)) from None
 
 
+class ReplayCacheConfig(_Section, frozen=True):
+    """`[[apps.replay_cache]]`: replays that are remembered by the value of a cookie or header."""
+
+    type: Literal["cookie", "header"]
+    name: str
+    ttl_seconds: Annotated[int, Meta(ge=TTL_S_MIN, le=TTL_S_MAX)]
+    path_prefix: str = "/"
+    allow_bypass: bool = False
+
+
 class AppConfig(_Section, frozen=True):
     """`[[apps]]`: something served through this node's part of the table."""
 
@@ -343,6 +357,10 @@ class AppConfig(_Section, frozen=True):
     maintenance: Annotated[str, Meta(max_length=PAGE_CHARS_MAX)] = ""
     force_https: bool = False
     machine_tls: MachineTlsConfig | bool = False
+    pristine: bool = False
+    client_routing: bool = True
+    replay_from: tuple[str, ...] = ()
+    replay_cache: tuple[ReplayCacheConfig, ...] = ()
 
     def __post_init__(self) -> None:
         _check("name", check_app_name, self.name)
@@ -354,6 +372,11 @@ class AppConfig(_Section, frozen=True):
             parse_headers(self.response_headers)
         except ValueError as error:
             raise ValueOfKeyError("response_headers", str(error)) from None
+        for key in ("replay_from", "replay_cache"):
+            try:
+                parse_replay_options({key: msgspec.to_builtins(getattr(self, key))})
+            except ValueError as error:
+                raise ValueOfKeyError(key, str(error)) from None
         names = [check.name for check in self.checks if check.name]
         for i, name in _repeated(names):
             raise ValueOfKeyError(f"checks[{i}].name", f"check `{name}` is declared twice")

@@ -29,6 +29,7 @@ from isthmus.config import (
     MachineConfig,
     MachineTlsConfig,
     RegionConfig,
+    ReplayCacheConfig,
     ValueOfKeyError,
     parse_listen,
     unknown_region,
@@ -266,6 +267,7 @@ def _suggest_key(path: str) -> str | None:
         ("apps.machines", MachineConfig),
         ("apps.checks", CheckConfig),
         ("apps.machine_tls", MachineTlsConfig),
+        ("apps.replay_cache", ReplayCacheConfig),
         ("regions.*", RegionConfig),
     ):
         known += [f"{prefix}.{key}" for key in struct.__struct_fields__]

@@ -273,8 +273,14 @@ def encode_options(app: AppConfig) -> str:
         "maintenance": app.maintenance,
         "force_https": app.force_https,
         "machine_tls": app.machine_tls,
+        "pristine": app.pristine,
+        "replay_from": app.replay_from,
+        "replay_cache": app.replay_cache,
     }
-    return msgspec.json.encode({name: value for name, value in options.items() if value}).decode()
+    said = {name: value for name, value in options.items() if value}
+    if not app.client_routing:
+        said["client_routing"] = False
+    return msgspec.json.encode(said).decode()
 
 
 def _forget(table: str, column: str, keep: Sequence[str], owner: str) -> list[Statement]:

@@ -36,7 +36,7 @@ from .core.logged_exchange import LoggedExchange, describe_refusal
 from .core.proxy_protocol import render_announcement
 from .core.redirect import render_redirect
 from .core.request_head import RequestHead, parse_request_head
-from .core.wishes import plan_want
+from .core.wishes import take_wishes
 from .sweeper import NEVER
 
 if TYPE_CHECKING:
@@ -426,9 +426,7 @@ class Downstream(asyncio.Protocol):
         if service is None:
             self._answer_unrouted(head)
             return
-        want = ANYWHERE
-        if head.routing is not None and plane.settings.client_routing:
-            want = plan_want(head.routing)
+        want = ANYWHERE if head.routing is None else take_wishes(head, service, plane.settings)
         forwarded = self._forwarded
         if self._trusted and head.forwarded is not None:
             forwarded = self._forwarding.lines_for_trusted(self._peer, head.forwarded)

@@ -82,6 +82,9 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
         "counter",
         "Requests sent again because an app asked for it, by app that asked.",
     ),
+    "isthmus_replay_cache_entries": ("gauge", "Replays that are remembered."),
+    "isthmus_replay_cache_total": ("counter", "What became of remembered replays, by app and outcome."),
+    "isthmus_retries_refused_total": ("counter", "Retries not made because an app had too many, by app."),
     "isthmus_retries_total": ("counter", "Requests sent again after a failure, by app."),
     "isthmus_bad_announcements_total": (
         "counter",
@@ -134,12 +137,18 @@ class Tally:
 class AppMetrics(Tally):
     """The counters of one app."""
 
-    __slots__ = ("errors", "retries")
+    __slots__ = ("cached", "errors", "retries", "retries_refused")
 
     def __init__(self) -> None:
         super().__init__()
         self.retries = 0
+        self.retries_refused = 0
         self.errors: dict[str, int] = {}  # by code
+        self.cached: dict[str, int] = {}  # remembered replays, by what became of them
+
+    def count_cached(self, outcome: str) -> None:
+        """Count one use of the replay cache."""
+        self.cached[outcome] = self.cached.get(outcome, 0) + 1
 
 
 class MachineMetrics(Tally):
@@ -172,6 +181,7 @@ class ProxyMetrics:
         "queue_seconds",
         "queue_waits",
         "queued",
+        "replay_cache_entries",
         "shed",
         "tunnels",
         "upstreams",
@@ -192,6 +202,7 @@ class ProxyMetrics:
         self.queued = 0
         self.queue_waits = 0
         self.queue_seconds = 0.0
+        self.replay_cache_entries = 0
         self.connections = 0
         self.connections_open = 0
         self.upstreams = 0
@@ -260,6 +271,7 @@ class ProxyMetrics:
             ("isthmus_access_log_dropped_total", (), self.log_lines_dropped),
             ("isthmus_queue_waits_total", (), self.queue_waits),
             ("isthmus_queue_wait_seconds_total", (), self.queue_seconds),
+            ("isthmus_replay_cache_entries", (), self.replay_cache_entries),
             ("isthmus_connections_total", (), self.connections),
             ("isthmus_connections_open", (), self.connections_open),
             ("isthmus_upstream_connections_total", (), self.upstreams),
@@ -278,6 +290,9 @@ class ProxyMetrics:
             labels = (("app", name),)
             samples += app.samples("isthmus_", labels)
             samples.append(("isthmus_retries_total", labels, app.retries))
+            samples.append(("isthmus_retries_refused_total", labels, app.retries_refused))
+            for outcome, count in app.cached.items():
+                samples.append(("isthmus_replay_cache_total", (*labels, ("outcome", outcome)), count))
             for code, count in app.errors.items():
                 samples.append(("isthmus_errors_total", (*labels, ("code", code)), count))
         for machine in self.machines.values():

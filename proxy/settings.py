@@ -63,6 +63,12 @@ class ProxySettings:
     replays_max: int = 10
     # Machines tried for one request before giving up: bounds the wait at attempts * connect timeout.
     attempts_max: int = 6
+    # Requests of an app that may be retries, of those of the last seconds; as in Linkerd and Envoy.
+    retry_percent: int = 20
+    # And so many a second on top: enough for apps with little traffic, nothing for a machine in trouble.
+    retries_per_s_min: int = 10
+    # Replays remembered by one worker, for all apps; one takes some 500 bytes. 0: none.
+    replay_cache_entries_max: int = 16_384
     # How long a request waits when all machines are at their hard limit: longer than most bursts, and than
     # a usual request takes, shorter than clients wait.
     queue_timeout_s: float = 5.0

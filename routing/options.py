@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from .machine_tls import MachineTls, parse_machine_tls
+from .replay_options import AS_USUAL, REPLAY_NAMES, ReplayOptions, parse_replay_options
 from .scaling import NAMES as SCALING_NAMES
 from .scaling import USUAL, Scaling, parse_scaling
 
@@ -21,6 +22,7 @@ PROXY_PROTOCOLS: Final = ("v1", "v2")
 NAMES: Final = (
     *("proxy_protocol", "response_headers", "maintenance", "force_https", "machine_tls"),
     *("handlers", "idle_timeout_ms", "body_bytes_max"),
+    *("pristine", *REPLAY_NAMES),
     *SCALING_NAMES,
 )
 # What may be done to a connection, as on Fly, in any order; with neither its bytes are passed on as they are.
@@ -37,6 +39,7 @@ _OWN: Final = frozenset(
     ("connection", "content-length", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "via")
 )
 _OWN_PREFIXES: Final = ("fly-", "proxy-")
+REQUEST_ID: Final = "fly-request-id"  # may be removed, as on Fly, and not set
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,9 @@ class ServiceOptions:
     ends_tls: bool = False  # of a raw one: after TLS has ended here; else TLS, if it is that, is passed on
     idle_timeout_s: float = 0.0  # of raw connections; 0: the node's
     body_bytes_max: int = 0  # of a request; 0: the node's
+    replay: ReplayOptions = AS_USUAL
+    pristine: bool = False  # answers get nothing of the proxy's own
+    hides_id: bool = False  # answers get no Fly-Request-Id
 
 
 def parse_options(text: str) -> ServiceOptions | None:
@@ -76,9 +82,7 @@ def parse_options(text: str) -> ServiceOptions | None:
     if not isinstance(page, str) or len(page) > PAGE_CHARS_MAX:
         raise ValueError(f"maintenance must be text of at most {PAGE_CHARS_MAX} characters")
     removed, added = parse_headers(fields.get("response_headers", {}))
-    force_https = fields.get("force_https", False)
-    if not isinstance(force_https, bool):
-        raise ValueError("force_https must be true or false")  # noqa: TRY004 - as above
+    force_https = _parse_flag(fields, "force_https")
     machine_tls = parse_machine_tls(fields.get("machine_tls", False))
     if machine_tls is not None and protocol:
         raise ValueError("proxy_protocol and machine_tls do not go together")
@@ -90,7 +94,17 @@ def parse_options(text: str) -> ServiceOptions | None:
         ends_tls="tls" in handlers,
         idle_timeout_s=_parse_number(fields, "idle_timeout_ms") / 1_000,
         body_bytes_max=_parse_number(fields, "body_bytes_max"),
+        replay=parse_replay_options(fields),
+        pristine=_parse_flag(fields, "pristine"),
+        hides_id=REQUEST_ID.encode("ascii") in removed,
     )
+
+
+def _parse_flag(fields: dict[str, object], name: str) -> bool:
+    flag = fields.get(name, False)
+    if not isinstance(flag, bool):
+        raise ValueError(f"{name} must be true or false")  # noqa: TRY004 - all of a row's faults are ValueErrors
+    return flag
 
 
 def parse_handlers(handlers: object) -> frozenset[str]:
@@ -121,7 +135,7 @@ def parse_headers(headers: object) -> tuple[frozenset[bytes], bytes]:
         lower = str(name).lower()
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(f"{ascii(name)[:80]} is not the name of a header")
-        if lower in _OWN or lower.startswith(_OWN_PREFIXES):
+        if lower in _OWN or (lower.startswith(_OWN_PREFIXES) and (lower != REQUEST_ID or said is not False)):
             raise ValueError(f"header {name!r} is the proxy's own")
         for value in said if isinstance(said, list | tuple) else () if said is False else (said,):
             if not isinstance(value, str) or len(value) > VALUE_CHARS_MAX or not _VALUE.fullmatch(value):

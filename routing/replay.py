@@ -18,10 +18,13 @@ from urllib.parse import quote
 from .balancer import Want
 from .catalog import APP_NAME, IDENTIFIER, REGION_CODE
 from .geo import ANY
+from .replay_options import admits
+from .transform import parse_cache, parse_transform
 
 if TYPE_CHECKING:
-    from .table import RoutingTable, Service
+    from .table import App, RoutingTable, Service
     from .target import Target
+    from .transform import CacheWish, Transform
 
 INVALID: Final = "PA03"
 APP_NOT_FOUND: Final = "PA04"
@@ -42,10 +45,11 @@ _ESCAPE: Final = re.compile(r"\\(.)")
 _TIMEOUT: Final = re.compile(r"([0-9]{1,9})(ms|s|m)")
 _UNIT_MS: Final = {"ms": 1, "s": 1_000, "m": 60_000}
 _FIELDS: Final = frozenset(
-    ("app", "elsewhere", "fallback", "instance", "prefer_instance", "region", "state", "timeout")
+    (
+        *("app", "elsewhere", "fallback", "instance", "prefer_instance", "region", "state", "timeout"),
+        *("allow_bypass", "cache", "transform"),
+    )
 )
-# Part of Fly's JSON form and not done here yet: refused by name, rather than done by half.
-_UNSUPPORTED: Final = frozenset(("allow_bypass", "cache", "transform"))
 _FALLBACKS: Final = frozenset(("force_self", "prefer_self"))
 # What may stand in fly-replay-src as it is: visible ASCII but for `;` and `"`. '%' stays, so that a state
 # that was percent-encoded by its app comes back as that app wrote it.
@@ -73,6 +77,8 @@ class Replay:
     elsewhere: bool = False
     timeout_ms: int | None = None
     fallback: str | None = None  # 'force_self' or 'prefer_self'
+    transform: Transform | None = None
+    cache: CacheWish | None = None
 
 
 def parse_replay_header(value: bytes) -> Replay:
@@ -165,12 +171,15 @@ def parse_regions(text: str) -> tuple[str, ...]:
 
 def _build(fields: dict[str, object]) -> Replay:
     for name in fields:
-        if name in _UNSUPPORTED:
-            _refuse(f"field {name!r} is not supported yet")
         if name not in _FIELDS:
             _refuse(f"unknown field {_shorten(name)}")
     region = _text(fields, "region")
     timeout = _text(fields, "timeout")
+    try:
+        transform = parse_transform(fields["transform"]) if "transform" in fields else None
+        cache = parse_cache(fields.get("cache"), fields.get("allow_bypass"))
+    except ValueError as error:
+        _refuse(str(error))
     replay = Replay(
         app=_matching(fields, "app", APP_NAME),
         regions=() if region is None else parse_regions(region),
@@ -180,6 +189,8 @@ def _build(fields: dict[str, object]) -> Replay:
         elsewhere=_parse_elsewhere(fields),
         timeout_ms=None if timeout is None else _parse_timeout_ms(timeout),
         fallback=_text(fields, "fallback"),
+        transform=transform,
+        cache=cache,
     )
     if replay.fallback is not None and replay.fallback not in _FALLBACKS:
         _refuse("fallback must be force_self or prefer_self")
@@ -235,8 +246,9 @@ def plan_replay(replay: Replay, source: Target, table: RoutingTable, port: int) 
 
     `port` is the public one that the request came in on: the target's service is looked up by it.
     Raises ReplayError PA03 for what contradicts the table, PA04 for an app that does not exist or
-    serves nothing on that port, PA05 for an app of another network. A wanted machine that does not
-    exist is left to the balancer, which refuses it: the instruction itself is in order.
+    serves nothing on that port, PA05 for an app of another network that does not let `source` in. A
+    wanted machine that does not exist is left to the balancer, which refuses it: the instruction itself
+    is in order.
     """
     name = replay.app or source.app
     app, home = table.app(name), table.app(source.app)
@@ -244,11 +256,11 @@ def plan_replay(replay: Replay, source: Target, table: RoutingTable, port: int) 
         raise ReplayError(
             APP_NOT_FOUND, f"app {source.app!r} tried to replay to app {name!r}, which does not exist"
         )
-    if home is not app and (home is None or home.row is None or home.row.network != app.row.network):
+    service = table.service(name, port)
+    if home is not app and not _may_replay(home, app, service):
         raise ReplayError(
             APP_NOT_ALLOWED, f"app {source.app!r} may not replay to app {name!r} of another network"
         )
-    service = table.service(name, port)
     if service is None:
         raise ReplayError(
             APP_NOT_FOUND,
@@ -259,13 +271,30 @@ def plan_replay(replay: Replay, source: Target, table: RoutingTable, port: int) 
             near = table.regions.suggest(region)
             _refuse(f"unknown region {region!r}" + (f", did you mean {near!r}?" if near else ""))
     if replay.instance is not None:
-        target = table.machine(replay.instance)
-        if target is not None and target.app != name:
-            _refuse(f"machine {replay.instance!r} is not of app {name!r}")
-        if replay.elsewhere and replay.instance == source.id:
-            _refuse("elsewhere excludes the very machine that instance asks for")
+        _check_instance(replay, replay.instance, name, source, table)
     exclude = frozenset((source.id,)) if replay.elsewhere else frozenset()
     return service, Want(replay.regions, replay.instance, replay.prefer_instance, exclude)
+
+
+def _may_replay(home: App | None, app: App, service: Service | None) -> bool:
+    """True for apps of one network, and for those that the target names."""
+    if home is None or home.row is None or app.row is None:
+        return False
+    if home.row.network == app.row.network:
+        return True
+    options = None if service is None else service.options
+    return options is not None and admits(options.replay.sources, home.name, home.row.network)
+
+
+def _check_instance(replay: Replay, instance: str, app: str, source: Target, table: RoutingTable) -> None:
+    target = table.machine(instance)
+    if target is not None:
+        if target.app != app:
+            _refuse(f"machine {instance!r} is not of app {app!r}")
+        if replay.regions and not any(table.regions.covers(name, target.region) for name in replay.regions):
+            _refuse(f"machine {instance!r} is in {target.region}, which the regions leave out")
+    if replay.elsewhere and instance == source.id:
+        _refuse("elsewhere excludes the very machine that instance asks for")
 
 
 def format_replay_src(instance: str, region: str, t_us: int, state: str | None) -> bytes:

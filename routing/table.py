@@ -71,6 +71,7 @@ class Service:
 
     __slots__ = (
         "app",
+        "cached_replays",
         "checks",
         "concurrency",
         "hard_limit",
@@ -91,6 +92,8 @@ class Service:
         self.concurrency: Concurrency
         self.checks: str
         self.options: ServiceOptions | None  # None: all as usual
+        # Of this process; None while none is remembered. Belongs to the proxy's replay cache.
+        self.cached_replays: object | None = None
         self.update(row)
 
     def __repr__(self) -> str:

@@ -18,6 +18,7 @@ from routing.balancer import ANYWHERE, AT_LIMIT, Refusal, Want
 from routing.health import record_failure, record_success
 from routing.replay import Replay, ReplayError
 
+from .debug_line import render_debug
 from .errors import (
     BAD_RESPONSE,
     BODY_TOO_LARGE,
@@ -149,7 +150,10 @@ class Exchange:
         if body:
             self.kept = [body]
             self.body_bytes = len(body)
-        self._attempt()
+        if self.service.cached_replays is not None:
+            self._recall_replay()
+        else:
+            self._attempt()
 
     def handle_request_body(self, data: Data, ended: bool) -> None:
         """Take more of the request body; `data` may be empty when `ended`."""
@@ -253,6 +257,10 @@ class Exchange:
 
     def _reach(self, choice: Target) -> None:
         plane = self.plane
+        if self.attempts and not self._take_retry():
+            detail = f"too many requests of the app are retries already; {self.last_failure}"
+            self._fail_to_reach("retries_exhausted", RETRIES_EXHAUSTED, detail)
+            return
         self.attempts += 1
         self.target = choice
         choice.in_flight += 1
@@ -301,8 +309,9 @@ class Exchange:
         if self.phase is not _DONE:
             self._fail(code, detail)
 
-    def _count_retry(self) -> None:
-        self.plane.metrics.app(self.service.app).retries += 1
+    def _take_retry(self) -> bool:
+        """True, and counted, if the app's requests may be sent once more."""
+        return self.plane.retries.take(self.service.app, self.plane.now())
 
     def announcement(self) -> bytes:
         """Return the PROXY header that a new connection begins with, if the service wants one."""
@@ -316,13 +325,12 @@ class Exchange:
         assert target is not None
         self.tried = (*self.tried, target.id)
         self.last_failure = f"[{code}] {detail}"
-        self._count_retry()
         self._drop_target()
         self._attempt()
 
     def _fail_to_reach(self, reason: str, code: str, detail: str) -> None:
         """Nobody could be reached: back to who asked for the replay if it wants that, else give up."""
-        course = self.replays.fall_back(reason) if self.replays is not None else None
+        course = self.replays.fall_back(reason, code) if self.replays is not None else None
         if course is None:
             self._fail(code, detail)
         else:
@@ -458,11 +466,17 @@ class Exchange:
             framing += b"Connection: close\r\n"
         elif request.minor == 0:
             framing += b"Connection: keep-alive\r\n"
+        if request.routing is not None:
+            framing += render_debug(self)
         fields, options = head.lines, self.service.options
         if options is not None:
             removed = options.headers_removed
             fields = [line for line in fields if line[: line.find(b":")].lower() not in removed]
             framing += options.headers_added
+            if options.pristine or options.hides_id:
+                lines = b"".join([line + b"\r\n" for line in fields])
+                own = b"" if options.pristine else _VIA
+                return b"".join((head.status_line, lines, framing, own, b"\r\n"))
         lines = b"\r\n".join(fields) + b"\r\n" if fields else b""
         return b"".join(
             (head.status_line, lines, framing, _VIA, b"Fly-Request-Id: ", self.request_id, b"\r\n\r\n")
@@ -555,7 +569,7 @@ class Exchange:
             if machine.reused:
                 # Most likely an idle connection that its machine was about to close.
                 self.fresh = True
-                self._count_retry()
+                self.last_failure = f"[{code}] {detail}"
                 self._drop_target()
                 self._attempt()
                 return
@@ -568,9 +582,17 @@ class Exchange:
 
     # Replays
 
+    def _recall_replay(self) -> None:
+        self.replays = Replays(self.plane, self.head)
+        course = self.replays.recall(self.service, self.want, self.client.port)
+        if course is None:
+            self._attempt()
+        else:
+            self._follow(course)
+
     def _take_replay(self, head: ResponseHead, body: Data, ended: bool) -> None:
         if self.replays is None:
-            self.replays = Replays(self.plane)
+            self.replays = Replays(self.plane, self.head)
         try:
             replay = self.replays.read_head(head)
         except ReplayError as error:
@@ -610,11 +632,11 @@ class Exchange:
             self._fail(error.code, error.message)
             return
         self.informational = 0
-        self.last_failure = ""
         self._follow(course)
 
     def _follow(self, course: Course) -> None:
         self.service, self.want, self.extra = course
+        self.last_failure = ""
         self.tried = ()
         self.attempts = 0
         self._attempt()

@@ -23,6 +23,7 @@ ROUTING: Final = 9  # a wish of the client where to go, consumed here
 # Further kinds of response fields.
 REPLAY: Final = 10
 CONTENT_TYPE: Final = 11
+REPLAY_CACHE: Final = 12
 
 _REQUEST: Final[dict[bytes, int]] = {
     b"host": HOST,
@@ -52,9 +53,9 @@ _REQUEST: Final[dict[bytes, int]] = {
     b"fly-force-region": ROUTING,
     b"fly-prefer-instance-id": ROUTING,
     b"fly-force-instance-id": ROUTING,
-    # The only other fields of that prefix that belong to clients.
+    b"flyio-debug": ROUTING,
+    # The only other field of that prefix that belongs to clients.
     b"fly-replay-cache-control": PASS,
-    b"flyio-debug": PASS,
 }
 # Everything else under these prefixes is set by the proxy or by other nodes.
 _OWN_PREFIXES: Final = (b"fly-", b"isthmus-")
@@ -66,6 +67,9 @@ _RESPONSE: Final[dict[bytes, int]] = {
     b"upgrade": UPGRADE,
     b"content-type": CONTENT_TYPE,
     b"fly-replay": REPLAY,
+    b"fly-replay-cache": REPLAY_CACHE,
+    b"fly-replay-cache-ttl-secs": REPLAY_CACHE,
+    b"fly-replay-cache-allow-bypass": REPLAY_CACHE,
     b"fly-request-id": DROP,
     b"fly-proxy-error": DROP,
     b"keep-alive": DROP,

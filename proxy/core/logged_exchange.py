@@ -47,9 +47,10 @@ class LoggedExchange(Exchange):
         self.error = code
         super().handle_client_lost(code)
 
-    def _count_retry(self) -> None:
-        self.retries += 1
-        super()._count_retry()
+    def _take_retry(self) -> bool:
+        taken = super()._take_retry()
+        self.retries += taken
+        return taken
 
     def _fail(self, code: str, detail: str, page: str = "") -> None:
         self.error = code
@@ -63,6 +64,8 @@ class LoggedExchange(Exchange):
             return
         duration_s = self.plane.now() - self.started
         head = self.head
+        if self.replays is not None:
+            self.replays.restore_request()
         log.add(
             Entry(
                 started_us=self.plane.wall_us() - int(duration_s * 1_000_000),

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from routing.balancer import ANYWHERE
 
+from .replay_cache import ReplayCache
+from .retry_budget import RetryBudgets
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -148,7 +151,9 @@ class Plane:
         "metrics",
         "now",
         "queue",
+        "replay_cache",
         "request_ids",
+        "retries",
         "settings",
         "shedding",
         "table",
@@ -183,5 +188,7 @@ class Plane:
         self.admission = admission
         self.body_kept_max = body_kept_max  # bytes kept for replays; 0 while memory is short
         self.access_log = access_log
+        self.replay_cache = ReplayCache(settings.replay_cache_entries_max, metrics)
+        self.retries = RetryBudgets(settings, metrics, now())
         self.draining = False  # set once, when the worker is told to stop
         self.shedding = False  # while memory is so short that requests are refused

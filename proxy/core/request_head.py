@@ -169,6 +169,11 @@ def parse_request_head(raw: bytes, settings: ProxySettings) -> RequestHead:
     return head
 
 
+def is_host(value: bytes) -> bool:
+    """True for what may stand in Host."""
+    return _HOST.fullmatch(value) is not None
+
+
 def _finish_request_line(head: RequestHead, method: bytes, raw: bytes, settings: ProxySettings) -> None:
     target = head.target
     if len(target) > settings.url_bytes_max:

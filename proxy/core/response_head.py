@@ -44,6 +44,7 @@ class ResponseHead:
         "keep_alive",
         "lines",
         "minor",
+        "replay_cache",
         "replay_json",
         "replays",
         "status",
@@ -63,6 +64,7 @@ class ResponseHead:
         self.upgrade: bytes | None = None  # in lower case
         self.replays: list[bytes] | None = None  # values of fly-replay
         self.replay_json = False  # the body is a replay instruction
+        self.replay_cache: list[tuple[bytes, bytes]] | None = None  # (lower-case name, value)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Sort one field by what its name means."""
@@ -80,9 +82,9 @@ class ResponseHead:
             if value[: len(REPLAY_TYPE)].lower() == REPLAY_TYPE:
                 self.replay_json = True
         elif kind != fields.DROP:
-            self._take(kind, value.rstrip())
+            self._take(kind, name, value.rstrip())
 
-    def _take(self, kind: int, value: bytes) -> None:
+    def _take(self, kind: int, name: bytes, value: bytes) -> None:
         if kind == fields.CONNECTION:
             self.connection = [*(self.connection or ()), value]
         elif kind == fields.TRANSFER_ENCODING:
@@ -91,6 +93,8 @@ class ResponseHead:
             self.chunked = True
         elif kind == fields.UPGRADE:
             self.upgrade = value.lower()
+        elif kind == fields.REPLAY_CACHE:
+            self.replay_cache = [*(self.replay_cache or ()), (name.lower(), value)]
         else:
             self.replays = [*(self.replays or ()), value]
 

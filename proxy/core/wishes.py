@@ -7,11 +7,19 @@ Invariant: a wish never leads to another app; the balancer holds that, whatever 
 
 from __future__ import annotations
 
-from routing.balancer import Want
+from typing import TYPE_CHECKING
+
+from routing.balancer import ANYWHERE, Want
 from routing.catalog import IDENTIFIER
 from routing.replay import ReplayError, parse_regions
 
 from .errors import BAD_ROUTING_FIELD, RequestError
+
+if TYPE_CHECKING:
+    from proxy.settings import ProxySettings
+    from routing.table import Service
+
+    from .request_head import RequestHead
 
 
 def plan_want(fields: list[tuple[bytes, bytes]]) -> Want:
@@ -40,3 +48,15 @@ def plan_want(fields: list[tuple[bytes, bytes]]) -> Want:
     if instance is not None and forced is None:
         regions = ()  # the one machine is wanted wherever it is
     return Want(regions, instance, prefer)
+
+
+def take_wishes(head: RequestHead, service: Service, settings: ProxySettings) -> Want:
+    """Return the choice that a request asks for, and forget it where clients may not choose.
+
+    Raises RequestError.
+    """
+    options = service.options
+    if settings.client_routing and (options is None or options.replay.client_routing):
+        return plan_want(head.routing or [])
+    head.routing = None
+    return ANYWHERE

@@ -21,6 +21,7 @@ from isthmus.config import (
     MachineConfig,
     MachineTlsConfig,
     RegionConfig,
+    ReplayCacheConfig,
 )
 from isthmus.config_sources import default_data_dir, setting_types
 from proxy.core.errors import ERRORS
@@ -35,6 +36,7 @@ TABLES = {
     "apps.machines": MachineConfig,
     "apps.checks": CheckConfig,
     "apps.machine_tls": MachineTlsConfig,
+    "apps.replay_cache": ReplayCacheConfig,
     "regions.*": RegionConfig,
 }
 
