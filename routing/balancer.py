@@ -216,11 +216,11 @@ class Balancer:
     ) -> Iterator[tuple[Target, Verdict]]:
         plan = self._plan(service, want.regions)
         for bucket in plan:
-            for target in bucket.members.values():
+            for target in bucket.targets():
                 yield target, judge(service, target, now, want, tried)
         for bucket in service.owner.buckets.values():
             if bucket not in plan:
-                for target in bucket.members.values():
+                for target in bucket.targets():
                     yield target, Verdict.OTHER_REGION
 
     def explain(

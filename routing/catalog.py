@@ -12,12 +12,14 @@ import importlib.resources
 import ipaddress
 import math
 import re
+import sys
 from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from .geo import AREAS
 from .options import parse_options
 from .types import (
+    WEIGHT_USUAL,
     AppRow,
     CheckRow,
     CheckStatus,
@@ -47,12 +49,23 @@ _LABEL: Final = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _LABELS: Final = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 _NUMERIC_LABEL: Final = re.compile(r"(?:[0-9]+|0x[0-9a-f]*)")
 _PORT: Final = re.compile(r"[1-9][0-9]{0,4}")
+# What nearly all addresses look like; a million of them are read when a worker starts.
+_BYTE: Final = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_V4_AND_PORT: Final = re.compile(rf"({_BYTE}(?:\.{_BYTE}){{3}}):([1-9][0-9]{{0,4}})")
 
 HOST_CHARS_MAX: Final = 253  # RFC 1035 section 2.3.4
 TEXT_CHARS_MAX: Final = 65_536  # check output and definitions; a longer one is a mistake or an attack
 PREFIX_CHARS_MAX: Final = 1_024
+WEIGHT_MAX: Final = 10_000
+# Nodes, regions and ports that were found good, for the next row that names them and to be in memory once;
+# there are as many nodes as the cluster has, or as somebody hostile makes up.
+SEEN_MAX: Final = 65_536
 
 _E = TypeVar("_E", bound=Enum)
+_states: Final = {state.value: state for state in MachineState}
+_ports: Final[dict[str, int]] = {}  # has an end of its own
+_nodes: Final[dict[str, str]] = {}
+_regions: Final[dict[str, str]] = {}
 
 
 class RowError(Exception):
@@ -82,13 +95,22 @@ def parse_row(table: str, row: Row, pk: Pk | None = None) -> Entity:
         raise RowError(table, shown, "no such table")
     if len(row) < spec.columns:
         raise RowError(table, shown, f"{len(row)} columns where {spec.columns} are needed")
-    own_pk = row[: spec.pk]
-    if pk is not None and (pk != own_pk or tuple(map(type, pk)) != tuple(map(type, own_pk))):
+    if pk is not None and not _agree(pk, row, spec.pk):
         raise RowError(table, shown, "primary key and row disagree")
     try:
         return spec.parse(row)
     except ValueError as error:
-        raise RowError(table, own_pk, str(error)) from None
+        raise RowError(table, row[: spec.pk], str(error)) from None
+
+
+def _agree(pk: Pk, row: Row, length: int) -> bool:
+    """True when a row has this key, in its types too: to SQLite 1 and 1.0 are one key, to us they are not."""
+    if len(pk) != length:
+        return False
+    for own, said in zip(row, pk, strict=False):
+        if own is not said and (own != said or type(own) is not type(said)):
+            return False
+    return True
 
 
 def parse_address(text: str) -> tuple[str, int | None]:
@@ -97,6 +119,9 @@ def parse_address(text: str) -> tuple[str, int | None]:
     Strict on purpose: forms that resolvers read in surprising ways (0x7f.1, 127.1, zone ids, a port
     with a sign) are refused. Whether the address may be connected to is not decided here.
     """
+    usual = _V4_AND_PORT.fullmatch(text)
+    if usual is not None:
+        return usual[1], _parse_port(usual[2], text)
     if text.startswith("["):
         host, closed, rest = text[1:].partition("]")
         if not closed or (rest and not rest.startswith(":")):
@@ -131,9 +156,12 @@ def _check_v6(host: str, shown: str) -> None:
 
 
 def _parse_port(text: str, shown: str) -> int:
-    if not _PORT.fullmatch(text) or int(text) > 65_535:
-        raise ValueError(f"{shown!r}: the port must be 1 to 65535")
-    return int(text)
+    port = _ports.get(text)
+    if port is None:
+        if not _PORT.fullmatch(text) or int(text) > 65_535:
+            raise ValueError(f"{shown!r}: the port must be 1 to 65535")
+        port = _ports[text] = int(text)
+    return port
 
 
 def canonical_hostname(text: str) -> str:
@@ -182,7 +210,8 @@ def _matching(value: SqlValue, column: str, pattern: re.Pattern[str]) -> str:
 
 
 def _app(value: SqlValue, column: str = "app") -> str:
-    return _matching(value, column, APP_NAME)
+    # Rows of five tables name it, and where all hold the same object, looking it up compares no letters.
+    return sys.intern(_matching(value, column, APP_NAME))
 
 
 def _id(value: SqlValue, column: str) -> str:
@@ -194,11 +223,26 @@ def _name(value: SqlValue, column: str) -> str:
     return "" if value == "" else _id(value, column)
 
 
+def _node(value: SqlValue, column: str = "node") -> str:
+    known = _nodes.get(value) if isinstance(value, str) else None
+    return known if known is not None else _remember(_id(value, column), _nodes)
+
+
 def _region(value: SqlValue, column: str = "region") -> str:
+    known = _regions.get(value) if isinstance(value, str) else None
+    if known is not None:
+        return known
     code = _matching(value, column, REGION_CODE)
     if code in AREAS:
         raise ValueError(f"{column} {code!r} is the name of an area, not of a region")
-    return code
+    return _remember(code, _regions)
+
+
+def _remember(text: str, seen: dict[str, str]) -> str:
+    if len(seen) >= SEEN_MAX:
+        seen.clear()
+    seen[text] = text
+    return text
 
 
 def _integer(value: SqlValue, column: str, least: int, most: int = 2**63 - 1) -> int:
@@ -213,6 +257,11 @@ def _degrees(value: SqlValue, column: str, most: float) -> float:
     if not isinstance(value, int | float) or not math.isfinite(value) or abs(value) > most:
         raise ValueError(f"{column} must be a number within -{most} and {most}")
     return float(value)
+
+
+def _state(value: SqlValue) -> MachineState:
+    known = _states.get(value) if isinstance(value, str) else None
+    return known if known is not None else _member(value, "state", MachineState)
 
 
 def _member(value: SqlValue, column: str, enum: type[_E]) -> _E:
@@ -288,16 +337,17 @@ def _parse_machine(row: Row) -> MachineRow:
     return MachineRow(
         id=_id(row[0], "id"),
         app=_app(row[1]),
-        node=_id(row[2], "node"),
+        node=_node(row[2]),
         region=_region(row[3]),
         host=host,
         port=port,
-        state=_member(row[5], "state", MachineState),
+        state=_state(row[5]),
         cordoned=bool(_integer(row[6], "cordoned", 0, 1)),
         managed_by=_text(row[7], "managed_by"),
         driver=_name(row[8], "driver") if len(row) > 8 else "",
         since_ms=_integer(row[9], "since_ms", 0) if len(row) > 9 else 0,
         problem=_text(row[10], "problem", TEXT_CHARS_MAX) if len(row) > 10 else "",
+        weight=_integer(row[11], "weight", 1, WEIGHT_MAX) if len(row) > 11 else WEIGHT_USUAL,
     )
 
 
@@ -318,7 +368,7 @@ def _parse_check(row: Row) -> CheckRow:
     return CheckRow(
         machine=_id(row[0], "machine"),
         name=_text(row[1], "name"),
-        node=_id(row[2], "node"),
+        node=_node(row[2]),
         status=_member(row[3], "status", CheckStatus),
         output=_text(row[4], "output", TEXT_CHARS_MAX),
         updated_ms=_integer(row[5], "updated_ms", 0),
@@ -353,7 +403,7 @@ TABLES: Final[dict[str, TableSpec]] = {
     "apps": TableSpec(3, 1, _parse_app),
     "hostnames": TableSpec(4, 2, _parse_hostname),
     "services": TableSpec(8, 2, _parse_service, added=1),
-    "machines": TableSpec(8, 1, _parse_machine, added=3),
+    "machines": TableSpec(8, 1, _parse_machine, added=4),
     "goals": TableSpec(5, 1, _parse_goal),
     "checks": TableSpec(6, 2, _parse_check, added=1),
     "loads": TableSpec(4, 2, _parse_load),

@@ -104,6 +104,6 @@ def explain_route(table: RoutingTable, host: bytes, path: bytes, port: int) -> R
     app = table.app(name)
     if app is None or app.row is None:
         return RouteExplanation(name, None, f"app {name!r} has no row in apps")
-    waiting = sum(len(bucket.members) for bucket in app.buckets.values())
+    waiting = sum(map(len, app.buckets.values()))
     reason = f"app {name!r} has no service on port {port}: its {waiting} machines are not routable there"
     return RouteExplanation(name, None, reason)

@@ -61,7 +61,8 @@ CREATE TABLE machines (
     managed_by TEXT NOT NULL DEFAULT '',
     driver TEXT NOT NULL DEFAULT '',         -- what its node starts and stops it with; '': nothing does
     since_ms INTEGER NOT NULL DEFAULT 0,     -- when it came into its state
-    problem TEXT NOT NULL DEFAULT ''         -- why it is not in the state that it should be in
+    problem TEXT NOT NULL DEFAULT '',        -- why it is not in the state that it should be in
+    weight INTEGER NOT NULL DEFAULT 100      -- 200: twice the requests of a machine with 100
 );
 
 -- What somebody wants of a machine with a driver. Written by whoever wants it, carried out by its owner.

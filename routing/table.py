@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["App", "RoutingTable", "Service", "Target"]
 
 ANY_PORT: Final = 0
+MACHINES: Final = "machines"
 
 
 class App:
@@ -63,7 +64,7 @@ class App:
     def targets(self) -> Iterator[Target]:
         """Yield every machine of the app."""
         for bucket in self.buckets.values():
-            yield from bucket.members.values()
+            yield from bucket.targets()
 
 
 class Service:
@@ -133,6 +134,7 @@ class RoutingTable:
         self.own_node = own_node
         self.regions = Regions()
         self.rejected: dict[tuple[str, Pk], str] = {}  # why a row that exists is not in use
+        # What is accepted, by key; of machines nothing, as a Target is all that their rows say.
         self._rows: dict[str, dict[Pk, Entity]] = {table: {} for table in TABLES}
         self._hosts = HostIndex()
         self._apps: dict[str, App] = {}
@@ -152,12 +154,20 @@ class RoutingTable:
         if rows is None:
             return
         new: Entity | None = None
-        self.rejected.pop((table, pk), None)
+        if self.rejected:
+            self.rejected.pop((table, pk), None)
         if row is not None:
             try:
                 new = parse_row(table, row, pk)
             except RowError as error:
                 self.rejected[(table, pk)] = error.reason
+        if table == MACHINES:
+            key = pk[0] if len(pk) == 1 else None
+            target = self._targets.get(key) if isinstance(key, str) else None
+            old: Entity | None = None if target is None else target.row
+            if new != old:
+                self._index(old, new)
+            return
         old = rows.get(pk)
         if new == old:
             return
@@ -177,13 +187,21 @@ class RoutingTable:
 
         In between the table is usable and holds some of the old rows and some of the new.
         """
-        stale = {(table, pk) for table, held in self._rows.items() for pk in held} | set(self.rejected)
+        # Sets of keys that are there anyway: a million new ones would take as much memory as the table.
+        stale: dict[str, set[Pk]] = {table: set(held) for table, held in self._rows.items()}
+        stale_machines = set(self._targets)
+        for table, pk in self.rejected:
+            stale[table].add(pk)
         for done, (table, pk, row) in enumerate(rows, 1):
             self.apply(table, pk, row)
-            stale.discard((table, pk))
+            if table == MACHINES and isinstance(key := pk[0], str):
+                stale_machines.discard(key)
+            if table in stale:
+                stale[table].discard(pk)
             if not done % step:
                 yield
-        for done, (table, pk) in enumerate(stale, 1):
+        stale[MACHINES] |= {(machine,) for machine in stale_machines}
+        for done, (table, pk) in enumerate(((table, pk) for table, held in stale.items() for pk in held), 1):
             self.apply(table, pk, None)
             if not done % step:
                 yield
@@ -253,8 +271,10 @@ class RoutingTable:
         if target is None:
             target = self._targets[machine] = Target(new)
             self._attach(target, new.app, new.region)
-            target.set_checks(self._checks.get(machine, NO_CHECKS))
-            target.remote_load = sum(self._loads.get(machine, {}).values())
+            if machine in self._checks:
+                target.set_checks(self._checks[machine])
+            if machine in self._loads:
+                target.remote_load = sum(self._loads[machine].values())
             return
         if (target.app, target.region) != (new.app, new.region):
             self._detach(target)
@@ -267,12 +287,12 @@ class RoutingTable:
         if bucket is None:
             bucket = app.buckets[region] = Bucket(region)
             app.plans.clear()
-        target.attach(app_name, bucket)
+        target.attach(app.name, bucket)
 
     def _detach(self, target: Target) -> None:
         app, bucket = self._apps[target.app], target.bucket
         target.detach()
-        if bucket is not None and not bucket.members:
+        if bucket is not None and not bucket:
             del app.buckets[bucket.region]
             app.plans.clear()
             self._forget_if_unused(app)
@@ -362,4 +382,6 @@ class RoutingTable:
 
     def rows(self, table: str) -> Mapping[Pk, Entity]:
         """Return the accepted rows of a table, by key; not to be changed."""
+        if table == MACHINES:
+            return {(target.id,): target.row for target in self._targets.values()}
         return self._rows[table]

@@ -2,8 +2,10 @@
 
 Decides which machines of an app and region may be chosen, and keeps that in lists that cost O(1) to
 change. Refuses to know rows, services and requests. Invariant: a target is in exactly one pool of
-its bucket (`ready` or `reserve`) when it is started and not cordoned, in `asleep` when it could be started,
-else in none.
+its bucket: `ready` or `reserve` when it is started and not cordoned, `asleep` when it could be started, else
+`out`.
+
+There may be as many buckets as machines, so one takes little memory: a pool is made when somebody joins it.
 """
 
 from __future__ import annotations
@@ -11,27 +13,42 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from .types import CheckStatus, MachineState
+from .types import WEIGHT_USUAL, CheckStatus, MachineRow, MachineState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
-    from .types import CheckRow, MachineRow
+    from .types import CheckRow
 
 NO_CHECKS: Final[Mapping[str, CheckRow]] = MappingProxyType({})
 
 
-class Bucket:
-    """The machines of one app in one region."""
+# Stands for a pool that nobody has joined yet; nobody does.
+_EMPTY: Final[list[Target]] = []
 
-    __slots__ = ("asleep", "members", "ready", "region", "reserve")
+
+class Bucket:
+    """The machines of one app in one region; none of the lists has an order that means anything."""
+
+    __slots__ = ("asleep", "out", "ready", "region", "reserve", "uneven")
 
     def __init__(self, region: str) -> None:
         self.region = region
-        self.members: dict[str, Target] = {}  # all of them, by id
-        self.ready: list[Target] = []  # started, not cordoned, healthy; in no meaningful order
-        self.reserve: list[Target] = []  # started, not cordoned, unhealthy: better than nobody
-        self.asleep: list[Target] = []  # not started, not cordoned, with a driver that can start it
+        self.ready = _EMPTY  # started, not cordoned, healthy
+        self.reserve = _EMPTY  # started, not cordoned, unhealthy: better than nobody
+        self.asleep = _EMPTY  # not started, not cordoned, with a driver that can start it
+        self.out = _EMPTY  # all others
+        self.uneven = 0  # how many have a weight of their own
+
+    def __len__(self) -> int:
+        return len(self.ready) + len(self.reserve) + len(self.asleep) + len(self.out)
+
+    def targets(self) -> Iterator[Target]:
+        """Yield all of them."""
+        yield from self.ready
+        yield from self.reserve
+        yield from self.asleep
+        yield from self.out
 
 
 class Target:
@@ -53,29 +70,39 @@ class Target:
         "host",
         "id",
         "in_flight",
+        "managed_by",
         "node",
         "pool",
         "port",
         "position",
+        "problem",
         "region",
         "remote_load",
         "removed",
+        "since_ms",
         "state",
+        "weight",
     )
 
     def __init__(self, row: MachineRow) -> None:
         self.id = row.id
         self.app = row.app
-        self.node = row.node
         self.region = row.region
-        self.host = row.host
-        self.port = row.port  # None: the service names the port
-        self.state = row.state
-        self.cordoned = row.cordoned
-        self.driver = row.driver  # empty: nothing starts or stops it
+        self.removed = False  # set when the row is deleted; never cleared
+        # As the row says.
+        self.node: str
+        self.host: str
+        self.port: int | None  # None: the service names the port
+        self.state: MachineState
+        self.cordoned: bool
+        self.managed_by: str
+        self.driver: str  # empty: nothing starts or stops it
+        self.since_ms: int
+        self.problem: str
+        self.weight: int
+        self._take(row)
         self.checks: Mapping[str, CheckRow] = NO_CHECKS
         self.healthy = True  # no check is critical; set by `set_checks`
-        self.removed = False  # set when the row is deleted; never cleared
         # Kept by the proxy of this process, and by the table for what other nodes report.
         self.in_flight = 0  # requests (or connections) that this process has at the machine
         self.remote_load = 0  # what other nodes last said that they have there
@@ -83,7 +110,7 @@ class Target:
         self.failures = 0  # consecutive; set by health.record_failure, cleared by record_success
         # Kept by `attach`, `detach` and `_place`.
         self.bucket: Bucket | None = None
-        self.pool: list[Target] | None = None  # the list of `bucket` that it is in
+        self.pool: list[Target] = _EMPTY  # the list of `bucket` that it is in; empty while detached
         self.position = -1  # its index there
 
     def __repr__(self) -> str:
@@ -100,23 +127,52 @@ class Target:
         """What is known to be in flight at the machine, here and elsewhere."""
         return self.in_flight + self.remote_load
 
-    def update(self, row: MachineRow) -> None:
-        """Take over a changed row of the same machine, except for app and region, which `attach` sets."""
-        if (row.host, row.port) != (self.host, self.port):
-            # What failed was the old address.
-            self.host, self.port = row.host, row.port
-            self.failures = 0
-            self.ejected_until = 0.0
+    @property
+    def row(self) -> MachineRow:
+        """The row that it stands for; rows themselves would take as much memory again."""
+        return MachineRow(
+            id=self.id,
+            app=self.app,
+            node=self.node,
+            region=self.region,
+            host=self.host,
+            port=self.port,
+            state=self.state,
+            cordoned=self.cordoned,
+            managed_by=self.managed_by,
+            driver=self.driver,
+            since_ms=self.since_ms,
+            problem=self.problem,
+            weight=self.weight,
+        )
+
+    def _take(self, row: MachineRow) -> None:
         self.node = row.node
+        self.host = row.host
+        self.port = row.port
         self.state = row.state
         self.cordoned = row.cordoned
+        self.managed_by = row.managed_by
         self.driver = row.driver
+        self.since_ms = row.since_ms
+        self.problem = row.problem
+        self.weight = row.weight
+
+    def update(self, row: MachineRow) -> None:
+        """Take over a changed row of the same machine, except for app and region, which `attach` sets."""
+        assert self.bucket is not None
+        if row.host != self.host or row.port != self.port:
+            # What failed was the old address.
+            self.failures = 0
+            self.ejected_until = 0.0
+        self.bucket.uneven += (row.weight != WEIGHT_USUAL) - (self.weight != WEIGHT_USUAL)
+        self._take(row)
         self._place()
 
     def set_checks(self, checks: Mapping[str, CheckRow]) -> None:
         """Judge the machine by the last results of all its checks; without any it is healthy."""
         self.checks = checks
-        self.healthy = all(check.status is not CheckStatus.CRITICAL for check in checks.values())
+        self.healthy = not checks or all(c.status is not CheckStatus.CRITICAL for c in checks.values())
         self._place()
 
     def attach(self, app: str, bucket: Bucket) -> None:
@@ -125,32 +181,42 @@ class Target:
         self.app = app
         self.region = bucket.region
         self.bucket = bucket
-        bucket.members[self.id] = self
+        bucket.uneven += self.weight != WEIGHT_USUAL
         self._place()
 
     def detach(self) -> None:
         """Leave the bucket."""
         assert self.bucket is not None
-        del self.bucket.members[self.id]
+        self.bucket.uneven -= self.weight != WEIGHT_USUAL
         self.bucket = None
-        self._place()
+        self._leave()
 
-    def _place(self) -> None:
-        pool: list[Target] | None = None
-        if self.bucket is not None and not self.cordoned:
-            if self.state is MachineState.STARTED:
-                pool = self.bucket.ready if self.healthy else self.bucket.reserve
-            elif self.driver and self.state is not MachineState.DRAINING:
-                pool = self.bucket.asleep
-        if pool is self.pool:
-            return
-        if self.pool is not None:
+    def _leave(self) -> None:
+        if self.pool:
             last = self.pool.pop()
             if last is not self:
                 self.pool[self.position] = last
                 last.position = self.position
-        self.pool = pool
+        self.pool = _EMPTY
         self.position = -1
-        if pool is not None:
+
+    def _place(self) -> None:
+        """Be in the pool in which a machine like this belongs."""
+        bucket = self.bucket
+        assert bucket is not None
+        if self.cordoned:
+            pool = bucket.out = bucket.out or []
+        elif self.state is MachineState.STARTED:
+            if self.healthy:
+                pool = bucket.ready = bucket.ready or []
+            else:
+                pool = bucket.reserve = bucket.reserve or []
+        elif self.driver and self.state is not MachineState.DRAINING:
+            pool = bucket.asleep = bucket.asleep or []
+        else:
+            pool = bucket.out = bucket.out or []
+        if pool is not self.pool:
+            self._leave()
+            self.pool = pool
             self.position = len(pool)
             pool.append(self)

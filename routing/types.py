@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
     from .options import ServiceOptions
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 SqlValue: TypeAlias = int | float | str | bytes | None
 Pk: TypeAlias = tuple[SqlValue, ...]
 Row: TypeAlias = tuple[SqlValue, ...]
+
+
+# A machine that has twice as much of it gets twice the requests.
+WEIGHT_USUAL: Final = 100
 
 
 class MachineState(Enum):
@@ -115,6 +119,7 @@ class MachineRow:
     driver: str = ""
     since_ms: int = 0
     problem: str = ""
+    weight: int = WEIGHT_USUAL
 
 
 @dataclass(frozen=True, slots=True)

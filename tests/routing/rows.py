@@ -42,6 +42,7 @@ _COLUMNS: dict[str, tuple[int, dict[str, SqlValue]]] = {
             "driver": "",
             "since_ms": 0,
             "problem": "",
+            "weight": 100,
         },
     ),
     "goals": (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from routing.balancer import Balancer, Refusal, Want
 from routing.table import RoutingTable
-from routing.types import MachineState
+from routing.types import WEIGHT_USUAL, MachineState
 from tests.routing.rows import row
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def _changes() -> st.SearchStrategy[Change]:
             state=st.sampled_from(("started", "stopped", "draining", "starting")),
             cordoned=st.sampled_from((0, 0, 1)),
             driver=st.sampled_from(("", "process")),
+            weight=st.sampled_from((WEIGHT_USUAL, 200, 0)),
         ),
         st.builds(
             row,
@@ -83,7 +84,7 @@ def _view(table: RoutingTable) -> object:
                 },
                 {
                     region: (
-                        sorted(bucket.members),
+                        sorted(target.id for target in bucket.targets()),
                         sorted(target.id for target in bucket.ready),
                         sorted(target.id for target in bucket.reserve),
                         sorted(target.id for target in bucket.asleep),
@@ -113,17 +114,19 @@ def _view(table: RoutingTable) -> object:
 def _check_pools(table: RoutingTable) -> None:
     for app in table.apps():
         for bucket in app.buckets.values():
-            assert bucket.members
-            for target in bucket.members.values():
+            assert bucket
+            for target in bucket.targets():
                 assert (target.app, target.region) == (app.name, bucket.region)
-                started = target.state is MachineState.STARTED and not target.cordoned
-                pool = (bucket.ready if target.healthy else bucket.reserve) if started else None
-                if target.driver and target.state in ASLEEP and not target.cordoned:
-                    pool = bucket.asleep
+                if target.cordoned:
+                    pool = bucket.out
+                elif target.state is MachineState.STARTED:
+                    pool = bucket.ready if target.healthy else bucket.reserve
+                else:
+                    pool = bucket.asleep if target.driver and target.state in ASLEEP else bucket.out
                 assert target.pool is pool
-                assert pool is None or pool[target.position] is target
-            pooled = len(bucket.ready) + len(bucket.reserve) + len(bucket.asleep)
-            assert pooled <= len(bucket.members)
+                assert pool[target.position] is target
+            assert bucket.uneven == sum(target.weight != WEIGHT_USUAL for target in bucket.targets())
+            assert len(bucket) == len({target.id for target in bucket.targets()})
 
 
 @given(st.lists(_changes(), max_size=60), st.randoms(use_true_random=False))
