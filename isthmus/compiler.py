@@ -20,7 +20,7 @@ from pathlib import Path
 from .compiled import FOLDER, GROUP, MANIFEST, ROOT, hash_sources
 
 # Modules that run for a request or hold what such modules read. Left out are the listener, which runs for
-# a connection, and rows and their reading, which run for a change.
+# a connection.
 MODULES = (
     *("proxy/downstream.py", "proxy/metrics.py", "proxy/pool.py", "proxy/settings.py", "proxy/sweeper.py"),
     *("proxy/upstream.py", "proxy/core/*.py"),

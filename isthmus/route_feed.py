@@ -7,10 +7,13 @@ the table stays usable: a row that cannot be used is counted and named, and the 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sqlite3
 import time
+from collections import deque
 from contextlib import closing, contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from isthmus.feed import ROWS_A_TURN
@@ -30,6 +33,11 @@ log = logging.getLogger(__name__)
 
 # A file that another process is checkpointing may be busy for a moment.
 BUSY_TIMEOUT_S = 10.0
+# What is read from the file at once while requests are served.
+TURNS_AHEAD = 32
+# With so many machines the collector of garbage is kept away from the table: a walk through all of it, now and
+# then, would hold up requests for longer than anything else does.
+MACHINES_WALKED_MAX = 10_000
 
 
 def routing_schema() -> Schema:
@@ -55,27 +63,46 @@ class RouteFeed:
         Reads in one transaction, so the number and the rows belong together; needs no agent. Blocks until it
         is done: for a process that does not serve yet.
         """
-        with self._reading() as (seq, rows):
-            self._table.load(rows)
+        # Nothing that is read is garbage, and looking for some would take longer than reading.
+        gc.disable()
+        try:
+            with self._reading() as (seq, rows):
+                self._table.load(rows)
+        finally:
+            gc.enable()
+        if self._table.machines_count > MACHINES_WALKED_MAX:
+            gc.freeze()
         return seq
 
     async def reload(self) -> int:
         """Do what `load` does, with pauses in which requests are served; they see the table half-way."""
-        seq, rows = await asyncio.to_thread(self._read_all)
-        for _ in self._table.load_in_steps(rows, ROWS_A_TURN):
-            await asyncio.sleep(0)
-        return seq
-
-    def _read_all(self) -> tuple[int, list[tuple[str, Pk, Row]]]:
         with self._reading() as (seq, rows):
-            return seq, list(rows)
+            # A part at a time, of whole turns: all of a large table at once would need its memory twice.
+            ahead: deque[tuple[str, Pk, Row]] = deque()
+
+            def read_ahead() -> None:
+                ahead.extend(islice(rows, TURNS_AHEAD * ROWS_A_TURN))
+
+            def take() -> Iterator[tuple[str, Pk, Row]]:
+                while ahead:
+                    yield ahead.popleft()
+
+            await asyncio.to_thread(read_ahead)
+            for _ in self._table.load_in_steps(take(), ROWS_A_TURN):
+                if ahead:
+                    await asyncio.sleep(0)
+                else:
+                    await asyncio.to_thread(read_ahead)
+        return seq
 
     @contextmanager
     def _reading(self) -> Iterator[tuple[int, Iterator[tuple[str, Pk, Row]]]]:
         """Open the file for one look at it."""
         started = time.monotonic()
         source = f"{self._database.resolve().as_uri()}?mode=ro"
-        connection = sqlite3.connect(source, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+        connection = sqlite3.connect(
+            source, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        )
         # What is not UTF-8 is for routing to refuse, row by row, and no reason to have no table.
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
         with closing(connection):

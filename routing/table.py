@@ -372,6 +372,11 @@ class RoutingTable:
         """Yield every app that any row speaks of; `App.row` is None when it has none of its own."""
         return iter(self._apps.values())
 
+    @property
+    def machines_count(self) -> int:
+        """How many machines there are."""
+        return len(self._targets)
+
     def targets(self) -> Iterator[Target]:
         """Yield every machine."""
         return iter(self._targets.values())
