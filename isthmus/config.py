@@ -29,6 +29,7 @@ from routing.catalog import (
     canonical_prefix,
     parse_address,
 )
+from routing.compression import BYTES_MIN, CODINGS, LEVELS, TYPES, parse_compression
 from routing.machine_tls import parse_machine_tls
 from routing.options import PAGE_CHARS_MAX, parse_headers
 from routing.replay_options import TTL_S_MAX, TTL_S_MIN, parse_replay_options
@@ -147,6 +148,7 @@ class ProxyConfig(_Section, frozen=True):
     requests_per_connection_max: Positive = 10_000
     memory_bytes_max: Annotated[int, Meta(ge=0, le=2**53)] = 0
     body_bytes_max: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    compressions_max: NotNegative = 128
     replay_body_bytes_max: Positive = 1_048_576
     replays_max: Positive = 10
     attempts_max: Positive = 6
@@ -342,6 +344,23 @@ class ReplayCacheConfig(_Section, frozen=True):
     allow_bypass: bool = False
 
 
+class CompressionConfig(_Section, frozen=True):
+    """`[apps.compression]`: which answers are compressed, and how."""
+
+    codings: tuple[str, ...] = CODINGS
+    types: tuple[str, ...] = TYPES
+    bytes_min: NotNegative = BYTES_MIN
+    gzip_level: int = LEVELS["gzip"]
+    br_level: int = LEVELS["br"]
+    zstd_level: int = LEVELS["zstd"]
+
+    def __post_init__(self) -> None:
+        try:
+            parse_compression(msgspec.structs.asdict(self))
+        except ValueError as error:
+            raise ValueOfKeyError(re.findall(r"compression\.(\w+)", str(error))[0], str(error)) from None
+
+
 class AppConfig(_Section, frozen=True):
     """`[[apps]]`: something served through this node's part of the table."""
 
@@ -361,6 +380,7 @@ class AppConfig(_Section, frozen=True):
     client_routing: bool = True
     replay_from: tuple[str, ...] = ()
     replay_cache: tuple[ReplayCacheConfig, ...] = ()
+    compression: CompressionConfig | bool = False
 
     def __post_init__(self) -> None:
         _check("name", check_app_name, self.name)

@@ -23,6 +23,7 @@ from isthmus.config import (
     LOCAL_REGION,
     AppConfig,
     CheckConfig,
+    CompressionConfig,
     Config,
     ConfigError,
     GossipConfig,
@@ -268,6 +269,7 @@ def _suggest_key(path: str) -> str | None:
         ("apps.checks", CheckConfig),
         ("apps.machine_tls", MachineTlsConfig),
         ("apps.replay_cache", ReplayCacheConfig),
+        ("apps.compression", CompressionConfig),
         ("regions.*", RegionConfig),
     ):
         known += [f"{prefix}.{key}" for key in struct.__struct_fields__]

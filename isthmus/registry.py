@@ -276,6 +276,7 @@ def encode_options(app: AppConfig) -> str:
         "pristine": app.pristine,
         "replay_from": app.replay_from,
         "replay_cache": app.replay_cache,
+        "compression": app.compression,
     }
     said = {name: value for name, value in options.items() if value}
     if not app.client_routing:

@@ -61,6 +61,7 @@ def proxy_settings(config: Config) -> ProxySettings:
         requests_per_connection_max=proxy.requests_per_connection_max,
         memory_bytes_max=proxy.memory_bytes_max or compute_memory_max(config.workers),
         body_bytes_max=proxy.body_bytes_max,
+        compressions_max=proxy.compressions_max,
         replay_body_bytes_max=proxy.replay_body_bytes_max,
         replays_max=proxy.replays_max,
         attempts_max=proxy.attempts_max,

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from routing.target import Target
 
+    from .core.compression import Encoder
+
 Labels = tuple[tuple[str, str], ...]
 # The value of a histogram is the count of each bucket alone, with that above the last bound, then the sum.
 Sample = tuple[str, Labels, float | tuple[float, ...]]
@@ -77,6 +79,9 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     ),
     "isthmus_shed_total": ("counter", "Connections and requests refused, by what was short."),
     "isthmus_access_log_dropped_total": ("counter", "Lines of the access log that could not be written."),
+    "isthmus_compressing": ("gauge", "Answers that are being compressed."),
+    "isthmus_compression_bytes_in_total": ("counter", "Bytes of compressed answers before, by coding."),
+    "isthmus_compression_bytes_out_total": ("counter", "Bytes of compressed answers after, by coding."),
     "isthmus_aborted_total": ("counter", "Exchanges cut before their end, by who cut them."),
     "isthmus_replays_total": (
         "counter",
@@ -170,6 +175,8 @@ class ProxyMetrics:
         "aborted",
         "apps",
         "bad_announcements",
+        "compressed",
+        "compressing",
         "connect_failures",
         "connections",
         "connections_open",
@@ -198,6 +205,8 @@ class ProxyMetrics:
         self.shed: dict[str, int] = {}
         self.log_lines_dropped = 0
         self.bad_announcements = 0
+        self.compressing = 0
+        self.compressed: dict[str, tuple[int, int]] = {}  # bytes before and after, by coding
         self.in_flight = 0
         self.queued = 0
         self.queue_waits = 0
@@ -262,11 +271,18 @@ class ProxyMetrics:
         """Count one connection or request that was refused."""
         self.shed[reason] = self.shed.get(reason, 0) + 1
 
+    def end_compression(self, encoder: Encoder) -> None:
+        """Count an answer that was compressed."""
+        self.compressing -= 1
+        before, after = self.compressed.get(encoder.coding, (0, 0))
+        self.compressed[encoder.coding] = before + encoder.bytes_in, after + encoder.bytes_out
+
     def samples(self) -> list[Sample]:
         """Return all of it as (name, labels, value)."""
         samples: list[Sample] = [
             ("isthmus_requests_in_flight", (), self.in_flight),
             ("isthmus_requests_queued", (), self.queued),
+            ("isthmus_compressing", (), self.compressing),
             ("isthmus_bad_announcements_total", (), self.bad_announcements),
             ("isthmus_access_log_dropped_total", (), self.log_lines_dropped),
             ("isthmus_queue_waits_total", (), self.queue_waits),
@@ -278,6 +294,9 @@ class ProxyMetrics:
             ("isthmus_upstream_connections_open", (), self.upstreams_open),
             ("isthmus_tunnels_total", (), self.tunnels),
         ]
+        for coding, (before, after) in self.compressed.items():
+            samples.append(("isthmus_compression_bytes_in_total", (("coding", coding),), before))
+            samples.append(("isthmus_compression_bytes_out_total", (("coding", coding),), after))
         for who, count in self.aborted.items():
             samples.append(("isthmus_aborted_total", (("by", who),), count))
         for reason, count in self.shed.items():

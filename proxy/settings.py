@@ -56,6 +56,8 @@ class ProxySettings:
     # Resident memory of this process above which requests are refused; 0: no bound.
     memory_bytes_max: int = 0
 
+    # Answers that one worker compresses at a time, at up to half a megabyte each; others go uncompressed.
+    compressions_max: int = 128
     # Of one request; 0: any, as bodies are passed on as they come.
     body_bytes_max: int = 0
     # What a replay or a retry can send again; Fly documents 1 MB.

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from .compression import Compression, parse_compression
 from .machine_tls import MachineTls, parse_machine_tls
 from .replay_options import AS_USUAL, REPLAY_NAMES, ReplayOptions, parse_replay_options
 from .scaling import NAMES as SCALING_NAMES
@@ -20,7 +21,7 @@ from .scaling import USUAL, Scaling, parse_scaling
 PROXY_PROTOCOLS: Final = ("v1", "v2")
 # What may be said, as in the JSON.
 NAMES: Final = (
-    *("proxy_protocol", "response_headers", "maintenance", "force_https", "machine_tls"),
+    *("proxy_protocol", "response_headers", "maintenance", "force_https", "machine_tls", "compression"),
     *("handlers", "idle_timeout_ms", "body_bytes_max"),
     *("pristine", *REPLAY_NAMES),
     *SCALING_NAMES,
@@ -48,7 +49,7 @@ class ServiceOptions:
 
     proxy_protocol: str = ""  # the version that connections to machines begin with; empty: none
     headers_removed: frozenset[bytes] = frozenset()  # names in lower case, those that are set among them
-    headers_added: bytes = b""  # whole lines
+    headers_added: tuple[bytes, ...] = ()  # lines without their ends
     maintenance: str = ""  # the page that every request gets; empty: none
     force_https: bool = False  # requests without TLS are redirected
     machine_tls: MachineTls | None = None  # None: machines are spoken to in the clear
@@ -60,6 +61,7 @@ class ServiceOptions:
     replay: ReplayOptions = AS_USUAL
     pristine: bool = False  # answers get nothing of the proxy's own
     hides_id: bool = False  # answers get no Fly-Request-Id
+    compression: Compression | None = None  # None: answers are passed on as they are
 
 
 def parse_options(text: str) -> ServiceOptions | None:
@@ -97,6 +99,7 @@ def parse_options(text: str) -> ServiceOptions | None:
         replay=parse_replay_options(fields),
         pristine=_parse_flag(fields, "pristine"),
         hides_id=REQUEST_ID.encode("ascii") in removed,
+        compression=parse_compression(fields.get("compression", False)),
     )
 
 
@@ -123,14 +126,14 @@ def _parse_number(fields: dict[str, object], name: str) -> int:
     return number
 
 
-def parse_headers(headers: object) -> tuple[frozenset[bytes], bytes]:
+def parse_headers(headers: object) -> tuple[frozenset[bytes], tuple[bytes, ...]]:
     """Return which fields an answer loses, and the lines that it gains. Raises ValueError.
 
     As in Fly's `http_options.response.headers`: name -> value, list of values, or false to remove.
     """
     if not isinstance(headers, dict) or len(headers) > HEADERS_MAX:
         raise ValueError(f"response_headers must be an object of at most {HEADERS_MAX} fields")
-    lines: list[str] = []
+    lines: list[bytes] = []
     for name, said in headers.items():
         lower = str(name).lower()
         if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -140,5 +143,5 @@ def parse_headers(headers: object) -> tuple[frozenset[bytes], bytes]:
         for value in said if isinstance(said, list | tuple) else () if said is False else (said,):
             if not isinstance(value, str) or len(value) > VALUE_CHARS_MAX or not _VALUE.fullmatch(value):
                 raise ValueError(f"header {name!r} has a value that is not printable ASCII")
-            lines.append(f"{name}: {value}\r\n")
-    return frozenset(str(name).lower().encode("ascii") for name in headers), "".join(lines).encode("ascii")
+            lines.append(f"{name}: {value}".encode("ascii"))
+    return frozenset(str(name).lower().encode("ascii") for name in headers), tuple(lines)

@@ -68,6 +68,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="send requests without TLS to the same place over it",
     )
     parser.add_argument(
+        "--compression",
+        action=argparse.BooleanOptionalAction,
+        help="compress answers of suitable types for clients that take that",
+    )
+    parser.add_argument(
         "--maintenance", metavar="FILE", help="answer all requests with 503 and this page, HTML or text"
     )
 
@@ -87,6 +92,8 @@ def _read_options(args: argparse.Namespace) -> dict[str, Any]:
         options["proxy_protocol"] = args.proxy_protocol
     if args.force_https is not None:
         options["force_https"] = args.force_https
+    if args.compression is not None:
+        options["compression"] = args.compression
     if args.maintenance:
         try:
             options["maintenance"] = Path(args.maintenance).read_text("utf-8")

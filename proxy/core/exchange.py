@@ -18,6 +18,7 @@ from routing.balancer import ANYWHERE, AT_LIMIT, Refusal, Want
 from routing.health import record_failure, record_success
 from routing.replay import Replay, ReplayError
 
+from .adapting import adapt_response
 from .debug_line import render_debug
 from .errors import (
     BAD_RESPONSE,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from routing.table import Service
     from routing.target import Target
 
+    from .compression import Encoder
     from .framing import Data
     from .plane import Client, Machine, Plane
     from .replays import Course
@@ -84,6 +86,7 @@ class Exchange:
         "client",
         "continued",
         "deadline",
+        "encoder",
         "extra",
         "forwarded",
         "fresh",
@@ -138,6 +141,7 @@ class Exchange:
         self.status = 0
         self.bytes_out = 0  # of the answer's body as they are sent, without chunk framing
         self.chunk_response = False
+        self.encoder: Encoder | None = None  # while the answer is compressed
         self.replays: Replays | None = None  # set when a machine asks for the first one
         self.extra = b""  # lines that only the next machine gets
 
@@ -435,6 +439,9 @@ class Exchange:
             return
         self.phase = _RELAYING
         self.status = head.status
+        options = self.service.options
+        if options is not None:
+            self.encoder, body = adapt_response(options, self.plane, self.head, head, body, ended)
         data = self._render_response(head)
         self.bytes_out = len(body)
         if self.chunk_response:
@@ -468,16 +475,11 @@ class Exchange:
             framing += b"Connection: keep-alive\r\n"
         if request.routing is not None:
             framing += render_debug(self)
-        fields, options = head.lines, self.service.options
-        if options is not None:
-            removed = options.headers_removed
-            fields = [line for line in fields if line[: line.find(b":")].lower() not in removed]
-            framing += options.headers_added
-            if options.pristine or options.hides_id:
-                lines = b"".join([line + b"\r\n" for line in fields])
-                own = b"" if options.pristine else _VIA
-                return b"".join((head.status_line, lines, framing, own, b"\r\n"))
-        lines = b"\r\n".join(fields) + b"\r\n" if fields else b""
+        lines = b"\r\n".join(head.lines) + b"\r\n" if head.lines else b""
+        options = self.service.options
+        if options is not None and (options.pristine or options.hides_id):
+            own = b"" if options.pristine else _VIA
+            return b"".join((head.status_line, lines, framing, own, b"\r\n"))
         return b"".join(
             (head.status_line, lines, framing, _VIA, b"Fly-Request-Id: ", self.request_id, b"\r\n\r\n")
         )
@@ -499,6 +501,8 @@ class Exchange:
         if self.phase is _READING_REPLAY:
             self._collect_replay(data, ended)
             return
+        if self.encoder is not None:
+            data = self.encoder.encode(data, ended)
         self.bytes_out += len(data)
         if self.chunk_response:
             data = encode_chunk(data) if data else b""
@@ -673,6 +677,9 @@ class Exchange:
         self.phase = _DONE
         self.kept = None
         plane = self.plane
+        if self.encoder is not None:
+            plane.metrics.end_compression(self.encoder)
+            self.encoder = None
         plane.metrics.in_flight -= 1
         plane.metrics.record(
             self.service.app, self.target, status, plane.now() - self.started, self.body_bytes, self.bytes_out

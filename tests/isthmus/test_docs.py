@@ -17,6 +17,7 @@ from isthmus.config import (
     AdminConfig,
     AppConfig,
     CheckConfig,
+    CompressionConfig,
     Config,
     MachineConfig,
     MachineTlsConfig,
@@ -37,6 +38,7 @@ TABLES = {
     "apps.checks": CheckConfig,
     "apps.machine_tls": MachineTlsConfig,
     "apps.replay_cache": ReplayCacheConfig,
+    "apps.compression": CompressionConfig,
     "regions.*": RegionConfig,
 }
 
