@@ -69,10 +69,15 @@ class FeedServer:
     """
 
     def __init__(
-        self, path: Path, last_seq: int, on_samples: Callable[[str, Iterable[Sample]], None]
+        self,
+        path: Path,
+        last_seq: int,
+        on_samples: Callable[[str, Iterable[Sample]], None],
+        on_gone: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._path = path
         self._on_samples = on_samples
+        self._on_gone = on_gone
         self.last_seq = last_seq
         self._recent: deque[tuple[int, bytes]] = deque(maxlen=COMMITS_KEPT)
         self._followers: dict[asyncio.StreamWriter, str] = {}
@@ -163,7 +168,9 @@ class FeedServer:
         except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
             log.warning("a worker's feed connection failed", extra={"error": repr(error)})
         finally:
-            self._followers.pop(writer, None)
+            worker = self._followers.pop(writer, None)
+            if worker is not None and worker not in self._followers.values():
+                self._on_gone(worker)
             writer.close()
 
     def _handle(self, message: Any, writer: asyncio.StreamWriter) -> None:
@@ -207,6 +214,7 @@ class FeedFollower:
         self._apply = apply
         self._samples = samples
         self.seq = 0
+        self._writer: asyncio.StreamWriter | None = None  # set while `connected`
         self.connected = False
         self.heard = time.monotonic()
 
@@ -219,7 +227,7 @@ class FeedFollower:
             except OSError:
                 pause = await self._rest(pause)
                 continue
-            self.connected = True
+            self.connected, self._writer = True, writer
             connected_at = time.monotonic()
             reporter = asyncio.create_task(self._report(writer))
             try:
@@ -228,7 +236,7 @@ class FeedFollower:
             except Exception as error:  # noqa: BLE001 — whatever the agent says, the worker must follow it again
                 log.warning("the feed failed", extra={"error": repr(error)})
             finally:
-                self.connected = False
+                self.connected, self._writer = False, None
                 reporter.cancel()
                 writer.close()
             log.info("the agent is away; routing goes on with the last table")
@@ -270,6 +278,11 @@ class FeedFollower:
     async def _report(self, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while True:
-                writer.write(_pack(["samples", self._worker, list(self._samples())]))
+                self.report()
                 await writer.drain()
                 await asyncio.sleep(SAMPLES_INTERVAL_S)
+
+    def report(self) -> None:
+        """Tell the agent, if it is there, what has been counted up to now."""
+        if self._writer is not None:
+            self._writer.write(_pack(["samples", self._worker, list(self._samples())]))

@@ -91,6 +91,14 @@ class Registry:
                 (self._node, self._region, address, now_ms, f"isthmus {__version__}"),
             )
         ]
+        await self._database.execute(statements + self._declared(config))
+
+    async def declare(self, config: Config) -> None:
+        """Write the regions and apps that a configuration declares, and remove those that it no longer does."""
+        await self._database.execute(self._declared(config))
+
+    def _declared(self, config: Config) -> list[Statement]:
+        statements: list[Statement] = []
         for code, region in config.regions.items():
             statements.append(
                 (
@@ -112,7 +120,7 @@ class Registry:
             statements += _forget(table, "app", [app.name for app in config.apps], owner)
         for app in config.apps:
             statements.append(_keep_hosts(app, owner))
-        await self._database.execute(statements)
+        return statements
 
     async def add_app(self, app: AppConfig) -> list[str]:
         """Create the app or change it to what is given; returns the ids of its machines given here."""

@@ -52,9 +52,10 @@ class Pool:
 
     async def adopt(self, settings: ProxySettings) -> None:
         """Make connections by other settings from now on; those that are there stay."""
-        reach = Reach(settings.machine_networks, settings.client_certificate)
-        await reach.open(settings.forbidden_addresses)
-        self.settings, self._reach = settings, reach
+        self.settings = settings
+        await self._reach.adopt(
+            settings.machine_networks, settings.client_certificate, settings.forbidden_addresses
+        )
 
     def acquire(self, target: Target, port: int, exchange: Exchange, *, fresh: bool) -> Upstream | None:
         """Return an idle connection to the machine, or None and later tell the exchange."""

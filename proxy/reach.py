@@ -54,6 +54,14 @@ class Reach:
                 own += [(address, port) for address in await resolve(host)]
         self._rules = AddressRules(self._networks, own)
 
+    async def adopt(
+        self, machine_networks: Sequence[str], certificate: str, forbidden_addresses: Sequence[tuple[str, int]]
+    ) -> None:
+        """Make the next connections by other settings."""
+        self._networks, self._certificate = machine_networks, certificate
+        self._contexts.clear()
+        await self.open(forbidden_addresses)
+
     async def connect(
         self, make: Callable[[], P], host: str, port: int, tls: MachineTls | None
     ) -> tuple[asyncio.Transport, P]:

@@ -6,7 +6,7 @@ over workers never go down when a worker is restarted, because what a dead one h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
@@ -19,7 +19,7 @@ from isthmus import checks, credentials
 from proxy.metrics import unfold
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from proxy.metrics import Sample as WorkerSample
     from replication.metrics import Sample
@@ -56,30 +56,57 @@ def find_family(name: str, known: Mapping[str, tuple[str, str]]) -> str | None:
     return stem if is_part else None
 
 
+# Workers that are gone and counted one by one, since they may be back; all earlier ones are one.
+GONE_MAX = 16
+_EARLIER = "earlier"
+
+
 class WorkerTotals:
     """What all workers have counted since the node started.
 
-    `_latest` holds the newest samples of each worker; `_retired` the counters of those that are gone.
+    `_latest` holds the newest samples of each worker; `_gone` the counters of those that are gone. `on_counted`
+    is given the latter when they change, for the totals of the next agent.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        counted: Mapping[str, Iterable[Any]] | None = None,
+        on_counted: Callable[[dict[str, list[Any]]], None] = lambda _: None,
+    ) -> None:
         self._latest: dict[str, dict[Key, Value]] = {}
-        self._retired: dict[Key, Value] = {}
+        self._gone: dict[str, dict[Key, Value]] = {}
         self._types = known_metrics()
+        self._on_counted = on_counted
+        for worker, samples in (counted or {}).items():
+            self._gone[worker] = {
+                (name, tuple(map(tuple, labels))): _thaw(value) for name, labels, value in samples
+            }
 
     def handle_samples(self, worker: str, samples: Iterable[WorkerSample]) -> None:
         """Take the newest samples of a worker; `worker` names one life of one process."""
-        slot = worker.split("/", maxsplit=1)[0]
-        for other in [name for name in self._latest if name != worker and name.split("/")[0] == slot]:
-            for key, value in self._latest.pop(other).items():
-                if not self._is_gauge(key[0]):
-                    self._retired[key] = _add(self._retired.get(key), value)
+        self._gone.pop(worker, None)
         self._latest[worker] = {(name, labels): value for name, labels, value in samples}
+
+    def handle_gone(self, worker: str) -> None:
+        """Keep the counters of a worker that no longer follows; it may be back, and counts on then."""
+        samples = self._latest.pop(worker, {})
+        self._gone[worker] = {key: value for key, value in samples.items() if not self._is_gauge(key[0])}
+        while len(self._gone) > GONE_MAX:
+            earlier = self._gone.pop(_EARLIER, {})
+            for key, value in self._gone.pop(next(iter(self._gone))).items():
+                earlier[key] = _add(earlier.get(key), value)
+            self._gone[_EARLIER] = earlier
+        self._on_counted(
+            {
+                name: [[*key, value] for key, value in counters.items()]
+                for name, counters in self._gone.items()
+            }
+        )
 
     def samples(self) -> Iterator[Sample]:
         """Return the sums over all workers."""
-        totals = dict(self._retired)
-        for samples in self._latest.values():
+        totals: dict[Key, Value] = {}
+        for samples in (*self._gone.values(), *self._latest.values()):
             for key, value in samples.items():
                 totals[key] = _add(totals.get(key), value)
         for (name, labels), value in totals.items():
@@ -88,6 +115,11 @@ class WorkerTotals:
     def _is_gauge(self, name: str) -> bool:
         family = find_family(name, self._types)
         return family is None or self._types[family][0] == "gauge"
+
+
+def _thaw(value: Any) -> Value:
+    """Return a value that has come by JSON, which has no tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _add(one: Value | None, other: Value) -> Value:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -10,7 +11,7 @@ import proxy.tls_metrics
 import replication.metrics
 import replication.subscriptions
 from isthmus import checks, credentials
-from isthmus.admin.metrics import OWN_METRICS, WorkerTotals, expose, known_metrics
+from isthmus.admin.metrics import GONE_MAX, OWN_METRICS, WorkerTotals, expose, known_metrics
 from proxy.metrics import ProxyMetrics
 
 if TYPE_CHECKING:
@@ -46,10 +47,38 @@ def test_restart_of_a_worker_keeps_its_counters_and_drops_its_gauges() -> None:
     totals = WorkerTotals()
     totals.handle_samples("worker-0/10", count(5, 3))
     totals.handle_samples("worker-1/11", count(100))
+    totals.handle_gone("worker-0/10")
     totals.handle_samples("worker-0/12", count(1, 1))
     assert totals_of(totals) == {REQUESTS: 106, IN_FLIGHT: 1}
+    totals.handle_gone("worker-0/12")
     totals.handle_samples("worker-0/13", count(2))
     assert totals_of(totals) == {REQUESTS: 108, IN_FLIGHT: 0}
+
+
+def test_worker_that_is_back_is_not_counted_twice() -> None:
+    totals = WorkerTotals()
+    totals.handle_samples("worker-0/10", count(5, 3))
+    totals.handle_gone("worker-0/10")
+    assert totals_of(totals) == {REQUESTS: 5}
+    totals.handle_samples("worker-0/10", count(6, 1))
+    assert totals_of(totals) == {REQUESTS: 6, IN_FLIGHT: 1}
+
+
+def test_next_agent_knows_what_workers_had_counted_that_are_gone() -> None:
+    told: list[Any] = []
+    totals = WorkerTotals(on_counted=told.append)
+    for pid in range(3 * GONE_MAX):
+        totals.handle_samples(f"worker-0/{pid}", [*count(1, 1), *served(0.002).samples()])
+        totals.handle_gone(f"worker-0/{pid}")
+    assert len(told[-1]) == GONE_MAX
+    successor = WorkerTotals(json.loads(json.dumps(told[-1])))
+    assert list(successor.samples()) == list(totals.samples())
+    successor.handle_samples(f"worker-0/{pid}", count(3))
+    successor.handle_samples("worker-0/new", count(1))
+    counted = {(name, labels): value for name, labels, value in successor.samples()}
+    assert counted[REQUESTS, ()] == 3 * GONE_MAX - 1 + 3 + 1
+    # That of the one that is back is not here any more, as it reports none.
+    assert counted["isthmus_request_duration_seconds_count", (("app", "web"),)] == 3 * GONE_MAX - 1
 
 
 def test_labels_are_kept_apart() -> None:
@@ -72,6 +101,7 @@ def test_restart_of_a_worker_keeps_its_histograms() -> None:
     totals.handle_samples("worker-0/10", served(0.002, 2.0).samples())
     before = {(name, labels): value for name, labels, value in totals.samples() if "duration" in name}
     assert before["isthmus_request_duration_seconds_count", (("app", "web"),)] == 2
+    totals.handle_gone("worker-0/10")
     totals.handle_samples("worker-0/11", served().samples())
     assert {(name, labels): value for name, labels, value in totals.samples() if "duration" in name} == before
     totals.handle_samples("worker-0/11", served(0.002).samples())

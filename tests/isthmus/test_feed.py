@@ -76,8 +76,9 @@ class Agent:
 
     def __init__(self, path: Path, last_seq: int = 0) -> None:
         self.samples: list[tuple[str, Any]] = []
+        self.gone: list[str] = []
         self.server = FeedServer(
-            path, last_seq, lambda worker, samples: self.samples.append((worker, samples))
+            path, last_seq, lambda worker, samples: self.samples.append((worker, samples)), self.gone.append
         )
 
     def publish(self, *commits: Commit) -> None:
@@ -459,6 +460,20 @@ async def test_metrics_of_a_worker_reach_the_agent(agent: Agent, worker: Worker)
     worker.start()
     await eventually("samples", lambda: agent.samples)
     assert agent.samples[0] == ("worker-0/1", (("isthmus_requests_total", (("app", "a"),), 0.0),))
+
+
+async def test_agent_is_told_that_a_worker_is_gone_and_what_it_counted_last(
+    agent: Agent, worker: Worker
+) -> None:
+    worker.start()
+    await eventually("samples", lambda: agent.samples)
+    worker.applied.append(commit(1).changes[0])
+    worker.follower.report()
+    await eventually("the last samples", lambda: agent.samples[-1][1][0][2] == 1.0)
+    assert not agent.gone
+    await worker.stop()
+    await eventually("it is gone", lambda: agent.gone == ["worker-0/1"])
+    worker.follower.report()  # to nobody
 
 
 async def test_stopped_agent_lets_its_workers_go(agent: Agent, worker: Worker, path: Path) -> None:
