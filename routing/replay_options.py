@@ -84,7 +84,7 @@ def _parse_rule(rule: object) -> ReplayRule:
     kind, name = rule.get("type"), rule.get("name")
     prefix, ttl_s = rule.get("path_prefix", "/"), rule.get("ttl_seconds")
     allow_bypass = rule.get("allow_bypass", False)
-    if kind not in {"cookie", "header"}:
+    if not isinstance(kind, str) or kind not in {"cookie", "header"}:
         raise ValueError("replay_cache: type must be cookie or header")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"replay_cache: name {ascii(name)[:80]} is none of a cookie or header")
