@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing outside this folder is touched.
-.PHONY: help setup demo compile check test bench bench-replication bench-simulated soak chaos clean
+.PHONY: help setup demo compile check test bench bench-replication bench-simulated soak chaos fuzz clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -13,6 +13,8 @@ SEEDS ?= 300
 SIMULATED_SEEDS ?= 1
 # How often a writer is killed, a third of a second each.
 KILLS ?= 300
+# How long to fuzz.
+MINUTES ?= 60
 
 help:
 	@echo "make demo    three regions on this machine, with something to try"
@@ -22,6 +24,7 @@ help:
 	@echo "make bench-simulated  a thousand simulated nodes; an hour without a region"
 	@echo "make soak    simulate many clusters with faults; SEEDS=1000 says how many"
 	@echo "make chaos   kill -9 a writer at random moments and look at what it left; KILLS=1000 says how often"
+	@echo "make fuzz    heads, bodies and connections with any bytes; MINUTES=60 says how long"
 	@echo "make setup   only the virtual environment, .venv, and what can be compiled"
 	@echo "make compile proxy and routing again after a change; until then they run as plain Python"
 	@echo "make clean   remove it, and caches"
@@ -77,5 +80,10 @@ soak: $(STAMP)
 chaos: $(STAMP)
 	@$(BIN)/python -m tests.chaos --kills $(KILLS)
 
+fuzz: $(STAMP)
+	@if command -v uv >/dev/null; then uv pip install -q --python $(BIN)/python -e '.[fuzz]'; \
+	else $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[fuzz]'; fi || true
+	@ISTHMUS_COMPILED=0 $(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
 clean:
-	rm -rf .venv isthmus/_compiled bench/replication/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv .fuzz isthmus/_compiled bench/replication/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
