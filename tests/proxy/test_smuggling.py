@@ -9,14 +9,14 @@ import asyncio
 
 import pytest
 
-from tests.fakes.machine import OK, Connection, Request
+from tests.fakes.machine import OK, Connection
 from tests.hostile import answers
 from tests.hostile.requests import BROKEN_CHUNKS, CHUNKED, CL, NEXT, REFUSED, SERVED, Case, get, post
 from tests.proxy.edge import Edge, wait_for
 
 
 def names(cases: list[Case] | list[answers.Answer]) -> list[str]:
-    return [f"{case.about}: {ascii(case.raw[:80])}" for case in cases]
+    return [f"{case.about}: {case.raw[:80]!a}" for case in cases]
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=names(REFUSED))
