@@ -15,6 +15,7 @@ import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from .core.addresses import Networks
 from .core.client_rates import ClientRates
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Admission:
         self._connections_max = max(1, min(settings.connections_max, self._files_max // 2))
         self._per_client_max = settings.connections_per_client_max
         self._rates = ClientRates(settings.connections_per_client_per_s)
+        self._trusted = Networks(settings.trusted_proxies)
         self._memory_max = settings.memory_bytes_max
         self._body_kept_max = settings.replay_body_bytes_max
 
@@ -68,6 +70,10 @@ class Admission:
         """Begin to tell a worker when its memory is short, and when to close idle connections."""
         self._plane = plane
         self._close_idle = close_idle
+
+    def name(self, address: str) -> str:
+        """Return what a client is counted under; empty for a trusted proxy."""
+        return "" if self._trusted.contain(address) else name_client(address)
 
     def arrives(self, client: str, now: float) -> bool:
         """Count a connection that this client opens; False when it opens too many a second."""

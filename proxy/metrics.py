@@ -101,6 +101,13 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "isthmus_upstream_connect_failures_total": ("counter", "Connections to machines that failed, by code."),
     "isthmus_upstream_connections_open": ("gauge", "Connections to machines open."),
     "isthmus_tunnels_total": ("counter", "Connections upgraded to another protocol."),
+    "isthmus_tcp_connections_total": ("counter", "Raw connections that reached a machine."),
+    "isthmus_tcp_connections_open": ("gauge", "Raw connections open, by machine."),
+    "isthmus_tcp_received_bytes_total": (
+        "counter",
+        "Bytes that clients sent on raw connections.",
+    ),
+    "isthmus_tcp_sent_bytes_total": ("counter", "Bytes that machines sent on raw connections."),
 }
 
 
@@ -159,13 +166,26 @@ class AppMetrics(Tally):
 class MachineMetrics(Tally):
     """The counters of one machine, or of all that are counted together."""
 
-    __slots__ = ("connections", "failures", "target")
+    __slots__ = (
+        "connections",
+        "failures",
+        "target",
+        "tcp_bytes_in",
+        "tcp_bytes_out",
+        "tcp_connections",
+        "tcp_open",
+    )
 
     def __init__(self, target: Target | None) -> None:
         super().__init__()
         self.target = target
         self.connections = 0
         self.failures = 0
+        # Of raw connections.
+        self.tcp_connections = 0
+        self.tcp_open = 0
+        self.tcp_bytes_in = 0
+        self.tcp_bytes_out = 0
 
 
 class ProxyMetrics:
@@ -334,6 +354,13 @@ def _machine_samples(machine: MachineMetrics, app: str, name: str, region: str) 
     samples = machine.samples("isthmus_machine_", labels)
     samples.append(("isthmus_machine_connections_total", labels, machine.connections))
     samples.append(("isthmus_machine_failures_total", labels, machine.failures))
+    if machine.tcp_connections:
+        samples += [
+            ("isthmus_tcp_connections_total", labels, machine.tcp_connections),
+            ("isthmus_tcp_connections_open", labels, machine.tcp_open),
+            ("isthmus_tcp_received_bytes_total", labels, machine.tcp_bytes_in),
+            ("isthmus_tcp_sent_bytes_total", labels, machine.tcp_bytes_out),
+        ]
     if machine.target is not None:
         samples.append(("isthmus_machine_requests_in_flight", labels, machine.target.in_flight))
     return samples

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .admission import FILES
 from .core.errors import CONNECT_FAILED, CONNECT_REFUSED, OVERLOADED, UPSTREAM_TIMEOUT
@@ -18,10 +18,13 @@ from .sweeper import NEVER
 from .upstream import Upstream
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from routing.machine_tls import MachineTls
     from routing.target import Target
 
     from .core.exchange import Exchange
+    from .core.plane import Reaching
     from .metrics import ProxyMetrics
     from .settings import ProxySettings
 
@@ -67,10 +70,19 @@ class Pool:
             upstream = idle.pop()
             if upstream.transport is not None and not upstream.transport.is_closing():
                 return upstream
-        task = self.loop.create_task(self._connect(address, exchange))
+        self._begin(address, exchange, lambda: Upstream(self, address))
+        return None
+
+    def connect(self, target: Target, port: int, session: Reaching, make: Callable[[], Any]) -> None:
+        """Make a connection for this session alone, and later tell it; `make` makes its protocol."""
+        options = session.service.options
+        address = (target.host, port, None if options is None else options.machine_tls)
+        self._begin(address, session, make)
+
+    def _begin(self, address: MachineAddress, waiting: Reaching, make: Callable[[], Any]) -> None:
+        task = self.loop.create_task(self._connect(address, waiting, make))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
-        return None
 
     def put(self, upstream: Upstream) -> None:
         """Take back a connection that can carry another exchange."""
@@ -116,11 +128,11 @@ class Pool:
         for upstream in list(self.connections):
             upstream.close()
 
-    async def _connect(self, address: MachineAddress, exchange: Exchange) -> None:
+    async def _connect(self, address: MachineAddress, exchange: Reaching, make: Callable[[], Any]) -> None:
         try:
             async with asyncio.timeout(exchange.reach_timeout_s()):
                 host, port, tls = address
-                _, upstream = await self._reach.connect(lambda: Upstream(self, address), host, port, tls)
+                _, upstream = await self._reach.connect(make, host, port, tls)
         except TimeoutError:
             exchange.handle_connect_failed(UPSTREAM_TIMEOUT, f"no connection to {_show(address)} in time")
         except ConnectionRefusedError:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .certificates import Certificates
     from .metrics import ProxyMetrics
     from .settings import ProxySettings
+    from .tcp_relay import TcpClient
     from .tls import TlsSettings
     from .tls_metrics import TlsMetrics
 
@@ -47,7 +48,7 @@ _BACKLOG = 4_096
 
 
 class Server:
-    """Serves the apps of a routing table on one address, and on another one over TLS."""
+    """Serves the apps of a routing table on one address, on another one over TLS, and raw on some more."""
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class Server:
         self._logs = [] if access_log is None else [access_log]
         self._clients: set[Downstream] = set()
         self._announcing: set[AnnouncedConnection] = set()  # accepted, and not yet told whose they are
+        self._relays: set[TcpClient] = set()
         # All set by `start`.
         self.port = 0  # listened on
         self._public_port = self._tls_port = 0
@@ -73,7 +75,7 @@ class Server:
         self._make_secure: Callable[[], Downstream] = _make_none
         self._announcers: Networks | None = None
         self._https_port = HTTPS_PORT
-        self._tls_listener: TlsListener | None = None
+        self._listeners: list[TlsListener] = []  # for TLS and for raw TCP
         self._plane: Plane | None = None
         self._pool: Pool | None = None
         self._admission: Admission | None = None
@@ -131,6 +133,7 @@ class Server:
             self._settings.sweep_interval_s,
             self._clients,
             self._announcing,
+            self._relays,
             pool.connections,
             plane.queue.waiting,
             (plane.queue, admission),
@@ -151,8 +154,30 @@ class Server:
         self._tls_port = public_port or sock.getsockname()[1]
         self._make_makers()
         make = self._accept_secure
-        self._tls_listener = TlsListener(self._plane, settings, certificates, metrics, make)
-        self._tls_listener.start(sock)
+        port = self._tls_port
+        listener = TlsListener(self._plane, port, settings, certificates, metrics, make, self._relays)
+        self._start_listener(listener, sock)
+
+    def start_tcp(
+        self,
+        sock: socket.socket,
+        app: str,
+        settings: TlsSettings,
+        certificates: Certificates | None,
+        metrics: TlsMetrics,
+        public_port: int | None = None,
+    ) -> None:
+        """Pass the connections to a socket that is bound on to an app, as they are. Call after `start`."""
+        assert self._plane is not None
+        port = public_port or sock.getsockname()[1]
+        listener = TlsListener(
+            *(self._plane, port, settings, certificates, metrics, self._accept_secure, self._relays), app=app
+        )
+        self._start_listener(listener, sock)
+
+    def _start_listener(self, listener: TlsListener, sock: socket.socket) -> None:
+        self._listeners.append(listener)
+        listener.start(sock)
 
     async def adopt(
         self, settings: ProxySettings, access_log: AccessLog | None, tls: TlsSettings | None = None
@@ -174,8 +199,9 @@ class Server:
         self._make_makers()
         for client in self._clients:
             client.adopt_log()
-        if self._tls_listener is not None and tls is not None:
-            self._tls_listener.adopt(tls)
+        if tls is not None:
+            for listener in self._listeners:
+                listener.adopt(tls)
 
     def _make_makers(self) -> None:
         """Have the next connections made by the settings of now."""
@@ -190,7 +216,7 @@ class Server:
         assert self._plane is not None
         return AnnouncedConnection(self._plane, self._announcers, self._make, self._announcing)
 
-    def _accept_secure(self) -> asyncio.Protocol:
+    def _accept_secure(self) -> Downstream:
         return self._make_secure()
 
     def _maker(self, port: int, *, secure: bool, https_port: int) -> Callable[[], Downstream]:
@@ -222,8 +248,8 @@ class Server:
         return not self._is_busy()
 
     def _is_busy(self) -> bool:
-        handshakes = 0 if self._tls_listener is None else self._tls_listener.pending
-        return bool(self._clients or self._announcing or handshakes)
+        handshakes = any(listener.pending for listener in self._listeners)
+        return bool(self._clients or self._announcing or self._relays or handshakes)
 
     def _close_idle(self, idle_s: float) -> None:
         for waiting in list(self._announcing):
@@ -233,8 +259,8 @@ class Server:
 
     async def _stop_accepting(self) -> None:
         """Take no more connections than the kernel has accepted: it resets those that nobody takes."""
-        if self._tls_listener is not None:
-            self._tls_listener.stop_accepting()
+        for tls_listener in self._listeners:
+            tls_listener.stop_accepting()
         if self._listener is not None:
             self._listener.close()
         loop = asyncio.get_running_loop()
@@ -250,21 +276,24 @@ class Server:
             self._listener.close()
         for listening in self._sockets:
             listening.close()
-        if self._tls_listener is not None:
-            await self._tls_listener.close()
+        for tls_listener in self._listeners:
+            await tls_listener.close()
         if self._sweeper is not None:
             self._sweeper.stop()
         for waiting in list(self._announcing):
             waiting.abort()
         for client in list(self._clients):
             client.abort()
+        for relay in list(self._relays):
+            relay.cut()
         if self._pool is not None:
             await self._pool.close()
         # Transports tell their protocols that they are closed in the next turns of the loop.
-        while self._clients or (  # noqa: ASYNC110 - each turn is one of the loop, and there are two or three
-            self._pool is not None and self._pool.connections
-        ):
+        while self._is_open():  # noqa: ASYNC110 - each turn is one of the loop, and there are two or three
             await asyncio.sleep(0)
+
+    def _is_open(self) -> bool:
+        return bool(self._clients or self._relays or (self._pool is not None and self._pool.connections))
 
 
 def _duplicate(listening: socket.socket) -> socket.socket:

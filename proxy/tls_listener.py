@@ -1,11 +1,13 @@
-"""Connections of clients on the port for TLS, up to the end of the handshake.
+"""Connections of clients on a port for TLS or raw TCP, up to where it is clear what they are.
 
-Decides who may begin a handshake and what becomes of those who cannot. Refuses to know HTTP beyond the
-one answer to those who speak it here in the clear. Invariant: every connection that is not handed over
-is closed within the handshake timeout, and at most `handshakes_max` are pending.
+Decides who may begin a handshake, whose TLS is passed on to a machine as it is, and what becomes of those who
+can have neither. Refuses to know HTTP beyond the one answer to those who speak it here in the clear.
+Invariant: every connection that is not handed over is closed within the handshake timeout, and at most
+`handshakes_max` are pending.
 
 The first message is looked at before any of it is taken off the socket. So a connection that sends nothing
-costs a file descriptor and no TLS state, and one for a name without a certificate costs no handshake.
+costs a file descriptor and no TLS state, one for a name without a certificate costs no handshake, and a
+machine that ends TLS itself gets all that its client sent.
 """
 
 from __future__ import annotations
@@ -15,19 +17,26 @@ import contextlib
 import socket
 import ssl
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from .admission import CLIENT_RATE, name_client
+from .admission import CLIENT_RATE
 from .core.addresses import Networks
 from .core.client_hello import HANDSHAKE_RECORD, HELLO_BYTES_MAX, ClientHelloError, parse_client_hello
-from .core.errors import PLAIN_HTTP, render_error
+from .core.errors import NO_ROUTE, PLAIN_HTTP, render_error
+from .core.proxy_protocol import ProxyHeaderError, parse_announcement
+from .tcp_relay import TcpClient
 from .tls import make_server_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from routing.table import Service
+
     from .certificates import Certificates
     from .core.plane import Plane
+    from .core.proxy_protocol import Announced, Endpoint
+    from .downstream import Downstream
     from .tls import TlsSettings
     from .tls_metrics import TlsMetrics
 
@@ -55,8 +64,15 @@ _REASONS: Final[dict[str, str]] = {
 }
 
 
+class _Taker(NamedTuple):
+    """What takes a connection over, and whether its TLS ends here."""
+
+    make: Callable[[], Downstream | TcpClient]
+    ends_tls: bool
+
+
 class _RefusedError(Exception):
-    """The connection ends here; `answer` is sent before."""
+    """The connection ends here; `answer` is sent before. Without a reason it is counted elsewhere."""
 
     def __init__(self, reason: str, answer: bytes = b"") -> None:
         super().__init__(reason)
@@ -65,22 +81,32 @@ class _RefusedError(Exception):
 
 
 class TlsListener:
-    """One listening socket; `make` makes the protocol of a connection once its handshake is done."""
+    """One listening socket.
+
+    `make` makes the protocol of a connection with HTTP once its handshake is done, and `relays` gets those
+    whose bytes are passed on as they are. With an `app`, all connections are for its service on this `port`,
+    and none has HTTP. Without `certificates` no TLS can end here.
+    """
 
     def __init__(
         self,
         plane: Plane,
+        port: int,
         settings: TlsSettings,
-        certificates: Certificates,
+        certificates: Certificates | None,
         metrics: TlsMetrics,
-        make: Callable[[], asyncio.Protocol],
+        make: Callable[[], Downstream],
+        relays: set[TcpClient],
+        app: str = "",
     ) -> None:
         self._plane = plane
-        self._settings = settings
+        self._port = port
         self._metrics = metrics
         self._certificates = certificates
         self._make = make
-        self._trusted = Networks(plane.settings.trusted_proxies)
+        self._relays = relays
+        self._app = app
+        self.adopt(settings)
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None  # from `start` to `stop_accepting`
         self._pending: dict[asyncio.Task[None], str] = {}  # with the client's address; the oldest is first
@@ -98,8 +124,9 @@ class TlsListener:
         self._loop.add_reader(sock, self._accept)
 
     def adopt(self, settings: TlsSettings) -> None:
-        """Bound the next handshakes by other settings."""
+        """Treat the next connections by these settings, and by those that the plane has now."""
         self._settings = settings
+        self._announcers = Networks(self._plane.settings.proxy_protocol_from)
 
     @property
     def pending(self) -> int:
@@ -142,11 +169,11 @@ class TlsListener:
             self._loop.add_reader(self._socket, self._accept)
 
     def _admit(self, sock: socket.socket, peer: str) -> None:
-        client = "" if self._trusted.contain(peer) else name_client(peer)
-        if not self._plane.admission.arrives(client, self._plane.now()):
+        announces = self._announcers.contain(peer)
+        client = "" if announces else self._plane.admission.name(peer)
+        if not self._arrives(client):
             sock.close()
-            self._plane.metrics.count_shed(CLIENT_RATE)
-            self._metrics.count_failure("client_rate")
+            self._metrics.count_failure(CLIENT_RATE)
             return
         most = self._settings.handshakes_max
         if client and self._clients[client] >= max(1, most // _CLIENT_SHARE):
@@ -157,11 +184,17 @@ class TlsListener:
             # An honest client takes two round trips: the oldest is the one least likely to be one.
             next(iter(self._pending)).cancel()
         sock.setblocking(False)
-        task = self._loop.create_task(self._greet(sock))
+        task = self._loop.create_task(self._greet(sock, announces=announces))
         self._pending[task] = client
         self._clients[client] += 1
         task.add_done_callback(self._forget)
         self._metrics.pending += 1
+
+    def _arrives(self, client: str) -> bool:
+        arrives = self._plane.admission.arrives(client, self._plane.now())
+        if not arrives:
+            self._plane.metrics.count_shed(CLIENT_RATE)
+        return arrives
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         client = self._pending.pop(task)
@@ -172,14 +205,16 @@ class TlsListener:
         if task.cancelled():
             self._metrics.count_failure("limit")
 
-    async def _greet(self, sock: socket.socket) -> None:
-        """See the connection through its handshake."""
+    async def _greet(self, sock: socket.socket, *, announces: bool) -> None:
+        """See the connection through to whoever takes it over."""
         deadline = self._loop.time() + self._settings.handshake_timeout_s
         try:
             async with asyncio.timeout_at(deadline):
-                await self._await_hello(sock)
+                ends = await self._read_announcement(sock) if announces else None
+                taker = await self._find_taker(sock)
         except _RefusedError as refusal:
-            self._metrics.count_failure(refusal.reason)
+            if refusal.reason:
+                self._metrics.count_failure(refusal.reason)
             await self._refuse(sock, refusal.answer)
         except asyncio.CancelledError:
             sock.close()
@@ -188,13 +223,71 @@ class TlsListener:
             self._metrics.count_failure(_explain(error))
             sock.close()
         else:
-            await self._shake_hands(sock, max(0.001, deadline - self._loop.time()))
+            await self._hand_over(sock, taker, ends, max(0.001, deadline - self._loop.time()))
 
-    async def _shake_hands(self, sock: socket.socket, timeout_s: float) -> None:
+    async def _read_announcement(self, sock: socket.socket) -> tuple[Endpoint, Endpoint] | None:
+        """Take the PROXY header off the socket and return what it says."""
+        announced: Announced | None = None
+        needed = 1
+        try:
+            while announced is None:
+                data = await self._peek(sock, needed)
+                announced = parse_announcement(data)
+                needed = len(data) + 1
+            sock.recv(announced.size)
+        except ProxyHeaderError:
+            raise _RefusedError("announcement") from None
+        finally:
+            if announced is None:
+                self._plane.metrics.bad_announcements += 1
+        if announced.source is None or announced.destination is None:
+            return None
+        if not self._arrives(self._plane.admission.name(announced.source[0])):
+            raise _RefusedError(CLIENT_RATE)
+        return announced.source, announced.destination
+
+    async def _find_taker(self, sock: socket.socket) -> _Taker:
+        """Return what takes the connection over, once that is clear and it may."""
+        table = self._plane.table
+        if self._app:
+            service = table.service(self._app, self._port)
+            if service is None:
+                self._plane.metrics.count_error(NO_ROUTE)
+                raise _RefusedError("")
+            if not _ends_tls(service):
+                return _Taker(self._maker(service, ""), ends_tls=False)
+            name = await self._await_hello(sock)
+        else:
+            name = await self._await_hello(sock)
+            service = table.find(name.encode("ascii"), b"/", self._port) if name is not None else None
+            if service is not None and (service.options is None or not service.options.is_raw):
+                service = None  # with HTTP, which has its own say in who serves it
+            if service is not None and not _ends_tls(service):
+                return _Taker(self._maker(service, name or ""), ends_tls=False)
+        if self._certificates is None or self._certificates.find(name) is None:
+            reason = "no_name" if name is None else "unknown_name"
+            raise _RefusedError(reason, _UNRECOGNIZED_NAME)
+        return _Taker(self._make if service is None else self._maker(service, name or ""), ends_tls=True)
+
+    def _maker(self, service: Service, name: str) -> Callable[[], TcpClient]:
+        return partial(TcpClient, self._plane, self._port, self._relays, service, name)
+
+    async def _hand_over(
+        self, sock: socket.socket, taker: _Taker, ends: tuple[Endpoint, Endpoint] | None, timeout_s: float
+    ) -> None:
         """Hand the socket to the event loop, which from here on closes it whatever happens."""
+
+        def make() -> asyncio.Protocol:
+            protocol = taker.make()
+            protocol.announced = ends
+            return protocol
+
+        if not taker.ends_tls:
+            await self._loop.connect_accepted_socket(make, sock)
+            return
         try:
             transport, _ = await self._loop.connect_accepted_socket(
-                self._make,
+                make,
                 sock,
                 ssl=self._context,
                 ssl_handshake_timeout=timeout_s,
@@ -206,8 +299,8 @@ class TlsListener:
             tls: ssl.SSLObject = transport.get_extra_info("ssl_object")
             self._metrics.count_handshake(tls.version() or "", resumed=bool(tls.session_reused))
 
-    async def _await_hello(self, sock: socket.socket) -> None:
-        """Return when the first message is here, whole, and can be answered; it stays on the socket."""
+    async def _await_hello(self, sock: socket.socket) -> str | None:
+        """Return the name in the first message when that is here, whole; it stays on the socket."""
         needed = 1
         while True:
             data = await self._peek(sock, needed)
@@ -220,11 +313,8 @@ class TlsListener:
             except ClientHelloError:
                 raise _RefusedError("malformed", _DECODE_ERROR) from None
             if not isinstance(hello, int):
-                break
+                return hello.server_name
             needed = hello
-        if self._certificates.find(hello.server_name) is None:
-            reason = "no_name" if hello.server_name is None else "unknown_name"
-            raise _RefusedError(reason, _UNRECOGNIZED_NAME)
 
     async def _peek(self, sock: socket.socket, least: int) -> bytes:
         """Return what has come, once that is so much, and leave it where it is."""
@@ -253,6 +343,7 @@ class TlsListener:
 
     def _choose(self, tls: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> int | None:
         """OpenSSL has read the name: give the connection its certificate."""
+        assert self._certificates is not None  # or no handshake would have begun
         pair = self._certificates.find(name.lower().removesuffix(".") if name else None)
         if pair is None:
             return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
@@ -276,6 +367,10 @@ class TlsListener:
                 sock.shutdown(socket.SHUT_WR)
                 while await self._loop.sock_recv(sock, HELLO_BYTES_MAX):
                     pass
+
+
+def _ends_tls(service: Service) -> bool:
+    return service.options is not None and service.options.ends_tls
 
 
 def _explain(error: OSError) -> str:

@@ -93,7 +93,7 @@ def parse_options(text: str) -> ServiceOptions | None:
         *(protocol, removed, added, page, force_https, machine_tls),
         is_raw="http" not in handlers,
         scaling=parse_scaling(fields),
-        ends_tls="tls" in handlers,
+        ends_tls=handlers == {"tls"},
         idle_timeout_s=_parse_number(fields, "idle_timeout_ms") / 1_000,
         body_bytes_max=_parse_number(fields, "body_bytes_max"),
         replay=parse_replay_options(fields),

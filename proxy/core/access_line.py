@@ -50,7 +50,7 @@ class Entry(NamedTuple):
     method: bytes
     host: bytes
     target: bytes
-    minor: int  # of the HTTP version
+    minor: int  # of the HTTP version; below 0 when it was none
     lines: list[bytes]  # of the request's head
     status: int
     bytes_in: int
@@ -107,7 +107,9 @@ def render_combined(entry: Entry) -> bytes:
         _moment.set(second)
     line = b"-"
     if entry.method:
-        line = b"%b %b HTTP/1.%d" % (entry.method, entry.target, entry.minor)
+        line = b"%b %b" % (entry.method, entry.target)
+        if entry.minor >= 0:
+            line += b" HTTP/1.%d" % entry.minor
     return b'%b - - [%b] "%b" %d %d "%b" "%b"\n' % (
         entry.client or b"-",
         _moment.day,

@@ -7,7 +7,7 @@ only where their docstring says so.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from routing.balancer import ANYWHERE
 
@@ -90,6 +90,27 @@ class Machine(Protocol):
         """End the exchange and the connection."""
 
 
+class Reaching(Protocol):
+    """Who waits for a connection to a machine."""
+
+    service: Service
+
+    def reach_timeout_s(self) -> float:
+        """Return how long the connection may take."""
+
+    def announcement(self) -> bytes:
+        """Return the PROXY header that the connection begins with; empty: none."""
+
+    def handle_connected(self, machine: Any) -> None:
+        """The connection is there."""
+
+    def handle_connect_failed(self, code: str, detail: str) -> None:
+        """The connection could not be made."""
+
+    def handle_shortage(self, code: str, detail: str) -> None:
+        """The connection could not be made, and the machine is not to blame."""
+
+
 class Connector(Protocol):
     """Where connections to machines come from."""
 
@@ -99,9 +120,15 @@ class Connector(Protocol):
         `fresh` asks for a new connection. Never calls back before it returns.
         """
 
+    def connect(self, target: Target, port: int, session: Reaching, make: Callable[[], Any]) -> None:
+        """Make a connection for this session alone, as `acquire` does; `make` makes its protocol."""
+
 
 class Gate(Protocol):
     """Who may connect."""
+
+    def name(self, address: str) -> str:
+        """Return what a client is counted under; empty for a trusted proxy."""
 
     def arrives(self, client: str, now: float) -> bool:
         """Count a connection that this client opens; False when it opens too many a second."""
