@@ -6,39 +6,46 @@ change that is not committed, because both follow the replication agent's commit
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import random
 import sqlite3
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from isthmus.admin.keys import KeyRoutes
+from isthmus.admin.lifecycle import LifecycleRoutes
 from isthmus.admin.metrics import WorkerTotals
 from isthmus.admin.server import AdminServer
-from isthmus.admin.views import Views
-from isthmus.checks import Checker
+from isthmus.admin.views import PRESENT, Views
+from isthmus.checking.checker import Checker
+from isthmus.checking.probe import Prober
+from isthmus.checking.watchers import Presence
 from isthmus.config import Config, ConfigError, format_address, parse_listen
 from isthmus.credentials import Credentials
 from isthmus.declared import load_schema
 from isthmus.feed import FeedServer
+from isthmus.reloading import Lifecycle
 from isthmus.registry import Registry, RegistryError
 from isthmus.role import RefusedError
 from isthmus.route_feed import RouteFeed
+from proxy.reach import Reach
 from replication.agent import Agent
 from replication.core.limits import ALL, OriginSettings
 from replication.errors import ReplicationError
 from replication.settings import AgentSettings
 from replication.subscriptions import Subscriptions
 from routing.table import RoutingTable
+from routing.types import NodeRow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from replication.core.change import Commit
     from replication.metrics import Sample
 
 log = logging.getLogger(__name__)
 
+_NOBODY = "nobody keeps the processes of this node"
 # Peers answer within a second; a node without any has nobody to wait for.
 CATCH_UP_S = 5.0
 
@@ -61,20 +68,41 @@ def agent_settings(config: Config, credentials: Credentials) -> AgentSettings:
     )
 
 
+class _Alone:
+    """Stands in for whoever keeps a node's processes, where there is nobody."""
+
+    lifecycle = Lifecycle()
+
+    async def reload(self) -> Lifecycle:
+        return Lifecycle(reload_problem=_NOBODY)
+
+    async def upgrade(self) -> None:
+        raise RefusedError(_NOBODY)
+
+
 class AgentRole:
     """One node's agent. The parts are built in `start`, in the order in which they need each other."""
 
     def __init__(
-        self, config: Config, on_lost: Callable[[], None] = lambda: None, *, is_successor: bool = False
+        self,
+        config: Config,
+        on_lost: Callable[[], None] = lambda: None,
+        *,
+        is_successor: bool = False,
+        control: Control | None = None,
+        counted: Mapping[str, Iterable[Any]] | None = None,
+        on_counted: Callable[[dict[str, list[Any]]], None] = lambda _: None,
     ) -> None:
         """Build what needs no other part; raises RefusedError.
 
-        on_lost is called when this role has to be stopped and a successor started in its place.
+        on_lost is called when this role has to be stopped and a successor started in its place. counted is what
+        workers had counted that are gone, and on_counted is called with it when there are more.
         """
         self._config = config
+        self._control = control or _Alone()
         self._table = RoutingTable(config.node)
         self._routes = RouteFeed(self._table, config.database)
-        self._totals = WorkerTotals()
+        self._totals = WorkerTotals(counted, on_counted)
         try:
             self._credentials = Credentials(config.gossip)
             settings = agent_settings(config, self._credentials)
@@ -86,10 +114,21 @@ class AgentRole:
         self._agent = Agent(
             settings, schema, on_commit=self._handle_commit, on_lost=lambda _: self._handle_lost()
         )
-        self._checker = Checker(self._agent, config.node)
+        self._reach = Reach(config.proxy.machine_networks, config.tls.client_certificate)
+        self._checker = Checker(
+            self._table,
+            self._agent,
+            Prober(self._reach),
+            Presence(config.node, config.region, time.monotonic()),
+            self._present_nodes,
+            node=config.node,
+            rng=random.Random(),
+            clock_ms=lambda: time.time_ns() // 1_000_000,
+        )
         self._subscriptions = Subscriptions(config.database, schema)
         self._feed: FeedServer | None = None
         self._admin: AdminServer | None = None
+        self._registry: Registry | None = None
 
     async def start(self) -> dict[str, str]:
         """Start all parts; returns the addresses of the admin and gossip listeners."""
@@ -112,36 +151,67 @@ class AgentRole:
         if self._is_successor:
             # The file may hold little, and workers have a good table until they find the feed.
             await self._agent.catch_up(CATCH_UP_S)
-        self._feed = FeedServer(config.feed_socket, self._routes.load(), self._totals.handle_samples)
+        totals = self._totals
+        self._feed = FeedServer(
+            config.feed_socket, self._routes.load(), totals.handle_samples, totals.handle_gone
+        )
         await self._feed.start()
         own = {config.proxy.listen, config.admin.listen, gossip}
         await self._subscriptions.start()
-        registry = Registry(self._agent, config.node, config.region, own)
-        views = Views(config, self._agent, self._table, self._feed)
-        keys = KeyRoutes(self._credentials, self._agent.replace_keys)
+        registry = self._registry = Registry(self._agent, config.node, config.region, own)
+        views = Views(config, self._agent, self._table, self._feed, lambda: self._control.lifecycle)
         self._admin = AdminServer(
-            config.admin, views, registry, self._samples, self._agent, self._subscriptions, keys
+            config.admin,
+            views,
+            registry,
+            self._samples,
+            self._agent,
+            self._subscriptions,
+            KeyRoutes(self._credentials),
+            LifecycleRoutes(self._control),
         )
         await self._admin.start()
         own.add(self._admin.address)  # the system may have chosen its port
         await registry.announce(config, config.proxy.listen, time.time_ns() // 1_000_000)
+        listeners = (*own, config.tls.listen)
+        await self._reach.open([parse_listen(address) for address in listeners if address])
         await self._checker.start()
         return {"admin": self._admin.address, "gossip": gossip}
 
     async def stop(self) -> None:
         """Stop all parts, the last started first; the replication agent says goodbye to the others."""
+        await self._stop(leaves=True)
+
+    async def retire(self) -> None:
+        """Stop all parts for a successor that starts at once."""
+        await self._stop(leaves=False)
+
+    async def _stop(self, *, leaves: bool) -> None:
         await self._checker.stop()
         await self._subscriptions.stop()  # before the listener, which would wait for the streams
         if self._admin is not None:
             await self._admin.stop()
-        await self._agent.stop()
+        await self._agent.stop(leaves=leaves)
         if self._feed is not None:
             await self._feed.stop()
 
-    def reload(self) -> None:
-        """Read keys and certificates again; what is wrong with them is logged and shown."""
-        with contextlib.suppress(ConfigError):
-            self._credentials.reload(self._agent.replace_keys)
+    async def adopt(self, config: Config) -> None:
+        """Go on with another configuration: keys, and what it declares if that has changed.
+
+        Rows that were changed by hand meanwhile stay as they are otherwise.
+        """
+        before = self._config
+        try:
+            self._credentials.check(config.gossip)
+            if self._registry is not None and (config.apps, config.regions) != (before.apps, before.regions):
+                await self._registry.declare(config)
+            self._credentials.reload(config.gossip, self._agent.replace_keys)
+        except (ConfigError, RegistryError, ReplicationError) as error:
+            raise RefusedError(str(error)) from error
+        self._config = config
+
+    def refresh(self) -> None:
+        """Do nothing: the files of an agent are read when it adopts."""
 
     def _handle_lost(self) -> None:
         if self._feed is not None:
@@ -159,7 +229,13 @@ class AgentRole:
         if self._feed is not None:
             self._feed.publish(commit)
         self._subscriptions.handle_commit(commit)
-        self._checker.on_tables_changed({*commit.reload, *(change.table for change in commit.changes)})
+        self._checker.handle_commit(commit)
+
+    def _present_nodes(self) -> dict[str, str]:
+        """Return the region of each node that takes part."""
+        present = {member.name for member in self._agent.members() if member.state in PRESENT}
+        rows = self._table.rows("nodes").values()
+        return {row.id: row.region for row in rows if isinstance(row, NodeRow) and row.id in present}
 
     def _samples(self) -> Iterator[Sample]:
         yield from self._totals.samples()

@@ -15,7 +15,8 @@ import proxy.metrics
 import proxy.tls_metrics
 import replication.metrics
 import replication.subscriptions
-from isthmus import checks, credentials
+from isthmus import credentials
+from isthmus.checking import checker
 from proxy.metrics import unfold
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def known_metrics() -> dict[str, tuple[str, str]]:
         **proxy.tls_metrics.METRICS,
         **replication.metrics.METRICS,
         **replication.subscriptions.METRICS,
-        **checks.METRICS,
+        **checker.METRICS,
         **credentials.METRICS,
         **OWN_METRICS,
     }
@@ -64,8 +65,8 @@ _EARLIER = "earlier"
 class WorkerTotals:
     """What all workers have counted since the node started.
 
-    `_latest` holds the newest samples of each worker; `_gone` the counters of those that are gone. `on_counted`
-    is given the latter when they change, for the totals of the next agent.
+    `_latest` holds the newest samples of each worker; `_gone` the counters of those that are gone.
+    `on_counted` is given the latter when they change, for the totals of the next agent.
     """
 
     def __init__(

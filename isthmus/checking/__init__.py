@@ -1,0 +1,1 @@
+"""Checks: probes of machines, what becomes of their results, and who makes them."""
