@@ -13,7 +13,7 @@ import ipaddress
 import re
 import typing
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -35,7 +35,7 @@ from routing.options import PAGE_CHARS_MAX, parse_headers
 from routing.replay_options import TTL_S_MAX, TTL_S_MIN, parse_replay_options
 
 if typing.TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 T = TypeVar("T")
 # Numbers end up in SQLite's integers and in timers; beyond this is a mistake.
@@ -87,8 +87,9 @@ def _parse_peer(text: str) -> None:
 
 
 def _parse_machine(text: str) -> None:
-    """Raise ValueError unless routing takes the address, and it names a port."""
-    parse_listen(text)
+    """Raise ValueError unless routing takes the address; what has no port is told apart from a wrong one."""
+    if ":" in text.rpartition("]")[2]:
+        parse_listen(text)
     parse_address(text)
 
 
@@ -189,6 +190,17 @@ class TlsConfig(_Section, frozen=True):
             _check("listen", parse_listen, self.listen)
             if not self.certificates:
                 raise ValueOfKeyError("certificates", "the listener for TLS needs at least one")
+
+
+class TcpConfig(_Section, frozen=True):
+    """`[[tcp]]`: a port whose connections are passed on to an app as they are."""
+
+    listen: str
+    app: str
+
+    def __post_init__(self) -> None:
+        _check("listen", parse_listen, self.listen)
+        _check("app", check_app_name, self.app)
 
 
 class AdminConfig(_Section, frozen=True):
@@ -396,14 +408,35 @@ class CompressionConfig(_Section, frozen=True):
             raise ValueOfKeyError(re.findall(r"compression\.(\w+)", str(error))[0], str(error)) from None
 
 
+class ServiceConfig(_Section, frozen=True):
+    """`[[apps.services]]`: how the app is reached on one public port, when not as on all others."""
+
+    port: Annotated[int, Meta(ge=1, le=65_535)]
+    internal_port: Annotated[int, Meta(ge=1, le=65_535)] | None = None
+    handlers: tuple[Literal["tls", "http"], ...] = ()
+    soft_limit: Positive = 20
+    hard_limit: Positive | None = None
+    proxy_protocol: Literal["", "v1", "v2"] = ""
+    idle_timeout_ms: NotNegative = 0
+    body_bytes_max: Annotated[int, Meta(ge=0, le=2**53)] = 0
+
+    def __post_init__(self) -> None:
+        _check_limits(self.soft_limit, self.hard_limit)
+
+
 class AppConfig(_Section, frozen=True):
     """`[[apps]]`: something served through this node's part of the table."""
 
     name: str
     hosts: tuple[str, ...] = ("*",)
     path_prefix: str = "/"
+    internal_port: Annotated[int, Meta(ge=1, le=65_535)] | None = None
+    handlers: tuple[Literal["tls", "http"], ...] = ("tls", "http")
     soft_limit: Positive = 20
     hard_limit: Positive | None = None
+    idle_timeout_ms: NotNegative = 0
+    body_bytes_max: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    services: tuple[ServiceConfig, ...] = ()
     machines: tuple[MachineConfig, ...] = ()
     checks: tuple[CheckConfig, ...] = ()
     proxy_protocol: Literal["", "v1", "v2"] = ""
@@ -421,8 +454,13 @@ class AppConfig(_Section, frozen=True):
         _check("name", check_app_name, self.name)
         _check("hosts", check_hostname, *self.hosts)
         _check("path_prefix", canonical_prefix, self.path_prefix)
-        if self.hard_limit is not None and self.hard_limit < self.soft_limit:
-            raise ValueOfKeyError("hard_limit", f"{self.hard_limit} is below soft_limit {self.soft_limit}")
+        _check_limits(self.soft_limit, self.hard_limit)
+        for i, port in _repeated([service.port for service in self.services]):
+            raise ValueOfKeyError(f"services[{i}].port", f"port {port} is declared twice")
+        for i, machine in enumerate(self.machines):
+            if self.internal_port is None and parse_address(machine.address)[1] is None:
+                problem = f"`{machine.address}` names no port, and the app has no internal_port"
+                raise ValueOfKeyError(f"machines[{i}].address", problem)
         try:
             parse_headers(self.response_headers)
         except ValueError as error:
@@ -435,6 +473,11 @@ class AppConfig(_Section, frozen=True):
         names = [check.name for check in self.checks if check.name]
         for i, name in _repeated(names):
             raise ValueOfKeyError(f"checks[{i}].name", f"check `{name}` is declared twice")
+
+
+def _check_limits(soft_limit: int, hard_limit: int | None) -> None:
+    if hard_limit is not None and hard_limit < soft_limit:
+        raise ValueOfKeyError("hard_limit", f"{hard_limit} is below soft_limit {soft_limit}")
 
 
 def _repeated(items: Sequence[T]) -> Iterator[tuple[int, T]]:
@@ -484,6 +527,7 @@ class Config(_Section, frozen=True):
     synchronous: Literal["normal", "full"] = "normal"
     proxy: ProxyConfig = ProxyConfig()
     tls: TlsConfig = TlsConfig()
+    tcp: tuple[TcpConfig, ...] = ()
     admin: AdminConfig = AdminConfig()
     gossip: GossipConfig = GossipConfig()
     replication: ReplicationConfig = ReplicationConfig()
@@ -504,14 +548,13 @@ class Config(_Section, frozen=True):
 
     def _check_listeners(self) -> None:
         taken: dict[tuple[str, int], str] = {}
-        for section in ("proxy", "tls", "admin", "gossip"):
-            if not getattr(self, section).listen:
-                continue
-            address = parse_listen(getattr(self, section).listen)
-            other = taken.setdefault(address, section)
-            if other != section and address[1]:
-                problem = f"{format_address(*address)} is {other}.listen as well; choose another port"
-                raise ValueOfKeyError(f"{section}.listen", problem)
+        listeners = self.listeners | {"admin.listen": self.admin.listen, "gossip.listen": self.gossip.listen}
+        for setting, listen in listeners.items():
+            address = parse_listen(listen)
+            other = taken.setdefault(address, setting)
+            if other != setting and address[1]:
+                problem = f"{format_address(*address)} is {other} as well; choose another port"
+                raise ValueOfKeyError(setting, problem)
 
     def _check_apps(self) -> None:
         for i, name in _repeated([app.name for app in self.apps]):
@@ -529,6 +572,26 @@ class Config(_Section, frozen=True):
                     problem = f"machine `{machine.id}` is declared twice"
                     raise ValueOfKeyError(f"apps[{i}].machines[{j}].id", problem)
                 machines.update({machine.id} - {""})
+
+    @property
+    def listeners(self) -> dict[str, str]:
+        """The addresses that clients connect to, by setting."""
+        found = {"proxy.listen": self.proxy.listen, "tls.listen": self.tls.listen}
+        found |= {f"tcp[{i}].listen": tcp.listen for i, tcp in enumerate(self.tcp)}
+        return {setting: listen for setting, listen in found.items() if listen}
+
+    def relocate(self, listeners: Mapping[str, str]) -> Config:
+        """Return the same with other addresses that clients connect to."""
+        sections: dict[str, Any] = {
+            section: msgspec.structs.replace(getattr(self, section), listen=listeners[f"{section}.listen"])
+            for section in ("proxy", "tls")
+            if f"{section}.listen" in listeners
+        }
+        sections["tcp"] = tuple(
+            msgspec.structs.replace(tcp, listen=listeners.get(f"tcp[{i}].listen", tcp.listen))
+            for i, tcp in enumerate(self.tcp)
+        )
+        return msgspec.structs.replace(self, **sections)
 
     @property
     def database(self) -> Path:

@@ -31,6 +31,8 @@ from isthmus.config import (
     MachineTlsConfig,
     RegionConfig,
     ReplayCacheConfig,
+    ServiceConfig,
+    TcpConfig,
     ValueOfKeyError,
     parse_listen,
     unknown_region,
@@ -181,7 +183,7 @@ def setting_types() -> dict[str, Any]:
     for name, kind in typing.get_type_hints(Config).items():
         if isinstance(kind, type) and issubclass(kind, Struct):
             found.update({f"{name}.{key}": value for key, value in typing.get_type_hints(kind).items()})
-        elif name not in ("regions", "apps"):
+        elif name not in ("regions", "apps", "tcp"):
             found[name] = kind
     return found
 
@@ -262,9 +264,11 @@ def _without_indices(path: str) -> str:
 
 
 def _suggest_key(path: str) -> str | None:
-    known = [*setting_types(), "regions", "apps"]
+    known = [*setting_types(), "regions", "apps", "tcp"]
     for prefix, struct in (
+        ("tcp", TcpConfig),
         ("apps", AppConfig),
+        ("apps.services", ServiceConfig),
         ("apps.machines", MachineConfig),
         ("apps.checks", CheckConfig),
         ("apps.machine_tls", MachineTlsConfig),

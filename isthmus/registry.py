@@ -18,13 +18,14 @@ from isthmus.config import (
     CheckConfig,
     Config,
     MachineConfig,
+    ServiceConfig,
     is_loopback,
     is_wildcard,
     parse_listen,
     unknown_region,
 )
-from routing.catalog import canonical_hostname, canonical_prefix
-from routing.options import parse_options
+from routing.catalog import canonical_hostname, canonical_prefix, parse_address
+from routing.options import HANDLERS, parse_options
 
 Value = None | int | float | str | bytes
 Statement = tuple[str, Sequence[Value]]
@@ -113,20 +114,20 @@ class Registry:
         owner = f"config:{self._node}"
         for app in config.apps:
             statements += self._app_statements(app, owner)
-        declared = [machine for app in config.apps for machine in self._named(app)]
+        declared = [machine for app in config.apps for machine in self._named(app.name, app.machines)]
         statements += _forget("machines", "id", [machine.id for machine in declared], owner)
         statements += _forget("apps", "name", [app.name for app in config.apps], owner)
         for table in ("hostnames", "services"):
             statements += _forget(table, "app", [app.name for app in config.apps], owner)
         for app in config.apps:
-            statements.append(_keep_hosts(app, owner))
+            statements += [_keep_hosts(app, owner), _keep_services(app, owner)]
         return statements
 
     async def add_app(self, app: AppConfig) -> list[str]:
         """Create the app or change it to what is given; returns the ids of its machines given here."""
         for host in app.hosts:
             await self._refuse_taken_route(app, host)
-        machines = self._named(app)
+        machines = self._named(app.name, app.machines)
         for machine in machines:
             await self._refuse_misfit(app.name, machine)
         await self._database.execute(self._app_statements(app, ""))
@@ -166,7 +167,7 @@ class Registry:
             machine = MachineConfig(address=new.address, id=new.id, region=new.region)
         except ValueError as error:
             raise RegistryError(str(error)) from None
-        (machine,) = self._named(AppConfig(name=new.app, machines=(machine,)))
+        (machine,) = self._named(new.app, (machine,))
         await self._refuse_misfit(new.app, machine)
         await self._database.execute([self._machine_statement(new.app, machine, "")])
         return machine.id
@@ -200,7 +201,11 @@ class Registry:
             raise RegistryError(f"host `{host}` at {app.path_prefix} already leads to app `{rows[0][0]}`")
 
     async def _refuse_misfit(self, app: str, machine: MachineConfig) -> None:
-        """Refuse a machine in a region that nobody knows, and one that another app has."""
+        """Refuse a machine without a port, in a region that nobody knows, and one that another app has."""
+        if parse_address(machine.address)[1] is None:
+            sql = "SELECT 1 FROM services WHERE app = ? AND internal_port IS NULL"
+            if (await self._database.query(sql, (app,))).rows:
+                raise RegistryError(f"`{machine.address}` names no port, and the app has no internal_port")
         if machine.region:
             own = {row[0] for row in (await self._database.query("SELECT code FROM regions")).rows}
             problem = unknown_region(machine.region, own | {self._region})
@@ -214,35 +219,29 @@ class Registry:
     def _app_statements(self, app: AppConfig, owner: str) -> list[Statement]:
         statements: list[Statement] = [
             ("INSERT INTO apps (name, managed_by) VALUES (?, ?) ON CONFLICT DO NOTHING", (app.name, owner)),
-            (
-                (
-                    "INSERT INTO services (app, port, soft_limit, hard_limit, checks, managed_by, options)"
-                    " VALUES (?, 0, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
-                    " soft_limit = excluded.soft_limit, hard_limit = excluded.hard_limit,"
-                    " checks = excluded.checks, options = excluded.options"
-                ),
-                (
-                    *(app.name, app.soft_limit, app.hard_limit),
-                    *(encode_checks(app.checks), owner, encode_options(app)),
-                ),
-            ),
+            _service_statement(app.name, 0, app, encode_checks(app.checks), encode_options(app), owner),
         ]
+        for service in app.services:
+            options = encode_service_options(service)
+            statements.append(_service_statement(app.name, service.port, service, "[]", options, owner))
         route = (
             "INSERT INTO hostnames (hostname, path_prefix, app, managed_by) VALUES (?, ?, ?, ?)"
             " ON CONFLICT DO UPDATE SET app = excluded.app"
         )
         prefix = canonical_prefix(app.path_prefix)
         statements += [(route, (canonical_hostname(h), prefix, app.name, owner)) for h in app.hosts]
-        return statements + [self._machine_statement(app.name, m, owner) for m in self._named(app)]
+        return statements + [
+            self._machine_statement(app.name, m, owner) for m in self._named(app.name, app.machines)
+        ]
 
-    def _named(self, app: AppConfig) -> list[MachineConfig]:
-        """Return the app's machines, each with an id; one that is not named gets one from what it is."""
+    def _named(self, app: str, machines: Iterable[MachineConfig]) -> list[MachineConfig]:
+        """Return machines of an app, each with an id; one that is not named gets one from what it is."""
         named = []
-        for machine in app.machines:
+        for machine in machines:
             if any(_reaches(machine.address, listener) for listener in self._own_listeners):
                 raise RegistryError(f"{machine.address} is a listener of this node itself, not a machine")
             if not machine.id:
-                identity = f"{self._node} {app.name} {machine.address}".encode()
+                identity = f"{self._node} {app} {machine.address}".encode()
                 machine = msgspec.structs.replace(machine, id=hashlib.sha256(identity).hexdigest()[:14])  # noqa: PLW2901 — the same machine, named
             named.append(machine)
         return named
@@ -258,9 +257,29 @@ class Registry:
         )
 
 
+def _service_statement(
+    app: str, port: int, service: AppConfig | ServiceConfig, checks: str, options: str, owner: str
+) -> Statement:
+    concurrency = "requests" if "http" in service.handlers else "connections"
+    return (
+        (
+            "INSERT INTO services"
+            " (app, port, internal_port, concurrency, soft_limit, hard_limit, checks, managed_by, options)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+            " internal_port = excluded.internal_port, concurrency = excluded.concurrency,"
+            " soft_limit = excluded.soft_limit, hard_limit = excluded.hard_limit,"
+            " checks = excluded.checks, options = excluded.options"
+        ),
+        (
+            *(app, port, service.internal_port, concurrency, service.soft_limit, service.hard_limit),
+            *(checks, owner, options),
+        ),
+    )
+
+
 def _reaches(address: str, listener: str) -> bool:
     """True when a connection to the address, made on this machine, ends at the listener."""
-    host, port = parse_listen(address)
+    host, port = parse_address(address)
     own_host, own_port = parse_listen(listener)
     if port != own_port:
         return False
@@ -286,10 +305,27 @@ def encode_options(app: AppConfig) -> str:
         "replay_cache": app.replay_cache,
         "compression": app.compression,
     }
-    said = {name: value for name, value in options.items() if value}
+    said = {name: value for name, value in options.items() if value} | _raw_options(app)
     if not app.client_routing:
         said["client_routing"] = False
     return msgspec.json.encode(said).decode()
+
+
+def encode_service_options(service: ServiceConfig) -> str:
+    """Return what `services.options` holds for one port of an app."""
+    protocol = {"proxy_protocol": service.proxy_protocol} if service.proxy_protocol else {}
+    return msgspec.json.encode(protocol | _raw_options(service)).decode()
+
+
+def _raw_options(service: AppConfig | ServiceConfig) -> dict[str, Any]:
+    said: dict[str, Any] = {
+        name: getattr(service, name)
+        for name in ("idle_timeout_ms", "body_bytes_max")
+        if getattr(service, name)
+    }
+    if set(service.handlers) != HANDLERS:
+        said["handlers"] = service.handlers
+    return said
 
 
 def _forget(table: str, column: str, keep: Sequence[str], owner: str) -> list[Statement]:
@@ -306,3 +342,12 @@ def _keep_hosts(app: AppConfig, owner: str) -> Statement:
         f" AND (path_prefix != ? OR hostname NOT IN ({marks}))"
     )
     return (sql, (owner, app.name, canonical_prefix(app.path_prefix), *map(canonical_hostname, app.hosts)))
+
+
+def _keep_services(app: AppConfig, owner: str) -> Statement:
+    marks = ", ".join("?" * len(app.services))
+    sql = (
+        "DELETE FROM services WHERE managed_by = ? AND app = ?"  # noqa: S608 — only marks are put in
+        f" AND port != 0 AND port NOT IN ({marks})"
+    )
+    return (sql, (owner, app.name, *(service.port for service in app.services)))

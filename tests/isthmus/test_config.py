@@ -160,6 +160,32 @@ WRONG_FILES = {
         "isthmus.toml",
         "admin.listen: 127.0.0.1:8471 is proxy.listen as well; choose another port",
     ),
+    "port for raw TCP that another section has": (
+        '[tls]\nlisten = "127.0.0.1:443"\ncertificates = ["x"]\n[[tcp]]\nlisten = "127.0.0.1:443"\napp = "a"',
+        "isthmus.toml:5: tcp[0].listen: 127.0.0.1:443 is tls.listen as well; choose another port",
+        "",
+    ),
+    "port for raw TCP twice": (
+        '[[tcp]]\nlisten = "a:1"\napp = "a"\n[[tcp]]\nlisten = "a:1"\napp = "b"',
+        "isthmus.toml:5: tcp[1].listen: a:1 is tcp[0].listen as well; choose another port",
+        "",
+    ),
+    "port for raw TCP of no app": (
+        '[[tcp]]\nlisten = "a:1"\napp = "A!"',
+        "isthmus.toml:3: tcp[0].app: ",
+        "A!",
+    ),
+    "unknown key of a port": ('[[tcp]]\nlisen = "a:1"', "isthmus.toml:2: ", "did you mean `tcp.listen`?"),
+    "service twice": (
+        '[[apps]]\nname = "a"\n[[apps.services]]\nport = 1\n[[apps.services]]\nport = 1',
+        "isthmus.toml:6: apps[0].services[1].port: port 1 is declared twice",
+        "",
+    ),
+    "limits of a service": (
+        '[[apps]]\nname = "a"\n[[apps.services]]\nport = 1\nsoft_limit = 3\nhard_limit = 2',
+        "isthmus.toml:6: apps[0].services[0].hard_limit: 2 is below soft_limit 3",
+        "",
+    ),
     "peer without a port": (
         '[gossip]\njoin = ["a:1", "b"]',
         "isthmus.toml:2: gossip.join: `b` is not an address",
@@ -299,7 +325,7 @@ WRONG_FILES = {
     ),
     "address of a machine": (
         '[[apps]]\nname = "a"\nmachines = [{ address = "a:1" }, { address = "nowhere" }]',
-        "isthmus.toml:3: apps[0].machines[1].address: `nowhere` is not an address",
+        "isthmus.toml:3: apps[0].machines[1].address: `nowhere` names no port, and the app has no",
         "",
     ),
     "machine with port 0": (
@@ -420,7 +446,7 @@ WRONG_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "host": ({"apps": [{"name": "a", "hosts": ["-"]}]}, "flag --host: apps[0].hosts: `-` is not a host name"),
     "machine": (
         {"apps": [{"name": "a", "machines": [{"address": "x"}]}]},
-        "flag --machine: apps[0].machines[0].address: `x` is not an address",
+        "flag --machine: apps[0].machines[0].address: `x` names no port",
     ),
     "check": (
         {"apps": [{"name": "a", "checks": [{"path": "x"}]}]},

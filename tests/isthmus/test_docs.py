@@ -23,6 +23,8 @@ from isthmus.config import (
     MachineTlsConfig,
     RegionConfig,
     ReplayCacheConfig,
+    ServiceConfig,
+    TcpConfig,
 )
 from isthmus.config_sources import default_data_dir, setting_types
 from proxy.core.errors import ERRORS
@@ -33,7 +35,9 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 SHOWN_IN_WORDS = {"node"}
 
 TABLES = {
+    "tcp": TcpConfig,
     "apps": AppConfig,
+    "apps.services": ServiceConfig,
     "apps.machines": MachineConfig,
     "apps.checks": CheckConfig,
     "apps.machine_tls": MachineTlsConfig,

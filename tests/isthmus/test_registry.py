@@ -3,9 +3,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
-from isthmus.config import AppConfig, CheckConfig, Config, MachineConfig, RegionConfig
+from isthmus.config import AppConfig, CheckConfig, Config, MachineConfig, RegionConfig, ServiceConfig
 from isthmus.registry import NewMachine, Registry, RegistryError
 from routing.table import RoutingTable
 from tests.fakes.database import FakeDatabase
@@ -139,6 +140,16 @@ class TestAddApp:
             await registry.add_app(AppConfig(name="other", hosts=("o.test",), machines=(machine,)))
         assert names(database, "apps", "name") == {"web"}
 
+    async def test_machine_may_do_without_a_port_where_the_app_names_one(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        await registry.add_app(AppConfig(name="db", hosts=(), internal_port=5432))
+        await registry.add_machine(NewMachine(app="db", address="10.0.0.1"))
+        assert database.rows("SELECT address FROM machines") == [("10.0.0.1",)]
+        await registry.add_app(AppConfig(name="web"))
+        with pytest.raises(RegistryError, match=r"`10.0.0.2` names no port"):
+            await registry.add_machine(NewMachine(app="web", address="10.0.0.2"))
+
 
 class TestRemoveApp:
     async def test_all_that_belongs_to_the_app_goes_and_nothing_else(
@@ -203,7 +214,7 @@ class TestMachines:
         ("new", "problem", "found"),
         [
             (NewMachine(app="none", address="10.0.0.1:80"), "there is no app `none`", False),
-            (NewMachine(app="web", address="nowhere"), "`nowhere` is not an address", True),
+            (NewMachine(app="web", address="nowhere"), "`nowhere` names no port", True),
             (NewMachine(app="web", address="10.0.0.1:0"), "1 to 65535", True),
             (NewMachine(app="web", address="10.0.0.1:80", id="a b"), "`a b` is no name for a machine", True),
             (
@@ -346,6 +357,40 @@ class TestAnnounce:
         await registry.announce(config(), "127.0.0.1:8080", 3000)
         for table in ("apps", "services", "hostnames", "machines"):
             assert database.rows(f"SELECT * FROM {table}") == []
+
+    async def test_services_of_single_ports_come_and_go_with_the_file(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        db = AppConfig(
+            name="db",
+            hosts=(),
+            internal_port=80,
+            handlers=(),
+            idle_timeout_ms=9,
+            body_bytes_max=7,
+            machines=(MachineConfig(address="10.0.0.1"),),
+            services=(
+                ServiceConfig(
+                    port=5432, internal_port=15432, soft_limit=3, hard_limit=4, proxy_protocol="v2"
+                ),
+                ServiceConfig(port=8443, internal_port=8080, handlers=("tls", "http"), body_bytes_max=5),
+            ),
+        )
+        await registry.announce(config(db), "127.0.0.1:8080", 1)
+        assert_routing_takes_all(database)
+        columns = "port, internal_port, concurrency, soft_limit, hard_limit, options"
+        sql = f"SELECT {columns} FROM services ORDER BY port"
+        plain = '{"idle_timeout_ms":9,"body_bytes_max":7,"handlers":[]}'
+        assert database.rows(sql) == [
+            (0, 80, "connections", 20, None, plain),
+            (5432, 15432, "connections", 3, 4, '{"proxy_protocol":"v2","handlers":[]}'),
+            (8443, 8080, "requests", 20, None, '{"body_bytes_max":5}'),
+        ]
+        fewer = msgspec.structs.replace(db, services=db.services[:1])
+        await registry.announce(config(fewer), "127.0.0.1:8080", 2)
+        assert [row[0] for row in database.rows(sql)] == [0, 5432]
+        await registry.announce(config(msgspec.structs.replace(db, services=())), "127.0.0.1:8080", 3)
+        assert [row[0] for row in database.rows(sql)] == [0]
 
     async def test_changed_path_prefix_replaces_the_route(
         self, database: FakeDatabase, registry: Registry
