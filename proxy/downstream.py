@@ -33,9 +33,11 @@ from .core.exchange import Exchange
 from .core.forwarding import INSECURE, read_client
 from .core.framing import Body, BodyError, BodyTooLargeError, ChunkedBody, Data, FixedBody
 from .core.logged_exchange import LoggedExchange, describe_refusal
+from .core.plane import Client
 from .core.proxy_protocol import render_announcement
 from .core.redirect import render_redirect
 from .core.request_head import RequestHead, parse_request_head
+from .core.usual_heads import Fields, read_usual_request
 from .core.wishes import take_wishes
 from .sweeper import NEVER
 
@@ -72,7 +74,7 @@ _TCP_NOTSENT_LOWAT: Final = 25
 _METHOD_BYTES_MAX: Final = 32
 
 
-class Downstream(asyncio.Protocol):
+class Downstream(asyncio.Protocol, Client):
     """An accepted connection; `clients` is where the server finds it."""
 
     def __init__(self, plane: Plane, forwarding: Forwarding, port: int, clients: set[Downstream]) -> None:
@@ -89,6 +91,7 @@ class Downstream(asyncio.Protocol):
         self._machine: Upstream | None = None  # the other side of a tunnel
         self._buffer = b""  # bytes whose turn has not come, or the part of a head that is here
         self._body: Body | None = None  # of the request being read
+        self._said: Fields | None = None  # by the last request, to compare the next one with
         self._discard_left = 0
         self._paused = False  # not reading
         self._reading = False  # heads are being taken off the buffer further up the stack
@@ -364,18 +367,22 @@ class Downstream(asyncio.Protocol):
         try:
             while self._state is _HEAD and self._buffer and not self._blocked:
                 data = self._buffer
+                settings = self._plane.settings
+                if data.endswith(b"\r\n\r\n") and len(data) <= settings.head_bytes_max:
+                    usual = read_usual_request(data, settings, self._said)
+                    if usual is not None:
+                        self._buffer = b""
+                        head, self._said = usual
+                        self._take_head(head)
+                        continue
                 if data[0] <= 32:
                     data = self._forgive_blank(data)
                 end = data.find(b"\r\n\r\n") + 4
-                if end < 4 or end > self._plane.settings.head_bytes_max:
+                if end < 4 or end > settings.head_bytes_max:
                     self._await_rest(data)
                     return
-                if end == len(data):
-                    self._buffer = b""
-                    self._take_head(data)
-                else:
-                    self._buffer = data[end:]
-                    self._take_head(data[:end])
+                self._buffer = data[end:]
+                self._take_head(parse_request_head(data[:end], settings))
         except RequestError as error:
             self._refuse(error)
         finally:
@@ -405,9 +412,8 @@ class Downstream(asyncio.Protocol):
             self.deadline = self._plane.now() + settings.head_timeout_s
         self._buffer = data
 
-    def _take_head(self, raw: bytes) -> None:
+    def _take_head(self, head: RequestHead) -> None:
         plane = self._plane
-        head = parse_request_head(raw, plane.settings)
         self.deadline = NEVER
         self._requests_left -= 1
         if not self._requests_left:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .admission import FILES
 from .core.errors import CONNECT_FAILED, CONNECT_REFUSED, OVERLOADED, UPSTREAM_TIMEOUT
+from .core.plane import Connector
 from .reach import ForbiddenError, Reach, explain
 from .sweeper import NEVER
 from .upstream import Upstream
@@ -36,7 +37,7 @@ _OWN_SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENO
 MachineAddress: TypeAlias = "tuple[str, int, MachineTls | None]"
 
 
-class Pool:
+class Pool(Connector):
     """All connections of one worker to machines."""
 
     def __init__(self, settings: ProxySettings, metrics: ProxyMetrics) -> None:

@@ -55,7 +55,10 @@ class Reach:
         self._rules = AddressRules(self._networks, own)
 
     async def adopt(
-        self, machine_networks: Sequence[str], certificate: str, forbidden_addresses: Sequence[tuple[str, int]]
+        self,
+        machine_networks: Sequence[str],
+        certificate: str,
+        forbidden_addresses: Sequence[tuple[str, int]],
     ) -> None:
         """Make the next connections by other settings."""
         self._networks, self._certificate = machine_networks, certificate

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Final, cast
 
 from .core.errors import BAD_RESPONSE, UPSTREAM_RESET, UPSTREAM_TIMEOUT, ResponseError
 from .core.framing import COPIED_BYTES_MAX, Body, BodyError, ChunkedBody, Data, FixedBody, UntilClose
+from .core.plane import Machine
 from .core.response_head import SWITCHING_PROTOCOLS, parse_response_head
+from .core.usual_heads import read_usual_response
 from .sweeper import NEVER
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ _TUNNEL: Final = State.TUNNEL
 _CLOSED: Final = State.CLOSED
 
 
-class Upstream(asyncio.Protocol):
+class Upstream(asyncio.Protocol, Machine):
     """An open connection to `address`; the pool makes it and takes it back."""
 
     def __init__(self, pool: Pool, address: MachineAddress) -> None:
@@ -264,8 +266,7 @@ class Upstream(asyncio.Protocol):
                     raise ResponseError("the head is too large")
                 self._buffer = data
                 return
-            raw = data if end == len(data) else data[:end]
-            head = parse_response_head(raw)
+            head = read_usual_response(data[: end - 4]) or parse_response_head(data[:end])
             if head.status >= 200 or head.status == SWITCHING_PROTOCOLS:
                 break
             if not exchange.handle_informational(head):

@@ -95,7 +95,7 @@ def request_kind(name: bytes) -> int:
         dashed = lower.replace(b"_", b"-")
         disguised = dashed != lower and _REQUEST.get(dashed, PASS) != PASS
         kind = DROP if disguised or dashed.startswith(_OWN_PREFIXES) else PASS
-    return _remember(REQUEST_KINDS, name, kind)
+    return remember(REQUEST_KINDS, name, kind)
 
 
 def response_kind(name: bytes) -> int:
@@ -104,10 +104,11 @@ def response_kind(name: bytes) -> int:
     kind = _RESPONSE.get(lower, PASS)
     if kind == PASS and lower.startswith(b"fly-replay"):
         kind = DROP
-    return _remember(RESPONSE_KINDS, name, kind)
+    return remember(RESPONSE_KINDS, name, kind)
 
 
-def _remember(memo: dict[bytes, int], name: bytes, kind: int) -> int:
+def remember(memo: dict[bytes, int], name: bytes, kind: int) -> int:
+    """Note the kind in a memo, which is emptied when it is full; return it."""
     if len(memo) >= MEMO_MAX:
         memo.clear()
     memo[name] = kind

@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from proxy.settings import ProxySettings
 
 # RFC 9110 section 7.2 without user-info; underscores occur in real names.
-_HOST: Final = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+HOST: Final = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _ABSOLUTE: Final = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)([^ ]*)")
 # Eighteen digits stay below 2**63 in every machine's arithmetic.
-_LENGTH: Final = re.compile(rb"[0-9]{1,18}")
+LENGTH: Final = re.compile(rb"[0-9]{1,18}")
 _OTHER_VERSION: Final = re.compile(rb"[A-Z-]+ [^ ]+ (?!HTTP/1\.[01]\r)[A-Za-z]+/[0-9.]+\r\n")
 # RFC 9110 section 9.2.2: sent twice, they do what they do once.
 IDEMPOTENT: Final = frozenset(
@@ -84,7 +84,8 @@ class RequestHead:
         self.minor = 1  # of the HTTP version
         self.host = b""  # where to; of the authority when the target had one
         self.hosts = 0  # Host fields seen
-        self.lines: list[bytes] = []  # `name: value` of all fields that are forwarded
+        # `name: value` of all fields that are forwarded. Never changed in place: the next head may share it.
+        self.lines: list[bytes] = []
         self.content_length = -1  # -1: not given
         self.chunked = False
         self.keep_alive = True
@@ -171,7 +172,7 @@ def parse_request_head(raw: bytes, settings: ProxySettings) -> RequestHead:
 
 def is_host(value: bytes) -> bool:
     """True for what may stand in Host."""
-    return _HOST.fullmatch(value) is not None
+    return HOST.fullmatch(value) is not None
 
 
 def _finish_request_line(head: RequestHead, method: bytes, raw: bytes, settings: ProxySettings) -> None:
@@ -197,7 +198,7 @@ def _finish_request_line(head: RequestHead, method: bytes, raw: bytes, settings:
         raise RequestError(BAD_HEAD, "fragment in the request target")
     host = head.host
     if host not in _good_hosts and head.hosts:
-        if not _HOST.fullmatch(host):
+        if not HOST.fullmatch(host):
             raise RequestError(BAD_HOST)
         if len(_good_hosts) >= _HOSTS_MAX:
             _good_hosts.clear()
@@ -212,7 +213,7 @@ def _apply_absolute_form(head: RequestHead, target: bytes) -> None:
     match = _ABSOLUTE.fullmatch(target)
     if match is None:
         raise RequestError(BAD_HEAD, "malformed request target")
-    if head.hosts and not _HOST.fullmatch(head.host):
+    if head.hosts and not HOST.fullmatch(head.host):
         raise RequestError(BAD_HOST)
     # RFC 9112 section 3.2.2: the authority wins, also for what the machine sees as Host.
     head.host = match[1]
@@ -253,7 +254,7 @@ def _apply_framing(head: RequestHead, framing: list[tuple[bytes, bytes]], raw: b
             raise RequestError(BAD_FRAMING, "Transfer-Encoding in HTTP/1.0")
         head.chunked = True
     else:
-        if not _LENGTH.fullmatch(value):
+        if not LENGTH.fullmatch(value):
             raise RequestError(BAD_FRAMING, "malformed Content-Length")
         head.content_length = int(value)
     # Padding before the value is legal and nobody's habit; parsers differ in what they count as padding.

@@ -29,9 +29,10 @@ _BODILESS: Final = frozenset((NO_CONTENT, NOT_MODIFIED))
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] [1-5][0-9][0-9](?: [\t -~\x80-\xff]*)?")
 _LENGTH: Final = re.compile(rb"[0-9]{1,18}")
 _KEEP_ALIVE: Final = [b"keep-alive"]
-# Status lines as they came -> as they are sent. Few in practice; emptied when full.
+# Status lines as they came -> status, minor version, and the line as it is sent. Few in practice; emptied
+# when full.
 _LINES_MAX: Final = 1_024
-_status_lines: dict[bytes, bytes] = {}
+_status_lines: dict[bytes, tuple[int, int, bytes]] = {}
 
 
 class ResponseHead:
@@ -119,9 +120,10 @@ def parse_response_head(raw: bytes) -> ResponseHead:
         if not raw.startswith((b"HTTP/1.1 101 ", b"HTTP/1.1 101\r")) or not parser.should_upgrade():
             raise ResponseError(str(error.args[0]) if error.args else "malformed head") from error
     line = raw[: raw.find(b"\r\n")]
-    head.status_line = _status_lines.get(line) or _accept_status_line(line)
-    head.status = parser.get_status_code()
-    head.minor = line[7] - 48
+    read = read_status_line(line)
+    if read is None:
+        raise ResponseError("malformed status line")
+    head.status, head.minor, head.status_line = read
     if head.connection is None:
         head.keep_alive = head.minor == 1
     else:
@@ -135,15 +137,18 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     return head
 
 
-def _accept_status_line(line: bytes) -> bytes:
-    if not _STATUS_LINE.fullmatch(line):
-        raise ResponseError("malformed status line")
-    if len(_status_lines) >= _LINES_MAX:
-        _status_lines.clear()
-    # RFC 9112 section 4: the space after the status is there even when no reason follows.
-    remade = b"HTTP/1.1 " + line[9:12] + b" " + line[13:] + b"\r\n"
-    _status_lines[line] = remade
-    return remade
+def read_status_line(line: bytes) -> tuple[int, int, bytes] | None:
+    """Return status, minor version and the line to send, with its CRLF; None when it is malformed."""
+    read = _status_lines.get(line)
+    if read is None:
+        if not _STATUS_LINE.fullmatch(line):
+            return None
+        if len(_status_lines) >= _LINES_MAX:
+            _status_lines.clear()
+        # RFC 9112 section 4: the space after the status is there even when no reason follows.
+        remade = b"HTTP/1.1 " + line[9:12] + b" " + line[13:] + b"\r\n"
+        read = _status_lines[line] = int(line[9:12]), line[7] - 48, remade
+    return read
 
 
 def _apply_connection(head: ResponseHead, values: list[bytes]) -> None:
