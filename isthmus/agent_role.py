@@ -24,8 +24,8 @@ from isthmus.config import Config, ConfigError, format_address, parse_listen
 from isthmus.credentials import Credentials
 from isthmus.declared import load_schema
 from isthmus.feed import FeedServer
-from isthmus.reloading import Lifecycle
 from isthmus.registry import Registry, RegistryError
+from isthmus.reloading import Lifecycle
 from isthmus.role import RefusedError
 from isthmus.route_feed import RouteFeed
 from proxy.reach import Reach
@@ -40,6 +40,7 @@ from routing.types import NodeRow
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from isthmus.role import Control
     from replication.core.change import Commit
     from replication.metrics import Sample
 
@@ -95,8 +96,8 @@ class AgentRole:
     ) -> None:
         """Build what needs no other part; raises RefusedError.
 
-        on_lost is called when this role has to be stopped and a successor started in its place. counted is what
-        workers had counted that are gone, and on_counted is called with it when there are more.
+        on_lost is called when this role has to be stopped and a successor started in its place. counted is
+        what workers had counted that are gone, and on_counted is called with it when there are more.
         """
         self._config = config
         self._control = control or _Alone()

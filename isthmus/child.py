@@ -1,11 +1,12 @@
 """A child process of the supervisor: the agent or one worker, tied to its parent by a socket.
 
-Decides when a child stops: on SIGTERM, when the socket to the supervisor closes, or when its role is lost.
-Knows nothing of what its role does. Invariant: no child outlives its supervisor, and no secret is on a
-command line.
+Decides when a child stops: on SIGTERM, when the socket to the supervisor closes, when it is told to retire,
+or when its role is lost. Knows nothing of what its role does. Invariant: no child outlives its supervisor,
+and no secret is on a command line.
 
-On the socket the supervisor sends one `Task` and the child answers lines of JSON: `Ready` once, then a
-`{"beat": n}` each second for as long as its event loop turns.
+On the socket the supervisor sends a `Task`, and then `Order`s, each behind its length. The child answers with
+lines of JSON: that it is ready, what became of an order, and a `{"beat": n}` each second for as long as its
+event loop turns.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import signal
 import socket
 import struct
 import sys
-from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import uvloop
 
 from isthmus.config import Config
 from isthmus.logs import setup_logging
+from isthmus.reloading import Lifecycle
 from isthmus.role import RefusedError, Role
 
 if TYPE_CHECKING:
@@ -49,95 +50,220 @@ class Task(msgspec.Struct, frozen=True):
     index: int
     config: Config
     is_successor: bool = False  # of an agent that was lost
+    stands_by: bool = False  # to make ready, and start when told to
+    listeners: dict[str, int] = {}  # descriptors of bound sockets, by setting
+    lifecycle: Lifecycle = Lifecycle()
+    counted: dict[str, list[Any]] = {}  # what workers had counted that are gone, by name
+
+
+class Order(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a child that runs is to do; it reports the same id when that is done."""
+
+    id: int = 0
+    adopt: Config | None = None
+    refresh: bool = False
+    told: Lifecycle | None = None  # news for those who ask an agent
+    reloaded: bool = False  # which answer those who wished for a reload
+    starts: bool = False  # no more standing by
+    retires: bool = False
 
 
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One line from a child: it is ready (with the addresses that it listens on), refuses, or beats."""
+    """One line from a child: of how it is, what became of an order, or what it wishes."""
 
-    ready: dict[str, str] | None = None
-    refused: str = ""
+    ready: dict[str, str] | None = None  # it serves, on these addresses
+    stands_by: bool = False
+    refused: str = ""  # why it cannot start
     beat: int = 0
+    done: int = 0  # id of an order
+    problem: str = ""  # why that order changed nothing
+    wish: Literal["", "reload", "upgrade"] = ""
+    counted: dict[str, list[Any]] | None = None  # what a worker had counted that is gone
 
 
-def send_task(channel: socket.socket, task: Task) -> None:
-    """Send the one message from supervisor to child."""
-    payload = msgspec.json.encode(task)
-    channel.sendall(struct.pack(">I", len(payload)) + payload)
+def encode_message(message: Task | Order) -> bytes:
+    """Return a message to a child as it goes over the socket."""
+    payload = msgspec.json.encode(message)
+    return struct.pack(">I", len(payload)) + payload
 
 
 def _receive_task(channel: socket.socket) -> Task:
-    with channel.makefile("rb") as stream:
-        (size,) = struct.unpack(">I", stream.read(4))
-        return msgspec.json.decode(stream.read(size), type=Task)
+    (size,) = struct.unpack(">I", channel.recv(4, socket.MSG_WAITALL))
+    return msgspec.json.decode(channel.recv(size, socket.MSG_WAITALL), type=Task)
 
 
 def main() -> int:
     """Run the child whose socket is the file descriptor in the first argument."""
     channel = socket.socket(fileno=int(sys.argv[1]))
-    os.set_inheritable(channel.fileno(), False)
     task = _receive_task(channel)
+    for descriptor in (channel.fileno(), *task.listeners.values()):
+        os.set_inheritable(descriptor, False)
     name = task.role if task.role == "agent" else f"worker-{task.index}"
     setup_logging(task.config.log.format, task.config.log.level, name)
     # The supervisor asks a stalled child for its stacks before it ends it.
     faulthandler.register(signal.SIGUSR1)
-    # Importing here keeps a worker from loading what only the agent needs.
-    make_role: Callable[[Callable[[], None]], Role]
-    if task.role == "agent":
-        from isthmus.agent_role import AgentRole  # noqa: PLC0415 — see above
-
-        make_role = partial(AgentRole, task.config, is_successor=task.is_successor)
-    else:
-        from isthmus.worker_role import WorkerRole  # noqa: PLC0415 — see above
-
-        make_role = lambda _: WorkerRole(task.config, task.index)  # noqa: E731 — see above
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_live(make_role, channel))
+        return runner.run(_live(task, name, channel))
 
 
-async def _live(make_role: Callable[[Callable[[], None]], Role], channel: socket.socket) -> int:
+async def _live(task: Task, name: str, channel: socket.socket) -> int:
     loop = asyncio.get_running_loop()
-    stopping = asyncio.Event()
-    code = 0
-
-    def on_lost() -> None:
-        nonlocal code
-        code = EXIT_LOST
-        stopping.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
     reader, writer = await asyncio.open_connection(sock=channel)
-    lifeline = asyncio.create_task(_watch_parent(reader, stopping))
+    life = Life(task, name, lambda report: writer.write(msgspec.json.encode(report) + b"\n"))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, life.end)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # for the supervisor to handle
+    obeying = asyncio.create_task(obey(reader, life))
+    beats = asyncio.create_task(_beat(life.report)) if task.stands_by else None
     try:
-        role = make_role(on_lost)
-        loop.add_signal_handler(signal.SIGHUP, role.reload)
-        addresses = await role.start()
+        await life.begin()
     except RefusedError as error:
-        writer.write(msgspec.json.encode(Report(refused=str(error))) + b"\n")
+        life.report(Report(refused=str(error)))
         await writer.drain()
         return EXIT_REFUSED
-    writer.write(msgspec.json.encode(Report(ready=addresses)) + b"\n")
-    beats = asyncio.create_task(_beat(writer))
-    await stopping.wait()
+    beats = beats or asyncio.create_task(_beat(life.report))
+    await life.finish()
     beats.cancel()
-    await role.stop()
-    lifeline.cancel()
+    obeying.cancel()
     writer.close()
-    return code
+    return life.code
 
 
-async def _watch_parent(reader: asyncio.StreamReader, stopping: asyncio.Event) -> None:
+class Life:
+    """What a child is, from its task to its end."""
+
+    def __init__(self, task: Task, name: str, report: Callable[[Report], None]) -> None:
+        self.lifecycle = task.lifecycle
+        self.report = report
+        self.code = 0
+        self._task = task
+        self._name = name
+        self._starting = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._ending = asyncio.Event()  # set with `_stopping` unless there is time
+        self._waiting: list[asyncio.Future[Lifecycle]] = []  # for the end of a reload
+        self._role: Role | None = None
+        self._orders: set[asyncio.Task[None]] = set()
+
+    async def begin(self) -> None:
+        """Start what the task says. Raises RefusedError."""
+        role = self._make_role()
+        if self._task.stands_by:
+            self.report(Report(stands_by=True))
+            await self._starting.wait()
+            if self._stopping.is_set():
+                return
+            role = self._make_role()  # what it looked at may be another by now
+        addresses = await role.start()
+        self._role = role
+        self.report(Report(ready=addresses))
+
+    def _make_role(self) -> Role:
+        # Importing here keeps a worker from loading what only the agent needs.
+        task = self._task
+        if task.role == "agent":
+            from isthmus.agent_role import AgentRole  # noqa: PLC0415 — see above
+
+            return AgentRole(
+                task.config,
+                self._lose,
+                is_successor=task.is_successor,
+                control=self,
+                counted=task.counted,
+                on_counted=lambda counted: self.report(Report(counted=counted)),
+            )
+        from isthmus.worker_role import WorkerRole  # noqa: PLC0415 — see above
+
+        return WorkerRole(task.config, task.index, task.listeners)
+
+    async def finish(self) -> None:
+        """Wait for the end, and stop."""
+        await self._stopping.wait()
+        role = self._role
+        if role is None:
+            return
+        if not self._ending.is_set():
+            retiring = asyncio.create_task(role.retire())
+            ending = asyncio.create_task(self._ending.wait())
+            done, _ = await asyncio.wait((retiring, ending), return_when=asyncio.FIRST_COMPLETED)
+            for waiting in (retiring, ending):
+                waiting.cancel()
+            await asyncio.gather(retiring, ending, return_exceptions=True)
+            if retiring in done:
+                return
+        await role.stop()
+
+    def end(self) -> None:
+        """Stop soon."""
+        self._ending.set()
+        self._stopping.set()
+        self._starting.set()
+
+    def _lose(self) -> None:
+        self.code = EXIT_LOST
+        self.end()
+
+    def handle_order(self, order: Order) -> None:
+        """Begin to do what the supervisor says."""
+        if order.told is not None:
+            self.lifecycle = order.told
+            for waiter in self._waiting if order.reloaded else ():
+                if not waiter.done():
+                    waiter.set_result(order.told)
+            if order.reloaded:
+                self._waiting.clear()
+        if order.retires:
+            self._stopping.set()
+        if order.starts:
+            self._starting.set()
+        doing = asyncio.create_task(self._do(order))
+        self._orders.add(doing)
+        doing.add_done_callback(self._orders.discard)
+
+    async def _do(self, order: Order) -> None:
+        problem = ""
+        role = self._role
+        if role is not None:
+            try:
+                if order.adopt is not None:
+                    await role.adopt(order.adopt)
+                    setup_logging(order.adopt.log.format, order.adopt.log.level, self._name)
+            except RefusedError as error:
+                problem = str(error)
+            except Exception as error:
+                log.exception("a new configuration could not be adopted")
+                problem = f"internal error: {error!r}"
+            if order.refresh:
+                role.refresh()
+        self.report(Report(done=order.id, problem=problem))
+
+    async def reload(self) -> Lifecycle:
+        """Ask the supervisor to have all read the configuration again."""
+        waiter: asyncio.Future[Lifecycle] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        self.report(Report(wish="reload"))
+        return await waiter
+
+    async def upgrade(self) -> None:
+        """Ask the supervisor to replace all processes."""
+        self.report(Report(wish="upgrade"))
+
+
+async def obey(reader: asyncio.StreamReader, life: Life) -> None:
+    """Follow the supervisor's orders until it is gone, and then end."""
     # A supervisor that died with our beats unread does not close the connection but resets it.
-    with contextlib.suppress(ConnectionError):
-        await reader.read()
-    stopping.set()
+    with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        while True:
+            (size,) = struct.unpack(">I", await reader.readexactly(4))
+            life.handle_order(msgspec.json.decode(await reader.readexactly(size), type=Order))
+    life.end()
 
 
-async def _beat(writer: asyncio.StreamWriter) -> None:
+async def _beat(report: Callable[[Report], None]) -> None:
     count = 0
     while True:
         count += 1
-        writer.write(msgspec.json.encode(Report(beat=count)) + b"\n")
+        report(Report(beat=count))
         await asyncio.sleep(BEAT_S)
 
 

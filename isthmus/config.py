@@ -158,6 +158,7 @@ class ProxyConfig(_Section, frozen=True):
     replay_cache_entries_max: NotNegative = 16_384
     queue_max: Positive = 1_024
     queue_timeout_ms: Positive = 5_000
+    start_timeout_ms: Positive = 25_000
     connect_timeout_ms: Positive = 3_000
     head_timeout_ms: Positive = 15_000
     keepalive_timeout_ms: Positive = 75_000
@@ -168,6 +169,7 @@ class ProxyConfig(_Section, frozen=True):
     stream_timeout_ms: Positive = 300_000
     tunnel_timeout_ms: Positive = 3_600_000
     drain_ms: Positive = 10_000
+    upgrade_drain_ms: Positive = 300_000
 
     def __post_init__(self) -> None:
         _check("listen", parse_listen, self.listen)

@@ -38,20 +38,27 @@ class Credentials:
 
     def __init__(self, config: GossipConfig) -> None:
         """Read what the configuration names; raises ConfigError."""
-        self._config = config
-        self.keys = self._read_keys()  # as of the last reload that raised nothing, as is `tls`
+        self.keys = read_ring(config)  # as of the last reload that raised nothing, as is `tls`
         self.tls = _make_tls(config)
         self.problem: str | None = None  # of the last reload; None when it went well
 
-    def reload(self, replace_keys: Callable[[Sequence[bytes]], None]) -> None:
-        """Read the files again and hand over the keys if they changed; raises ConfigError."""
+    def check(self, config: GossipConfig) -> None:
+        """Raise ConfigError, and keep it as the problem, if what a configuration names cannot be used."""
         try:
-            keys = self._read_keys()
+            read_ring(config)
+            _make_tls(config)
+        except ConfigError as error:
+            self.problem = str(error)
+            raise
+
+    def reload(self, config: GossipConfig, replace_keys: Callable[[Sequence[bytes]], None]) -> None:
+        """Read what a configuration names, and hand over the keys if they changed; raises ConfigError."""
+        try:
+            keys = read_ring(config)
             if self.tls is not None:
                 self.tls.reload()
         except (ConfigError, TlsError) as error:
             self.problem = str(error)
-            log.error("keys and certificates stay as they were", extra={"problem": self.problem})  # noqa: TRY400 - the message says it all
             raise ConfigError(self.problem) from None
         self.problem = None
         if keys != self.keys:
@@ -67,10 +74,6 @@ class Credentials:
         """Yield the metrics that METRICS names."""
         yield "isthmus_gossip_keys", (), float(len(self.keys))
         yield "isthmus_credentials_reload_failed", (), float(self.problem is not None)
-
-    def _read_keys(self) -> tuple[bytes, ...]:
-        config = self._config
-        return read_keys(Path(config.keys_file)) if config.keys_file else config.decoded_keys()
 
 
 METRICS: dict[str, tuple[str, str]] = {
@@ -89,6 +92,11 @@ def _make_tls(config: GossipConfig) -> StreamTls | None:
         return StreamTls(TlsFiles(Path(config.tls_cert), Path(config.tls_key), Path(config.tls_ca)))
     except TlsError as error:
         raise ConfigError(str(error)) from None
+
+
+def read_ring(config: GossipConfig) -> tuple[bytes, ...]:
+    """Return the keys that a configuration holds or names; raises ConfigError."""
+    return read_keys(Path(config.keys_file)) if config.keys_file else config.decoded_keys()
 
 
 def compute_id(key: bytes) -> str:

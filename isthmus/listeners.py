@@ -1,7 +1,8 @@
 """Claim the addresses of a node before anything starts, so that a taken port is one clear sentence.
 
-Decides nothing but which address is free. Invariant: when `claim` returns, the ports of workers stay ours
-until the claim is closed, because workers may come and go.
+Decides nothing but which address is free. Invariant: the sockets on which workers listen are made here and
+stay open until the claim is closed, so that workers may come and go, and no connection that the kernel has
+accepted for one is lost with it.
 """
 
 from __future__ import annotations
@@ -15,46 +16,94 @@ import msgspec
 from isthmus.config import Config, ConfigError, format_address, parse_listen
 from isthmus.config_sources import flag_name
 
+# The listeners of which every worker has one of its own: the kernel spreads connections over them.
+_SHARED = ("proxy", "tls")
+
 
 class Claim:
-    """What `claim` holds: sockets that never listen, so that the kernel gives them no connections."""
+    """The bound sockets of a node's workers. They listen when a worker does so for the first time."""
 
-    def __init__(self, config: Config, held: contextlib.ExitStack) -> None:
+    def __init__(self, config: Config, sockets: dict[str, list[socket.socket]]) -> None:
         self.config = config  # with the ports that the system chose for workers
-        self._held = held
+        self.sockets = sockets  # one for each worker, by setting
 
-    def close(self) -> None:
-        """Let go of the ports."""
-        self._held.close()
+    def for_worker(self, index: int) -> dict[str, int]:
+        """Return the descriptors of a worker's sockets by setting."""
+        return {setting: sockets[index].fileno() for setting, sockets in self.sockets.items()}
+
+    def has(self, setting: str, address: str) -> bool:
+        """True when the sockets of a setting are bound to this address."""
+        return setting in self.sockets and _address(self.config, setting) == address
+
+    def renew(self, index: int) -> None:
+        """Give a worker new sockets: nobody connects to them until it listens. The old queues are lost."""
+        for setting, sockets in self.sockets.items():
+            old, sockets[index] = sockets[index], bind_shared(setting, _address(self.config, setting))
+            old.close()
+
+    def close(self, heir: Claim | None = None) -> None:
+        """Let go of the ports, but for those that the heir has as well."""
+        kept = {id(sock) for sockets in heir.sockets.values() for sock in sockets} if heir is not None else ()
+        for sockets in self.sockets.values():
+            for sock in sockets:
+                if id(sock) not in kept:
+                    sock.close()
 
 
-def claim(config: Config) -> Claim:
-    """Check every listener of the node and keep the ports of its workers.
+def claim(config: Config, former: Claim | None = None) -> Claim:
+    """Check every listener of the node and bind those of its workers, but for what a former claim has.
 
     Raises ConfigError that names the setting and the way out.
     """
+    had = (
+        set()
+        if former is None
+        else {(s, _address(former.config, s)) for s in ("admin.listen", "gossip.listen")}
+    )
+    workers = max(1, config.workers)
     # All are held until the last is had: two that differ in their text may still be one address.
     with contextlib.ExitStack() as held:
-        for setting, address, kind in (
-            ("admin.listen", config.admin.listen, socket.SOCK_STREAM),
-            ("gossip.listen", config.gossip.listen, socket.SOCK_STREAM),
-            ("gossip.listen", config.gossip.listen, socket.SOCK_DGRAM),
+        for setting, kind in (
+            ("admin.listen", socket.SOCK_STREAM),
+            ("gossip.listen", socket.SOCK_STREAM),
+            ("gossip.listen", socket.SOCK_DGRAM),
         ):
-            held.enter_context(_bind(setting, address, kind))
-        # Without SO_REUSEPORT first: with it, a second isthmus would silently share the port of the first.
-        probe = held.enter_context(_bind("proxy.listen", config.proxy.listen, socket.SOCK_STREAM))
-        listen = bound_address(probe)
-        tls_listen = ""
-        if config.tls.listen:
-            probe = held.enter_context(_bind("tls.listen", config.tls.listen, socket.SOCK_STREAM))
-            tls_listen = bound_address(probe)
-    proxy = msgspec.structs.replace(config.proxy, listen=listen)
-    tls = msgspec.structs.replace(config.tls, listen=tls_listen)
-    with contextlib.ExitStack() as held:
-        held.enter_context(bind_shared("proxy.listen", listen))
-        if tls_listen:
-            held.enter_context(bind_shared("tls.listen", tls_listen))
-        return Claim(msgspec.structs.replace(config, proxy=proxy, tls=tls), held.pop_all())
+            if (setting, _address(config, setting)) not in had:
+                held.enter_context(_bind(setting, _address(config, setting), kind))
+        addresses = {}
+        for section in _SHARED:
+            setting = f"{section}.listen"
+            address = _address(config, setting)
+            if (
+                former is not None
+                and setting in former.sockets
+                and address == _address(former.config, setting)
+            ):
+                addresses[setting] = address
+            elif address:
+                # Without SO_REUSEPORT first: with it, a second isthmus would silently share the first's port.
+                probe = held.enter_context(_bind(setting, address, socket.SOCK_STREAM))
+                addresses[setting] = bound_address(probe)
+    for setting, address in addresses.items():
+        section = setting.partition(".")[0]
+        changed = msgspec.structs.replace(getattr(config, section), listen=address)
+        config = msgspec.structs.replace(config, **{section: changed})
+    with contextlib.ExitStack() as undo:
+        sockets: dict[str, list[socket.socket]] = {}
+        for setting, address in addresses.items():
+            same = former is not None and address == _address(former.config, setting)
+            sockets[setting] = (
+                former.sockets.get(setting, [])[:workers] if former is not None and same else []
+            )
+            while len(sockets[setting]) < workers:
+                sockets[setting].append(undo.enter_context(bind_shared(setting, address)))
+        undo.pop_all()
+    return Claim(config, sockets)
+
+
+def _address(config: Config, setting: str) -> str:
+    address: str = getattr(config, setting.partition(".")[0]).listen
+    return address
 
 
 def bind_shared(setting: str, address: str) -> socket.socket:

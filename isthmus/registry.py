@@ -95,7 +95,7 @@ class Registry:
         await self._database.execute(statements + self._declared(config))
 
     async def declare(self, config: Config) -> None:
-        """Write the regions and apps that a configuration declares, and remove those that it no longer does."""
+        """Write the regions and apps that a configuration declares, and remove what it declares no more."""
         await self._database.execute(self._declared(config))
 
     def _declared(self, config: Config) -> list[Statement]:

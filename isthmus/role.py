@@ -5,7 +5,11 @@ Decides nothing. Knows neither the agent nor workers, nor the processes that the
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from isthmus.config import Config
+    from isthmus.reloading import Lifecycle
 
 
 class Role(Protocol):
@@ -14,12 +18,32 @@ class Role(Protocol):
     async def start(self) -> dict[str, str]:
         """Begin, and return the addresses that it listens on by name. Raises RefusedError."""
 
-    def reload(self) -> None:
-        """Read again what may change while it runs; what is wrong with it is logged, and nothing changes."""
+    async def adopt(self, config: Config) -> None:
+        """Go on with another configuration. Raises RefusedError, and has changed nothing then."""
+
+    def refresh(self) -> None:
+        """Look again at the files in use that others write and move; what is wrong with them is logged."""
 
     async def stop(self) -> None:
-        """End gracefully."""
+        """End gracefully, and soon."""
+
+    async def retire(self) -> None:
+        """End as a successor takes over: with all the time that needs, and nobody must notice."""
+
+
+class Control(Protocol):
+    """What an agent may ask of whoever keeps the node's processes."""
+
+    @property
+    def lifecycle(self) -> Lifecycle:
+        """What became of the last reload and upgrade."""
+
+    async def reload(self) -> Lifecycle:
+        """Read the configuration again, in all processes of the node."""
+
+    async def upgrade(self) -> None:
+        """Begin to replace all processes by new ones. Raises RefusedError when that cannot be."""
 
 
 class RefusedError(Exception):
-    """The role cannot start, and trying again would not help. The message is for the operator."""
+    """The role cannot start or change, and trying again would not help. The message is for the operator."""

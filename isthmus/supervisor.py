@@ -1,7 +1,8 @@
-"""Start one agent and N workers, restart what dies, end what stalls.
+"""Start one agent and N workers, restart what dies, end what stalls; reload and upgrade all of them.
 
-Decides when a child is started, restarted or killed. Knows nothing of routing or replication. Invariant:
-at every moment each wanted child either runs or has a restart scheduled, until the node stops.
+Decides when a child is started, restarted, replaced or killed. Knows nothing of routing or replication.
+Invariant: at every moment each wanted child either runs or has a restart scheduled, until the node stops, and
+no child is ended for a successor that does not serve yet.
 """
 
 from __future__ import annotations
@@ -13,19 +14,31 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from isthmus.child import BEAT_S, EXIT_LOST, EXIT_REFUSED, Report, Task, send_task
+from isthmus.child import BEAT_S, EXIT_LOST, EXIT_REFUSED, Report, Task
+from isthmus.children import Child, Kind
 from isthmus.config import Config, ConfigError
-from isthmus.listeners import claim
+from isthmus.listeners import Claim, claim
+from isthmus.logs import setup_logging
+from isthmus.notify import notify
+from isthmus.reloading import Reloader, carry_addresses
+from isthmus.succession import (
+    Handover,
+    accept_signals,
+    dump_config,
+    hand_over,
+    rehearse,
+    revive_configs,
+)
+from proxy.access_log import STDOUT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +57,10 @@ START_S = 60.0
 START_TRIES = 3
 # An agent that lost its supervisor lets go of the data directory within this time.
 LOCK_WAIT_S = 3.0
+# What a child may take to adopt a configuration: an agent writes what it declares, and others hold the file.
+ADOPT_S = 30.0
+# Beyond the time that a retiring child has, before SIGKILL.
+RETIRE_GRACE_S = 15.0
 
 
 class NodeInfo(msgspec.Struct, frozen=True):
@@ -58,113 +75,146 @@ class NodeInfo(msgspec.Struct, frozen=True):
     tls: str = ""  # where clients connect over TLS; empty when they cannot
 
 
-class _Child:
-    """One wanted process. `process` is None between end and restart; `ready` is set while it serves."""
-
-    def __init__(self, role: str, index: int) -> None:
-        self.role = role
-        self.index = index
-        self.name = role if role == "agent" else f"worker-{index}"
-        self.process: asyncio.subprocess.Process | None = None
-        self.ready = asyncio.Event()
-        self.addresses: dict[str, str] | None = None  # set when it served for the first time
-        self.refused = ""
-        self.is_lost = False  # whether it ended because what it stood on was lost
-        self.beat_at = 0.0
-        self.restarts = 0
-
-
 class Supervisor:
     """Keeps the processes of one node alive.
 
-    `announce` is called once, when the node serves, with its addresses.
+    `announce` is called once, when the node serves, with its addresses. `read` returns the configuration as
+    its sources have it now, and `command` is what an upgrade runs; without it there is none. With `handover`
+    the children of an earlier program in this process are taken over, and replaced.
     """
 
-    def __init__(self, config: Config, announce: Callable[[NodeInfo], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        announce: Callable[[NodeInfo], None],
+        *,
+        read: Callable[[], Config] | None = None,
+        command: list[str] | None = None,
+        handover: Handover | None = None,
+    ) -> None:
         self._config = config
+        self._read = read
         self._announce = announce
-        self._children = [_Child("agent", 0), *(_Child("worker", i) for i in range(config.workers))]
+        self._command = command
+        self._handover = handover
+        self._children: list[Child] = []
+        self._candidates: list[Child] = []  # started by an upgrade, and not in use yet
+        self._leaving: list[Child] = []  # they retire, and are not started again
+        self._keepers: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
+        self._changing = asyncio.Lock()  # held by a reload and by an upgrade
+        self._counted: dict[str, list[Any]] = {}  # by workers that are gone; an agent may need it
         self._failure = ""
-        self._lock = -1  # set in run(): the descriptor that makes the data directory ours
+        # Set in run():
+        self._lock = -1  # the descriptor that makes the data directory ours
+        self._claim: Claim
+        self._reloader: Reloader
 
     async def run(self) -> None:
         """Run the node until SIGTERM or SIGINT. Raises ConfigError when it cannot start."""
-        self._lock = await lock_data_dir(self._config)
-        reservation = claim(self._config)
-        self._config = reservation.config
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopping.set)
-        loop.add_signal_handler(signal.SIGHUP, self._stopping.set if ends_on_hangup() else self._reload)
         info_file = Path(self._config.data) / "node.json"
-        keepers = []
+        if self._handover is None:
+            self._lock = await lock_data_dir(self._config)
+            self._claim = claim(self._config)
+            self._reloader = Reloader(self._claim.config, self._config, self._read)
+        else:
+            self._take_over(self._handover)
+        self._handle_signals()
         try:
-            for child in self._children:
-                keepers.append(asyncio.create_task(self._keep(child)))
-                await self._first_start(child)
-                if child.role == "agent":
-                    self._fix_agent_addresses(child.addresses)
+            if self._handover is None:
+                await self._begin()
+            else:
+                self._start(self._succeed())
             if not self._stopping.is_set():
-                info = node_info(self._config)
+                info = node_info(self._reloader.used)
                 write_node_info(info_file, info)
                 self._announce(info)
-                keepers.append(asyncio.create_task(self._watch_loops()))
+                notify("READY=1")
+                self._start(self._watch_loops())
             await self._stopping.wait()
         finally:
             self._stopping.set()
+            notify("STOPPING=1")
+            self._claim.close()  # before the workers take what is left in its queues
             await self._stop_children()
-            for keeper in keepers:
+            for keeper in self._keepers:
                 keeper.cancel()
-            await asyncio.gather(*keepers, return_exceptions=True)
+            await asyncio.gather(*self._keepers, return_exceptions=True)
             with contextlib.suppress(OSError):
                 info_file.unlink()
-            reservation.close()
             os.close(self._lock)
         if self._failure:
             raise ConfigError(self._failure)
 
-    def _reload(self) -> None:
-        """Have the children read again what may change; one that is starting reads it anyway."""
-        for child in self._children:
-            if child.process is not None and child.ready.is_set():
-                _signal(child.process, signal.SIGHUP)
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        hangup = self._stopping.set if ends_on_hangup() else lambda: self._start(self._reload())
+        loop.add_signal_handler(signal.SIGHUP, hangup)
+        loop.add_signal_handler(signal.SIGUSR2, lambda: self._start(self._upgrade()))
+        accept_signals()
 
-    async def _first_start(self, child: _Child) -> None:
-        """Wait until the child serves, refuses, or takes too long."""
-        waits = [asyncio.create_task(child.ready.wait()), asyncio.create_task(self._stopping.wait())]
-        done, pending = await asyncio.wait(waits, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
-        for wait in pending:
-            wait.cancel()
-        if not done:
-            self._failure = f"{child.name} did not start within {START_S:.0f} s; its log above says why"
-            self._stopping.set()
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something beside everything else, until the node stops."""
+        task = asyncio.create_task(work)
+        self._keepers.add(task)
+        task.add_done_callback(self._keepers.discard)
 
-    def _fix_agent_addresses(self, addresses: dict[str, str] | None) -> None:
-        """Keep the ports that the system chose, so that a restarted agent is found where it was."""
-        if addresses:
-            self._config = with_addresses(self._config, addresses)
+    # Children
 
-    async def _keep(self, child: _Child) -> None:
-        """Start the child, and start it again whenever it ends, until the node stops."""
-        backoff = RESTART_MIN_S
-        while not self._stopping.is_set():
-            started = time.monotonic()
-            code = await self._run_once(child)
-            child.is_lost = code == EXIT_LOST
+    def _all(self) -> list[Child]:
+        return [*self._children, *self._candidates, *self._leaving]
+
+    def _agent(self) -> Child:
+        return self._children[0]
+
+    def _make_child(self, role: Kind, index: int) -> Child:
+        return Child(role, index, self._handle_report)
+
+    async def _begin(self) -> None:
+        """Start all children, one after the other; the node stops if one cannot."""
+        for role, index in _wanted(self._reloader.used):
+            child = self._make_child(role, index)
+            self._children.append(child)
+            self._start(self._keep(child))
+            self._failure = await self._await_start(child, child.ready)
+            if self._failure:
+                self._stopping.set()
             if self._stopping.is_set():
                 return
-            if code == EXIT_REFUSED and child.addresses is None:
-                self._failure = child.refused
-                self._stopping.set()
+            if role == "agent":
+                self._fix_addresses()
+
+    def _fix_addresses(self) -> None:
+        """Keep the ports that the system chose, so that a restarted agent is found where it was."""
+        addresses = self._agent().addresses
+        if addresses:
+            self._reloader.used = with_addresses(self._reloader.used, addresses)
+
+    async def _await_start(self, child: Child, started: asyncio.Event) -> str:
+        """Return when the child has started, or why it has not; empty also when the node stops."""
+        waits = [asyncio.create_task(event.wait()) for event in (started, child.failed, self._stopping)]
+        done, _ = await asyncio.wait(waits, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        if not done:
+            return f"{child.name} did not start within {START_S:.0f} s; its log above says why"
+        return child.failure
+
+    async def _keep(self, child: Child) -> None:
+        """Start the child, and start it again whenever it ends, until the node stops or the child retires."""
+        backoff = RESTART_MIN_S
+        is_taken_over = child.process is not None
+        while is_taken_over or not (self._stopping.is_set() or child.is_retiring):
+            started = time.monotonic()
+            code = await (child.live_on() if is_taken_over else self._live(child))
+            is_taken_over = False
+            child.is_lost = code == EXIT_LOST
+            if self._stopping.is_set() or child.is_retiring or self._gives_up(child, code):
                 return
             if time.monotonic() - started > STABLE_S:
                 backoff = RESTART_MIN_S
-            child.restarts += 1
-            if child.addresses is None and child.restarts == START_TRIES:
-                self._failure = f"{child.name} dies when it starts; its log above says why"
-                self._stopping.set()
-                return
             # One that has served before may do so again: the others go on without it meanwhile.
             log.error(
                 "a process died and is restarted",
@@ -176,47 +226,46 @@ class Supervisor:
                     "in_s": backoff,
                 },
             )
+            if child.role == "worker" and backoff > RESTART_MIN_S and child.trial is None:
+                # Clients would wait for it in vain; without a queue the kernel gives them to the others.
+                self._claim.renew(child.index)
             await asyncio.sleep(backoff)
             backoff = min(backoff * 2, RESTART_MAX_S)
 
-    async def _run_once(self, child: _Child) -> int:
-        ours, theirs = socket.socketpair()
-        # The agent holds the lock too: while one lives, even without its supervisor, no second may start.
-        inherited = (theirs.fileno(), self._lock) if child.role == "agent" else (theirs.fileno(),)
-        child.beat_at = time.monotonic()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "isthmus.child",
-            str(theirs.fileno()),
-            pass_fds=inherited,
-            stdin=asyncio.subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C in the terminal is the supervisor's to handle
-        )
-        theirs.close()
-        child.process = process
-        role: Literal["agent", "worker"] = "agent" if child.role == "agent" else "worker"
-        task = Task(role, child.index, self._config, child.is_lost)
-        reader, writer = await asyncio.open_connection(sock=ours.dup())
-        try:
-            with contextlib.suppress(ConnectionError), ours:  # it died; the exit status says the rest
-                send_task(ours, task)
-                await self._listen_to(child, reader)
-            return await process.wait()
-        finally:
-            writer.close()
-            child.ready.clear()
-            child.process = None
+    def _gives_up(self, child: Child, code: int) -> bool:
+        """Count a death; True when there is no hope for one that never served."""
+        if child.is_on_trial and code == EXIT_REFUSED:
+            child.fail(child.refused)
+            return True
+        child.restarts += 1
+        if child.is_on_trial and child.restarts == START_TRIES:
+            child.fail(f"{child.name} dies when it starts; its log above says why")
+            return True
+        return False
 
-    async def _listen_to(self, child: _Child, reader: asyncio.StreamReader) -> None:
-        while line := await reader.readline():
-            report = msgspec.json.decode(line, type=Report)
-            child.beat_at = time.monotonic()
-            if report.refused:
-                child.refused = report.refused
-            if report.ready is not None:
-                child.addresses = report.ready
-                child.ready.set()
+    async def _live(self, child: Child) -> int:
+        config, claimed = child.trial or (self._reloader.used, self._claim)
+        is_agent = child.role == "agent"
+        task = Task(
+            child.role,
+            child.index,
+            config,
+            is_successor=child.is_lost,
+            stands_by=is_agent and child.trial is not None,
+            listeners={} if is_agent else claimed.for_worker(child.index),
+            lifecycle=self._reloader.lifecycle,
+            counted=self._counted if is_agent else {},
+        )
+        # The agent holds the lock too: while one lives, even without its supervisor, no second may start.
+        return await child.live(task, (self._lock,) if is_agent else ())
+
+    def _handle_report(self, report: Report) -> None:
+        if report.counted is not None:
+            self._counted = report.counted
+        if report.wish == "reload":
+            self._start(self._reload())
+        elif report.wish == "upgrade":
+            self._start(self._upgrade())
 
     async def _watch_loops(self) -> None:
         """End a child whose event loop no longer turns, after it has written its stacks."""
@@ -225,29 +274,237 @@ class Supervisor:
             await asyncio.sleep(BEAT_S)
             if time.monotonic() - before > 2 * BEAT_S:
                 continue  # this process slept as well, so the silence of the others says nothing
-            for child in self._children:
-                process = child.process
+            for child in self._all():
                 # One that is still starting says nothing yet.
-                bound = STALL_S if child.ready.is_set() else START_S
+                bound = STALL_S if child.ready.is_set() or child.stands_by.is_set() else START_S
+                process = child.process
                 if process is None or time.monotonic() - child.beat_at < bound:
                     continue
                 log.error("an event loop is stalled; its stacks follow", extra={"child": child.name})
-                _signal(process, signal.SIGUSR1)
+                process.send_signal(signal.SIGUSR1)
                 await asyncio.sleep(DUMP_S)
-                _signal(process, signal.SIGKILL)
+                process.send_signal(signal.SIGKILL)
 
     async def _stop_children(self) -> None:
         """Stop the workers first, for they drain, and then the agent, which says goodbye to the others."""
         for role in ("worker", "agent"):
-            running = [c.process for c in self._children if c.role == role and c.process is not None]
+            running = [c.process for c in self._all() if c.role == role and c.process is not None]
             for process in running:
-                _signal(process, signal.SIGTERM)
-            bound = STOP_GRACE_S + (self._config.proxy.drain_ms / 1000 if role == "worker" else 0)
+                process.send_signal(signal.SIGTERM)
+            bound = STOP_GRACE_S + (self._reloader.used.proxy.drain_ms / 1000 if role == "worker" else 0)
             waits = [asyncio.create_task(process.wait()) for process in running]
             if waits:
                 _, late = await asyncio.wait(waits, timeout=bound)
                 for process in running if late else ():
-                    _signal(process, signal.SIGKILL)
+                    process.send_signal(signal.SIGKILL)
+
+    # Reload
+
+    async def _reload(self) -> None:
+        """Have all children go on with what the sources of the configuration say now."""
+        async with self._changing:
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            lifecycle = await self._reloader.reload(self._adopt)
+            if lifecycle.reload_problem:
+                log.error("the configuration stays as it was", extra={"problem": lifecycle.reload_problem})
+            else:
+                shown = {"changed": ", ".join(lifecycle.changed), "restart": ", ".join(lifecycle.restart)}
+                log.info("the configuration was read again", extra={k: v for k, v in shown.items() if v})
+            # Also when the configuration is wrong: a log that was moved must not grow where it is now.
+            workers = [child for child in self._all() if child.role == "worker" and child.ready.is_set()]
+            await asyncio.gather(*(child.order(ADOPT_S, refresh=True) for child in workers))
+            await self._tell(reloaded=True)
+            notify("READY=1")
+
+    async def _adopt(self, config: Config) -> None:
+        """Have the agent adopt a configuration, which may refuse it, and then the others."""
+        await asyncio.to_thread(check_files, config, self._reloader.used)
+        agent = self._agent()
+        problem = await self._await_start(agent, agent.ready) or await agent.order(ADOPT_S, adopt=config)
+        if problem:
+            raise ConfigError(problem)
+        workers = [child for child in self._all() if child.role == "worker" and child.ready.is_set()]
+        answers = await asyncio.gather(*(child.order(ADOPT_S, adopt=config) for child in workers))
+        for child, problem in zip(workers, answers, strict=True):
+            if problem:
+                log.error("a worker keeps its settings", extra={"child": child.name, "problem": problem})
+        setup_logging(config.log.format, config.log.level, "node")
+
+    async def _tell(self, *, reloaded: bool = False) -> None:
+        """Let the agent know what it may be asked for."""
+        await self._agent().order(ADOPT_S, told=self._reloader.lifecycle, reloaded=reloaded)
+
+    # Upgrade
+
+    async def _upgrade(self) -> None:
+        """Go on as a new program, if there is one that loads; else say why not."""
+        if self._changing.locked():
+            log.warning("no upgrade now: the node is changing already")
+            return
+        async with self._changing:
+            await self._set_upgrade(is_upgrading=True)
+            command = self._command
+            problem = await rehearse(command) if command else "this node was not started by `isthmus run`"
+            if command and not problem and not self._stopping.is_set():
+                try:
+                    hand_over(command, self._describe())
+                except OSError as error:
+                    problem = f"cannot run {command[0]}: {error.strerror}"
+            await self._set_upgrade(problem)
+
+    async def _set_upgrade(self, problem: str = "", *, is_upgrading: bool = False) -> None:
+        if problem:
+            log.error("no upgrade: all goes on as before", extra={"problem": problem})
+        self._reloader.lifecycle = msgspec.structs.replace(
+            self._reloader.lifecycle, upgrade_problem=problem, is_upgrading=is_upgrading
+        )
+        await self._tell()
+
+    def _describe(self) -> Handover:
+        kept = [child.describe() for child in (*self._children, *self._leaving)]
+        return Handover(
+            used=dump_config(self._reloader.used),
+            told=dump_config(self._reloader.told),
+            lock=self._lock,
+            listeners={name: [s.fileno() for s in sockets] for name, sockets in self._claim.sockets.items()},
+            children=[child for child in kept if child is not None],
+            lifecycle=self._reloader.lifecycle,
+            counted=self._counted,
+        )
+
+    def _take_over(self, handover: Handover) -> None:
+        """Go on with what an earlier program in this process had."""
+        self._lock = handover.lock
+        used, told = revive_configs(handover, self._config)
+        sockets = {
+            name: [socket.socket(fileno=descriptor) for descriptor in descriptors]
+            for name, descriptors in handover.listeners.items()
+        }
+        self._claim = Claim(used, sockets)
+        self._reloader = Reloader(used, told, self._read)
+        self._reloader.lifecycle = handover.lifecycle
+        self._counted = handover.counted
+        kept = [Child.keep(one, self._handle_report) for one in handover.children]
+        self._leaving = [child for child in kept if child.is_retiring]
+        for role, index in _wanted(used):
+            found = [c for c in kept if (c.role, c.index) == (role, index) and not c.is_retiring]
+            self._children.append(found[0] if found else self._make_child(role, index))
+        for child in self._all():
+            self._start(self._keep(child))
+        for child in self._leaving:
+            self._start(self._see_off(child))
+
+    async def _succeed(self) -> None:
+        """Replace all children by new ones; if one of these does not come up, nothing changes."""
+        async with self._changing:
+            problem = await self._try_candidates()
+            if not problem and not self._stopping.is_set():
+                await self._install_candidates()
+            await self._set_upgrade(problem)
+
+    async def _try_candidates(self) -> str:
+        """Start the next children beside those that serve; return why they cannot replace them."""
+        fresh, told = self._config, self._reloader.told
+        if fresh.data != told.data or not fresh.workers:
+            return "another data directory, or no workers, take a stop and a start"
+        try:
+            claimed = claim(carry_addresses(told, self._reloader.used, fresh), self._claim)
+        except ConfigError as error:
+            return str(error)
+        self._candidates = [self._make_child(role, index) for role, index in _wanted(fresh)]
+        for child in self._candidates:
+            child.trial = claimed.config, claimed
+            self._start(self._keep(child))
+        problem = ""
+        for child in self._candidates:
+            started = child.stands_by if child.role == "agent" else child.ready
+            problem = problem or await self._await_start(child, started)
+        if problem:
+            for child in self._candidates:
+                child.is_retiring = True
+                child.send_signal(signal.SIGKILL)
+            self._candidates = []
+            claimed.close(self._claim)
+        return problem
+
+    async def _install_candidates(self) -> None:
+        """Let the new children take the place of the old ones, which retire."""
+        former, self._children, self._candidates = self._children, self._candidates, []
+        trial = self._agent().trial
+        assert trial is not None
+        config, claimed = trial
+        self._claim.close(claimed)
+        self._claim = claimed
+        lifecycle = msgspec.structs.replace(
+            self._reloader.lifecycle,
+            generation=self._reloader.lifecycle.generation + 1,
+            restart=(),
+            changed=(),
+        )
+        self._reloader = Reloader(config, self._config, self._read)
+        self._reloader.lifecycle = lifecycle
+        for child in self._children:
+            child.trial = None
+        self._leaving += former
+        for child in former[1:]:
+            self._retire(child, config.proxy.upgrade_drain_ms / 1000)
+        # Two agents on one database would not do: the new one starts when the old one has ended.
+        self._retire(former[0], 0.0)
+        if former[0].process is not None:
+            await former[0].process.wait()
+        agent = self._agent()
+        await agent.order(ADOPT_S, starts=True, told=lifecycle)
+        problem = await self._await_start(agent, agent.ready)
+        agent.is_on_trial = False
+        if problem:
+            log.error("the new agent does not serve", extra={"problem": problem})
+        self._fix_addresses()
+        info = node_info(self._reloader.used)
+        write_node_info(Path(self._config.data) / "node.json", info)
+        log.info("upgraded", extra={"generation": lifecycle.generation})
+
+    def _retire(self, child: Child, within_s: float) -> None:
+        child.is_retiring = True
+        child.seen_off_at = time.monotonic() + within_s + RETIRE_GRACE_S
+        self._start(self._order_retirement(child))
+        self._start(self._see_off(child))
+
+    async def _order_retirement(self, child: Child) -> None:
+        await child.order(ADOPT_S, retires=True)
+
+    async def _see_off(self, child: Child) -> None:
+        """Wait for the end of a child that retires, and bring it about when its time is over."""
+        process = child.process
+        if process is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), max(0.0, child.seen_off_at - time.monotonic()))
+            process.send_signal(signal.SIGKILL)
+            await process.wait()
+        self._leaving.remove(child)
+
+
+def _wanted(config: Config) -> list[tuple[Kind, int]]:
+    """Return role and index of each child of a node."""
+    return [("agent", 0), *(("worker", index) for index in range(config.workers))]
+
+
+def check_files(config: Config, former: Config | None = None) -> None:
+    """Raise ConfigError when a file that the configuration names for workers cannot be used. Blocks.
+
+    Certificates are read only when there are others than before: they may be many.
+    """
+    file = config.access_log.file
+    if file and file != STDOUT:
+        try:
+            os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640))
+        except OSError as error:
+            raise ConfigError(f"access_log.file: cannot write {file}: {error.strerror}") from None
+    if config.tls.listen and (former is None or former.tls.certificates != config.tls.certificates):
+        from proxy.certificates import Certificates  # noqa: PLC0415 - most supervisors never need it
+
+        problem = Certificates(config.tls.certificates, time.time).load()
+        if problem is not None:
+            raise ConfigError(f"tls.certificates: {problem}")
 
 
 def ends_on_hangup() -> bool:
@@ -273,11 +530,6 @@ def with_addresses(config: Config, addresses: Mapping[str, str]) -> Config:
     admin = msgspec.structs.replace(config.admin, listen=addresses["admin"])
     gossip = msgspec.structs.replace(config.gossip, listen=addresses["gossip"])
     return msgspec.structs.replace(config, admin=admin, gossip=gossip)
-
-
-def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
-    if process.returncode is None:
-        process.send_signal(number)
 
 
 async def lock_data_dir(config: Config) -> int:

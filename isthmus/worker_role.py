@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import os
 import random
+import socket
 import time
 from typing import TYPE_CHECKING
 
 from isthmus.config import Config, parse_listen
 from isthmus.feed import FeedFollower
-from isthmus.listeners import bind_shared
 from isthmus.role import RefusedError
 from isthmus.route_feed import RouteFeed
 from proxy.access_log import AccessLog
@@ -30,13 +30,16 @@ from routing.balancer import Balancer
 from routing.table import RoutingTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from proxy.certificates import Certificates
     from proxy.metrics import Sample
 
 # Looking at a file takes 2 us: little even for thousands, and soon enough for a certificate.
 CERTIFICATES_POLL_S = 5.0
+# How long a stopping node waits for requests on connections that are idle: one may be on its way, and takes
+# no longer than a round trip around the world.
+IDLE_GRACE_S = 1.0
 
 
 def proxy_settings(config: Config) -> ProxySettings:
@@ -70,6 +73,7 @@ def proxy_settings(config: Config) -> ProxySettings:
         replay_cache_entries_max=proxy.replay_cache_entries_max,
         queue_max=proxy.queue_max,
         queue_timeout_s=proxy.queue_timeout_ms / 1000,
+        start_timeout_s=proxy.start_timeout_ms / 1000,
         connect_timeout_s=proxy.connect_timeout_ms / 1000,
         head_timeout_s=proxy.head_timeout_ms / 1000,
         keepalive_timeout_s=proxy.keepalive_timeout_ms / 1000,
@@ -92,11 +96,20 @@ def _open_access_log(config: Config, metrics: ProxyMetrics) -> AccessLog | None:
         raise RefusedError(f"access_log.file: cannot write {log.file}: {error.strerror}") from None
 
 
-class WorkerRole:
-    """One worker of a node. `_tasks` run from start to stop."""
+def tls_settings(config: Config) -> TlsSettings:
+    """Return what the listener for TLS needs to know of the configuration."""
+    return TlsSettings(config.tls.handshakes_max, config.tls.handshake_timeout_ms / 1000)
 
-    def __init__(self, config: Config, index: int) -> None:
+
+class WorkerRole:
+    """One worker of a node. `_tasks` run from start to stop.
+
+    `listeners` are the descriptors of its bound sockets by setting; it closes them.
+    """
+
+    def __init__(self, config: Config, index: int, listeners: Mapping[str, int]) -> None:
         self._config = config
+        self._listeners = listeners
         self._table = RoutingTable(config.node)
         self._routes = RouteFeed(self._table, config.database)
         self._metrics = ProxyMetrics()
@@ -122,13 +135,12 @@ class WorkerRole:
         self._tasks.append(asyncio.create_task(self._follower.run()))
         tls = self._config.tls
         certificates = self._load_certificates() if tls.listen else None
-        host, port = parse_listen(self._config.proxy.listen)
         https_port = parse_listen(tls.listen)[1] if tls.listen else HTTPS_PORT
-        await self._server.start(host, port, reuse_port=True, https_port=https_port)
+        sock = socket.socket(fileno=self._listeners["proxy.listen"])
+        await self._server.start(sock=sock, https_port=https_port)
         if certificates is not None:
-            sock = bind_shared("tls.listen", tls.listen)
-            settings = TlsSettings(tls.handshakes_max, tls.handshake_timeout_ms / 1000)
-            self._server.start_tls(sock, settings, certificates, self._tls_metrics)
+            sock = socket.socket(fileno=self._listeners["tls.listen"])
+            self._server.start_tls(sock, tls_settings(self._config), certificates, self._tls_metrics)
             self._tasks.append(asyncio.create_task(certificates.watch(CERTIFICATES_POLL_S)))
         return {}
 
@@ -142,7 +154,19 @@ class WorkerRole:
             raise RefusedError(f"tls.certificates: {problem}")
         return self._certificates
 
-    def reload(self) -> None:
+    async def adopt(self, config: Config) -> None:
+        """Go on with other settings, another access log and other certificates."""
+        before, log = self._config, self._access_log
+        if config.access_log != before.access_log:
+            log = _open_access_log(config, self._metrics)
+        await self._server.adopt(proxy_settings(config), log, tls_settings(config))
+        if self._certificates is not None:
+            self._certificates.adopt(config.tls.certificates)
+        self._config, old, self._access_log = config, self._access_log, log
+        if old is not None and old is not log:
+            await asyncio.to_thread(old.close)
+
+    def refresh(self) -> None:
         """Read the certificates again; go on in a new access log, when the old one was moved away."""
         if self._certificates is not None:
             self._certificates.reload()
@@ -151,7 +175,16 @@ class WorkerRole:
 
     async def stop(self) -> None:
         """Let requests in flight finish within the drain time, then close."""
-        await self._server.drain(self._config.proxy.drain_ms / 1000)
+        await self._end(self._config.proxy.drain_ms / 1000, IDLE_GRACE_S)
+
+    async def retire(self) -> None:
+        """Let connections end by themselves while a successor takes the new ones, for as long as is set."""
+        within_s = self._config.proxy.upgrade_drain_ms / 1000
+        await self._end(within_s, within_s)
+
+    async def _end(self, within_s: float, idle_s: float) -> None:
+        await self._server.drain(within_s, idle_s)
+        self._follower.report()
         await self._server.close()
         if self._access_log is not None:
             await asyncio.to_thread(self._access_log.close)

@@ -269,6 +269,12 @@ class Certificates:
         log.warning("there is no certificate yet", extra={"sources": list(self._sources)})
         return next((f"{file}: {why}" for file, why in self._found.problems.items()), None)
 
+    def adopt(self, sources: Sequence[str]) -> None:
+        """Have `watch` look at other files, which were found to be good."""
+        if sources != self._sources:
+            self._sources = sources
+            self.reload()
+
     def reload(self) -> None:
         """Have `watch` read all files again at once."""
         self._changed.set()

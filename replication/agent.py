@@ -223,11 +223,14 @@ class Agent:
         while not self._replica.sync_counters["sessions_complete"] and self._monotonic() < deadline:  # noqa: ASYNC110 - for seconds, once in a life
             await asyncio.sleep(RECOVERY_LOOK_S)
 
-    async def stop(self) -> None:
-        """Take leave of the peers and close everything; does nothing when not started."""
+    async def stop(self, *, leaves: bool = True) -> None:
+        """Take leave of the peers and close everything; does nothing when not started.
+
+        Whoever is back at once does not leave: peers notice nothing, or miss it for a moment.
+        """
         if not self._running:
             return
-        for _ in range(2):  # a datagram may get lost
+        for _ in range(2 if leaves else 0):  # a datagram may get lost
             self._replica.leave()
             await asyncio.sleep(0.02)
         self._running = False

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
 
     from isthmus.admin.keys import KeyRoutes
+    from isthmus.admin.lifecycle import LifecycleRoutes
     from isthmus.admin.views import Views
     from replication.metrics import Sample
     from replication.subscriptions import Subscriptions
@@ -96,6 +97,7 @@ class AdminServer:
         replica: Agent,
         subscriptions: Subscriptions,
         keys: KeyRoutes,
+        lifecycle: LifecycleRoutes,
     ) -> None:
         self._config = config
         self._views = views
@@ -105,6 +107,7 @@ class AdminServer:
         self._schema = SchemaRoutes(replica, subscriptions)
         self._subscriptions = SubscriptionRoutes(subscriptions, replica)
         self._keys = keys
+        self._lifecycle = lifecycle
         self._runner: web.AppRunner | None = None
         self.address = config.listen
 
@@ -147,6 +150,7 @@ class AdminServer:
             *self._schema.routes(),
             *self._subscriptions.routes(),
             *self._keys.routes(),
+            *self._lifecycle.routes(),
         ]
 
     async def _dashboard(self, _request: web.Request) -> web.Response:

@@ -11,14 +11,17 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import msgspec
+
 from isthmus import __version__, compiled
 from isthmus.config import format_address
+from isthmus.reloading import Lifecycle
 from routing.balancer import ANYWHERE
 from routing.explain import Verdict, describe, judge
 from routing.types import CheckRow, HostnameRow, MachineRow, NodeRow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from isthmus.config import Config
     from isthmus.feed import FeedServer
@@ -49,8 +52,16 @@ _NO_SERVICE = _Fate(routable=False, verdict="its app has no service")
 class Views:
     """Shows one node's table, membership and processes."""
 
-    def __init__(self, config: Config, agent: Agent, table: RoutingTable, feed: FeedServer) -> None:
+    def __init__(
+        self,
+        config: Config,
+        agent: Agent,
+        table: RoutingTable,
+        feed: FeedServer,
+        lifecycle: Callable[[], Lifecycle] = Lifecycle,
+    ) -> None:
         self._config = config
+        self._lifecycle = lifecycle
         self._agent = agent
         self._table = table
         self._feed = feed
@@ -70,6 +81,7 @@ class Views:
             "workers": config.workers,
             "agent_pid": os.getpid(),
             "workers_following": self._feed.followers,
+            "lifecycle": msgspec.structs.asdict(self._lifecycle()),
             "sealed": config.gossip.sealed,
             "replication": self._agent.status(),
             "rejected_rows": rejected,

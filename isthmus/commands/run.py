@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isthmus import __version__, compiled
 from isthmus.config_sources import load_config
+from isthmus.credentials import read_ring
 from isthmus.logs import setup_logging
-from isthmus.supervisor import NodeInfo, Supervisor
+from isthmus.succession import find_command, read_or_revive, take_over
+from isthmus.supervisor import NodeInfo, Supervisor, check_files
 
 if TYPE_CHECKING:
     import argparse
@@ -75,6 +78,9 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--log-format", choices=("text", "json"))
+    parser.add_argument(
+        "--dry-run", action="store_true", help="load everything, check the configuration, and exit"
+    )
     front = parser.add_argument_group("front one app")
     front.add_argument("--app", metavar="NAME", help="an app to serve")
     front.add_argument("--host", metavar="HOST", action="append", help="a host name that leads to it (any)")
@@ -90,8 +96,15 @@ def run(args: argparse.Namespace) -> int:
     file = args.config or (Path(os.environ["ISTHMUS_CONFIG"]) if os.environ.get("ISTHMUS_CONFIG") else None)
     flags: dict[str, Any] = {setting: getattr(args, flag) for flag, setting in _SETTINGS.items()}
     flags["apps"] = _front(args)
-    config = load_config(file, flags)
+
+    def read() -> Config:
+        return load_config(file, flags)
+
+    handover = take_over(os.environ)
+    config = read_or_revive(read, handover)
     setup_logging(config.log.format, config.log.level, "node")
+    if args.dry_run:
+        return _rehearse(config)
 
     # Asked here and not below, so that a warning is of this process alone.
     software = f"isthmus {__version__} ({compiled.describe()})"
@@ -103,9 +116,19 @@ def run(args: argparse.Namespace) -> int:
         # All parts of the node are loaded here and not above: a supervisor needs none of them.
         from isthmus.single import run_single  # noqa: PLC0415 — see above
 
-        run_single(config, announce)
+        run_single(config, announce, read)
     else:
-        asyncio.run(Supervisor(config, announce).run())
+        command = find_command()
+        asyncio.run(Supervisor(config, announce, read=read, command=command, handover=handover).run())
+    return 0
+
+
+def _rehearse(config: Config) -> int:
+    """Load what a node's processes load, and look at the files that the configuration names."""
+    for module in ("isthmus.agent_role", "isthmus.child", "isthmus.single", "isthmus.worker_role"):
+        importlib.import_module(module)
+    check_files(config)
+    read_ring(config.gossip)
     return 0
 
 

@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 
 from isthmus.admin.keys import KeyRoutes
+from isthmus.admin.lifecycle import LifecycleRoutes
 from isthmus.admin.server import AdminServer
 from isthmus.config import AdminConfig
 
@@ -31,7 +32,7 @@ class FakeViews:
 async def url() -> AsyncIterator[str]:
     config = AdminConfig(listen="127.0.0.1:0", token=TOKEN)
     parts = {"registry": None, "samples": list, "replica": None, "subscriptions": None}
-    server = AdminServer(config, FakeViews(), keys=KeyRoutes(None, None), **parts)
+    server = AdminServer(config, FakeViews(), keys=KeyRoutes(None), lifecycle=LifecycleRoutes(None), **parts)
     await server.start()
     yield f"http://{server.address}"
     await server.stop()

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from isthmus.admin.keys import KeyRoutes
+from isthmus.admin.lifecycle import LifecycleRoutes
 from isthmus.admin.metrics import known_metrics
 from isthmus.admin.server import AdminServer
 from isthmus.config import (
@@ -150,7 +151,8 @@ def paths() -> set[str]:
         "samples": list,
         "replica": None,
         "subscriptions": None,
-        "keys": KeyRoutes(None, None),
+        "keys": KeyRoutes(None),
+        "lifecycle": LifecycleRoutes(None),
     }
     server = AdminServer(AdminConfig(), _AnyView(), **parts)
     return {f"{route.method} {route.path}" for route in server._routes()}

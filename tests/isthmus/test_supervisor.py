@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from isthmus import supervisor as supervisor_module
-from isthmus.child import _watch_parent
+from isthmus.child import Life, Task, obey
 from isthmus.config import AdminConfig, Config, ConfigError, GossipConfig, ProxyConfig
 from isthmus.supervisor import NodeInfo, Supervisor, lock_data_dir, read_node_info
 from tests.isthmus.waiting import eventually
@@ -346,9 +346,9 @@ async def test_child_stops_also_when_its_supervisor_died_with_beats_unread() -> 
     writer.write(b'{"beat": 1}\n')
     await writer.drain()
     ours.close()  # with something unread, the kernel resets the connection
-    stopping = asyncio.Event()
-    await _watch_parent(reader, stopping)
-    assert stopping.is_set()
+    life = Life(Task("worker", 0, config(Path("/nowhere"))), "worker-0", lambda _: None)
+    await obey(reader, life)
+    await life.finish()
     assert isinstance(reader.exception(), ConnectionResetError)
     writer.close()
     with contextlib.suppress(ConnectionError):
