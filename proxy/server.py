@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from .access_log import AccessLog
     from .certificates import Certificates
+    from .core.plane import Starter
     from .metrics import ProxyMetrics
     from .settings import ProxySettings
     from .tcp_relay import TcpClient
@@ -57,12 +58,14 @@ class Server:
         balancer: Balancer,
         metrics: ProxyMetrics,
         access_log: AccessLog | None = None,
+        starter: Starter | None = None,
     ) -> None:
         self._settings = settings
         self._table = table
         self._balancer = balancer
         self._metrics = metrics
         self._logs = [] if access_log is None else [access_log]
+        self._starter = starter
         self._clients: set[Downstream] = set()
         self._announcing: set[AnnouncedConnection] = set()  # accepted, and not yet told whose they are
         self._relays: set[TcpClient] = set()
@@ -112,6 +115,7 @@ class Server:
             wall_us=lambda: time.time_ns() // 1000,
             admission=admission,
             access_log=self._logs[0] if self._logs else None,
+            starter=self._starter,
             body_kept_max=self._settings.replay_body_bytes_max,
         )
         admission.watch(plane, pool.close_idle)
@@ -227,6 +231,11 @@ class Server:
             settings.trusted_proxies, settings.region, port, secure=secure, https_port=https_port
         )
         return partial(Downstream, self._plane, forwarding, port, self._clients)
+
+    def offer_room(self) -> None:
+        """A machine may have come, or be there again: whoever waits looks before the sweeper has them look."""
+        if self._plane is not None:
+            self._plane.queue.handle_deadline()
 
     async def drain(self, grace_s: float, idle_s: float = 0.0) -> bool:
         """Stop accepting, let running exchanges end; True when all did in time. `close` comes after.

@@ -74,6 +74,8 @@ class ProxySettings:
     # How long a request waits when all machines are at their hard limit: longer than most bursts, and than
     # a usual request takes, shorter than clients wait.
     queue_timeout_s: float = 5.0
+    # How long a request waits for a machine to be started: most take seconds, and clients give up after 30.
+    start_timeout_s: float = 25.0
     # Requests of one app that wait: bounds memory, and beyond it the wait would be in vain anyway.
     queue_max: int = 1_024
     # Of a body that nobody reads any more: cheaper to drain this much than to open a new connection.

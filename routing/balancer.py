@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from .explain import Verdict, describe, judge
 from .geo import AREAS
+from .scaling import USUAL
+from .types import MachineState
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -76,6 +78,7 @@ class Refusal:
     reason: str
     at_limit: bool = False
     dropped: dict[str, int] = field(default_factory=dict)
+    asleep: Target | None = None  # what could take the request once it is started
 
 
 # Codes of Fly's error list: nothing healthy, instance not found, nothing left after tries, at the limit.
@@ -196,6 +199,7 @@ class Balancer:
             f"machine {instance!r}: {describe(verdict, service, target, now)}",
             at_limit=verdict is Verdict.AT_HARD_LIMIT,
             dropped={verdict.value: 1},
+            asleep=target if verdict is Verdict.NOT_STARTED and _may_start(service, target) else None,
         )
 
     def _refuse(
@@ -207,9 +211,30 @@ class Balancer:
         where = f"of {service.app!r}" + (f" in {','.join(want.regions)}" if want.regions else "")
         if at_limit:
             return Refusal(AT_LIMIT, f"every machine {where} is at its hard limit", at_limit, dropped)
+        asleep = self._find_asleep(service, want)
         if tried:
-            return Refusal(NO_CANDIDATE_LEFT, f"no other machine {where} to try", at_limit, dropped)
-        return Refusal(NO_MACHINE, f"no machine {where} can take requests", at_limit, dropped)
+            return Refusal(NO_CANDIDATE_LEFT, f"no other machine {where} to try", at_limit, dropped, asleep)
+        return Refusal(NO_MACHINE, f"no machine {where} can take requests", at_limit, dropped, asleep)
+
+    def _find_asleep(self, service: Service, want: Want) -> Target | None:
+        """Return the machine to start for a request: one on its way, else the nearest one without fault.
+
+        The same for all who ask at the same time, so that one request does not start several.
+        """
+        plan = self._plan(service, want.regions)
+        asleep = (target for bucket in plan for target in islice(bucket.asleep, HARD_SCAN_MAX))
+        able = [target for target in asleep if target.id not in want.exclude and _may_start(service, target)]
+        tiers = {bucket.region: place for place, bucket in enumerate(plan)}
+        return min(
+            able,
+            key=lambda target: (
+                target.state is not MachineState.STARTING,
+                bool(target.problem),
+                tiers[target.region],
+                target.id,
+            ),
+            default=None,
+        )
 
     def _judge_all(
         self, service: Service, now: float, want: Want, tried: Collection[str]
@@ -274,6 +299,13 @@ _FORCED_MAY_NOT: Final = frozenset(
         Verdict.AT_HARD_LIMIT,
     }
 )
+
+
+def _may_start(service: Service, target: Target) -> bool:
+    """True when the service has its machines started for requests, and something can start this one."""
+    scaling = USUAL if service.options is None else service.options.scaling
+    startable = bool(target.driver) and not target.cordoned and target.state is not MachineState.DRAINING
+    return scaling.autostart and startable and service.upstream_port(target) is not None
 
 
 def _fits(

@@ -42,6 +42,7 @@ UPSTREAM_RESET: Final = "PC03"
 UPSTREAM_TIMEOUT: Final = "PC05"
 CONNECT_FAILED: Final = "PC06"
 RETRIES_EXHAUSTED: Final = "PR03"
+START_TIMEOUT: Final = "PM03"
 
 # code -> (status, what it means); what happened in the case at hand is added by whoever raises it.
 ERRORS: Final[dict[str, tuple[int, str]]] = {
@@ -77,6 +78,7 @@ ERRORS: Final[dict[str, tuple[int, str]]] = {
     "PR02": (502, "the machine asked for does not exist"),
     RETRIES_EXHAUSTED: (502, "no machine of the app could be reached"),
     "PR04": (503, "all machines of the app are at their limit"),
+    START_TIMEOUT: (503, "no machine of the app could be started in time"),
 }
 # Long enough for a machine to start or a burst to pass, short enough that nobody gives up.
 RETRY_AFTER_S: Final = 1

@@ -27,6 +27,7 @@ from .errors import (
     ERRORS,
     MAINTENANCE,
     RETRIES_EXHAUSTED,
+    START_TIMEOUT,
     UPSTREAM_RESET,
     count_body,
     prefers_plain,
@@ -226,18 +227,19 @@ class Exchange:
         choice = plane.balancer.choose(self.service, now, self.want, self.tried)
         if not isinstance(choice, Refusal):
             self._reach(choice)
-        elif not (choice.at_limit and self._queue(now)):
+        elif not self._queue(now, choice):
             reason = "retries_exhausted" if self.tried else "no_candidate"
             detail = f"{choice.reason}; {self.last_failure}" if self.last_failure else choice.reason
             self._fail_to_reach(reason, choice.code, detail)
 
-    def _queue(self, now: float) -> bool:
-        """Wait for room; False when the line is full."""
-        if not self.plane.queue.join(self.service.app, self):
+    def _queue(self, now: float, choice: Refusal) -> bool:
+        """Wait for room, or for a machine to start; False when that would be in vain, or the line is full."""
+        wait_s = self.plane.compute_wait_s(choice)
+        if not wait_s or not self.plane.queue.join(self.service.app, self):
             return False
         self.phase = _QUEUED
         self.queued_at = now
-        self.deadline = now + min(self.plane.settings.queue_timeout_s, self._seconds_left(now))
+        self.deadline = now + min(wait_s, self._seconds_left(now))
         return True
 
     def _leave_queue(self) -> None:
@@ -248,7 +250,8 @@ class Exchange:
         """There may be room at last: go on, or False while there is none for this request."""
         choice = self.plane.balancer.choose(self.service, self.plane.now(), self.want, self.tried)
         if isinstance(choice, Refusal):
-            # Whatever it is by now: the deadline tells the client.
+            # Whatever it is by now: the deadline tells the client. A start that got lost is asked for again.
+            self.plane.compute_wait_s(choice)
             return False
         self._leave_queue()
         self._reach(choice)
@@ -257,7 +260,12 @@ class Exchange:
     def handle_deadline(self) -> None:
         """The wait in the queue was too long."""
         self._leave_queue()
-        self._fail_to_reach("timeout", AT_LIMIT, "no machine had room in time")
+        choice = self.plane.balancer.choose(self.service, self.plane.now(), self.want, self.tried)
+        if isinstance(choice, Refusal) and choice.asleep is not None:
+            problem = choice.asleep.problem or "it is not there yet"
+            self._fail_to_reach("timeout", START_TIMEOUT, f"machine {choice.asleep.id}: {problem}")
+        else:
+            self._fail_to_reach("timeout", AT_LIMIT, "no machine had room in time")
 
     def _reach(self, choice: Target) -> None:
         plane = self.plane

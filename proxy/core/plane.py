@@ -162,6 +162,13 @@ class Chooser(Protocol):
         """Return the machine to send a request to, or why there is none."""
 
 
+class Starter(Protocol):
+    """Who has machines started."""
+
+    def start(self, machine: Target) -> bool:
+        """Ask its owner to start a machine, however often; False when nobody can be asked."""
+
+
 class Plane:
     """What all exchanges of a worker share.
 
@@ -183,6 +190,7 @@ class Plane:
         "retries",
         "settings",
         "shedding",
+        "starter",
         "table",
         "wall_us",
     )
@@ -202,6 +210,7 @@ class Plane:
         admission: Gate,
         body_kept_max: int,
         access_log: Journal | None = None,
+        starter: Starter | None = None,
     ) -> None:
         self.settings = settings
         self.table = table
@@ -215,7 +224,16 @@ class Plane:
         self.admission = admission
         self.body_kept_max = body_kept_max  # bytes kept for replays; 0 while memory is short
         self.access_log = access_log
+        self.starter = starter
         self.replay_cache = ReplayCache(settings.replay_cache_entries_max, metrics)
         self.retries = RetryBudgets(settings, metrics, now())
         self.draining = False  # set once, when the worker is told to stop
         self.shedding = False  # while memory is so short that requests are refused
+
+    def compute_wait_s(self, choice: Refusal) -> float:
+        """Return how long to wait for room, or for a machine to start, which is asked for; 0: in vain."""
+        if choice.at_limit:
+            return self.settings.queue_timeout_s
+        if choice.asleep is not None and self.starter is not None and self.starter.start(choice.asleep):
+            return self.settings.start_timeout_s
+        return 0.0

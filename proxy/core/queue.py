@@ -1,4 +1,4 @@
-"""Requests that wait because every machine that they may go to is at its hard limit.
+"""Requests that wait because every machine that they may go to is at its hard limit, or has to be started.
 
 Decides who waits, in which order they are offered room, and for how long. Refuses to know machines:
 whether there is room is the balancer's to say. Invariant: an exchange is in its line exactly from
@@ -70,16 +70,19 @@ class Queue:
         self._metrics.queued -= 1
         self._metrics.queue_seconds += waited_s
 
-    def offer(self, app: str) -> None:
-        """A request of the app has ended: whoever is first and can use the room takes it."""
+    def offer(self, app: str) -> bool:
+        """A request of the app has ended: whoever is first and can use the room takes it. True if one did."""
         line = self._lines.get(app)
         if line is not None:
             for exchange in list(islice(line, OFFERED_MAX)):
                 # One may have left meanwhile: what another does with its room can end in more room.
                 if exchange in line and exchange.handle_room():
-                    return
+                    return True
+        return False
 
     def handle_deadline(self) -> None:
         """Look for room that no request of this worker has made: a new machine, another node's load."""
         for app in list(self._lines):
-            self.offer(app)
+            for _ in range(len(self._lines.get(app, ()))):
+                if not self.offer(app):
+                    break

@@ -107,17 +107,20 @@ class TcpSession:
         choice = plane.balancer.choose(self.service, plane.now(), tried=self.tried)
         if not isinstance(choice, Refusal):
             self._reach(choice)
-        elif not (choice.at_limit and plane.queue.join(self.service.app, self)):
+            return
+        wait_s = plane.compute_wait_s(choice)
+        if not (wait_s and plane.queue.join(self.service.app, self)):
             self._refuse(choice.code)
         else:
             self.phase = Phase.QUEUED
             self.queued_at = plane.now()
-            self.deadline = self.queued_at + plane.settings.queue_timeout_s
+            self.deadline = self.queued_at + wait_s
 
     def handle_room(self) -> bool:
         """There may be room at last: go on, or False while there is none."""
         choice = self.plane.balancer.choose(self.service, self.plane.now(), tried=self.tried)
         if isinstance(choice, Refusal):
+            self.plane.compute_wait_s(choice)
             return False
         self._leave_queue()
         self._reach(choice)
