@@ -159,7 +159,6 @@ class ProxyConfig(_Section, frozen=True):
     queue_max: Positive = 1_024
     queue_timeout_ms: Positive = 5_000
     start_timeout_ms: Positive = 25_000
-    start_timeout_ms: Positive = 25_000
     connect_timeout_ms: Positive = 3_000
     head_timeout_ms: Positive = 15_000
     keepalive_timeout_ms: Positive = 75_000

@@ -74,7 +74,6 @@ def proxy_settings(config: Config) -> ProxySettings:
         queue_max=proxy.queue_max,
         queue_timeout_s=proxy.queue_timeout_ms / 1000,
         start_timeout_s=proxy.start_timeout_ms / 1000,
-        start_timeout_s=proxy.start_timeout_ms / 1000,
         connect_timeout_s=proxy.connect_timeout_ms / 1000,
         head_timeout_s=proxy.head_timeout_ms / 1000,
         keepalive_timeout_s=proxy.keepalive_timeout_ms / 1000,
