@@ -12,6 +12,7 @@ import difflib
 import ipaddress
 import re
 import typing
+import urllib.parse
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -519,6 +520,31 @@ class AccessLogConfig(_Section, frozen=True):
     one_in: Positive = 1
 
 
+class TracingConfig(_Section, frozen=True):
+    """`[tracing]`: spans for an OpenTelemetry collector."""
+
+    endpoint: str = ""
+    ratio: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    believe_clients: bool = True
+    service_name: Annotated[str, Meta(min_length=1)] = "isthmus"
+    headers: dict[str, str] = {}
+    attributes: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        if self.endpoint:
+            _check("endpoint", _parse_endpoint, self.endpoint)
+        for name, value in self.headers.items():
+            if re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name) is None or not value.isprintable():
+                raise ValueOfKeyError("headers", f"`{name}` is no header that could be sent")
+
+
+def _parse_endpoint(text: str) -> None:
+    """Raise ValueError unless spans can be sent to the URL."""
+    url = urllib.parse.urlsplit(text)
+    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0 or url.username:
+        raise ValueError(f"`{text}` is not of the form http://host:4318 or https://host:4318")
+
+
 class Config(_Section, frozen=True):
     """Everything that one node is told."""
 
@@ -535,6 +561,7 @@ class Config(_Section, frozen=True):
     replication: ReplicationConfig = ReplicationConfig()
     log: LogConfig = LogConfig()
     access_log: AccessLogConfig = AccessLogConfig()
+    tracing: TracingConfig = TracingConfig()
     regions: dict[str, RegionConfig] = {}
     apps: tuple[AppConfig, ...] = ()
 

@@ -156,11 +156,14 @@ def _parse_variable(kind: Any, raw: str) -> Any:
         return [part.strip() for part in raw.split(",") if part.strip()]
     if typing.get_origin(kind) is dict:
         pairs = [part.partition("=") for part in raw.split(",") if part.strip()]
-        return {name.strip(): _parse_variable(int, value.strip()) for name, _, value in pairs}
+        _, item = typing.get_args(kind)
+        return {name.strip(): _parse_variable(item, value.strip()) for name, _, value in pairs}
     if kind is bool:
         return {"true": True, "false": False}.get(raw.lower(), raw)
     if kind is int and re.fullmatch(r"-?[0-9]{1,18}", raw):
         return int(raw)
+    if kind is float and re.fullmatch(r"[0-9]{1,9}(?:\.[0-9]{1,9})?", raw):
+        return float(raw)
     return raw
 
 

@@ -14,6 +14,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
+from isthmus import __version__
 from isthmus.config import Config, parse_listen
 from isthmus.feed import FeedFollower
 from isthmus.role import RefusedError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from proxy.certificates import Certificates
     from proxy.metrics import Sample
+    from proxy.tracing import Tracer
 
 # Looking at a file takes 2 us: little even for thousands, and soon enough for a certificate.
 CERTIFICATES_POLL_S = 5.0
@@ -101,6 +103,28 @@ def tls_settings(config: Config) -> TlsSettings:
     return TlsSettings(config.tls.handshakes_max, config.tls.handshake_timeout_ms / 1000)
 
 
+def _open_tracer(config: Config, metrics: ProxyMetrics, index: int) -> Tracer | None:
+    tracing = config.tracing
+    if not tracing.endpoint:
+        return None
+    # Importing here keeps http.client out of workers that trace nothing.
+    from proxy.tracing import Tracer, TracingSettings  # noqa: PLC0415 - see above
+
+    resource: dict[str, str | int] = {
+        "service.name": tracing.service_name,
+        "service.version": __version__,
+        "service.instance.id": f"{config.node}/{index}",
+        "isthmus.node": config.node,
+        "isthmus.region": config.region,
+        "process.pid": os.getpid(),
+        **tracing.attributes,
+    }
+    settings = TracingSettings(
+        tracing.endpoint, tracing.ratio, tracing.believe_clients, tracing.headers, resource
+    )
+    return Tracer(settings, metrics)
+
+
 class WorkerRole:
     """One worker of a node. `_tasks` run from start to stop.
 
@@ -115,7 +139,15 @@ class WorkerRole:
         self._metrics = ProxyMetrics()
         balancer = Balancer(self._table, config.region, random.Random())
         self._access_log = _open_access_log(config, self._metrics)
-        self._server = Server(proxy_settings(config), self._table, balancer, self._metrics, self._access_log)
+        self._tracer = _open_tracer(config, self._metrics, index)
+        self._server = Server(
+            proxy_settings(config),
+            self._table,
+            balancer,
+            self._metrics,
+            self._access_log,
+            tracer=self._tracer,
+        )
         self._follower = FeedFollower(
             config.feed_socket,
             f"worker-{index}/{os.getpid()}",
@@ -188,6 +220,8 @@ class WorkerRole:
         await self._server.close()
         if self._access_log is not None:
             await asyncio.to_thread(self._access_log.close)
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
         for task in self._tasks:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

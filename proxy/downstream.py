@@ -37,6 +37,7 @@ from .core.plane import Client
 from .core.proxy_protocol import render_announcement
 from .core.redirect import render_redirect
 from .core.request_head import RequestHead, parse_request_head
+from .core.traced_exchange import TracedExchange
 from .core.usual_heads import Fields, read_usual_request
 from .core.wishes import take_wishes
 from .sweeper import NEVER
@@ -349,7 +350,10 @@ class Downstream(asyncio.Protocol, Client):
 
     def adopt_log(self) -> None:
         """Log the next request if there is a log now."""
-        self._exchange_type = Exchange if self._plane.access_log is None else LoggedExchange
+        plane = self._plane
+        self._exchange_type = Exchange if plane.access_log is None else LoggedExchange
+        if plane.tracer is not None:
+            self._exchange_type = TracedExchange
 
     # Requests
 

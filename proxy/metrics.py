@@ -82,6 +82,11 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "isthmus_compressing": ("gauge", "Answers that are being compressed."),
     "isthmus_compression_bytes_in_total": ("counter", "Bytes of compressed answers before, by coding."),
     "isthmus_compression_bytes_out_total": ("counter", "Bytes of compressed answers after, by coding."),
+    "isthmus_trace_spans_sent_total": ("counter", "Spans that the collector took."),
+    "isthmus_trace_spans_dropped_total": (
+        "counter",
+        "Spans that the collector did not take in time.",
+    ),
     "isthmus_aborted_total": ("counter", "Exchanges cut before their end, by who cut them."),
     "isthmus_replays_total": (
         "counter",
@@ -210,6 +215,8 @@ class ProxyMetrics:
         "queued",
         "replay_cache_entries",
         "shed",
+        "spans_dropped",
+        "spans_sent",
         "tunnels",
         "upstreams",
         "upstreams_open",
@@ -224,6 +231,8 @@ class ProxyMetrics:
         self.aborted = {"client": 0, "machine": 0}
         self.shed: dict[str, int] = {}
         self.log_lines_dropped = 0
+        self.spans_sent = 0
+        self.spans_dropped = 0
         self.bad_announcements = 0
         self.compressing = 0
         self.compressed: dict[str, tuple[int, int]] = {}  # bytes before and after, by coding
@@ -305,6 +314,8 @@ class ProxyMetrics:
             ("isthmus_compressing", (), self.compressing),
             ("isthmus_bad_announcements_total", (), self.bad_announcements),
             ("isthmus_access_log_dropped_total", (), self.log_lines_dropped),
+            ("isthmus_trace_spans_sent_total", (), self.spans_sent),
+            ("isthmus_trace_spans_dropped_total", (), self.spans_dropped),
             ("isthmus_queue_waits_total", (), self.queue_waits),
             ("isthmus_queue_wait_seconds_total", (), self.queue_seconds),
             ("isthmus_replay_cache_entries", (), self.replay_cache_entries),

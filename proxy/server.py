@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .tcp_relay import TcpClient
     from .tls import TlsSettings
     from .tls_metrics import TlsMetrics
+    from .tracing import Tracer
 
 # How often a drain looks whether the last exchange is over.
 _DRAIN_POLL_S = 0.02
@@ -59,6 +60,7 @@ class Server:
         metrics: ProxyMetrics,
         access_log: AccessLog | None = None,
         starter: Starter | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._settings = settings
         self._table = table
@@ -66,6 +68,7 @@ class Server:
         self._metrics = metrics
         self._logs = [] if access_log is None else [access_log]
         self._starter = starter
+        self._tracer = tracer
         self._clients: set[Downstream] = set()
         self._announcing: set[AnnouncedConnection] = set()  # accepted, and not yet told whose they are
         self._relays: set[TcpClient] = set()
@@ -116,6 +119,7 @@ class Server:
             admission=admission,
             access_log=self._logs[0] if self._logs else None,
             starter=self._starter,
+            tracer=self._tracer,
             body_kept_max=self._settings.replay_body_bytes_max,
         )
         admission.watch(plane, pool.close_idle)
@@ -142,6 +146,7 @@ class Server:
             plane.queue.waiting,
             (plane.queue, admission),
             self._logs,
+            () if self._tracer is None else (self._tracer,),
         )
         self._sweeper.start()
 

@@ -116,19 +116,20 @@ def render_combined(entry: Entry) -> bytes:
         _escape(line),
         entry.status,
         entry.bytes_out,
-        _escape(_find_field(entry.lines, b"referer:")),
-        _escape(_find_field(entry.lines, b"user-agent:")),
+        _escape(find_field(entry.lines, b"referer:", b"-")),
+        _escape(find_field(entry.lines, b"user-agent:", b"-")),
     )
 
 
 RENDERERS: Final[dict[str, Callable[[Entry], bytes]]] = {"json": render_json, "combined": render_combined}
 
 
-def _find_field(lines: list[bytes], name: bytes) -> bytes:
+def find_field(lines: list[bytes], name: bytes, missing: bytes) -> bytes:
+    """Return the value of the first field of that name, which is in lower case and ends with a colon."""
     for line in lines:
         if line[: len(name)].lower() == name:
             return line[len(name) :].strip()
-    return b"-"
+    return missing
 
 
 def _escape_json(value: bytes) -> bytes:

@@ -80,7 +80,7 @@ def start_encoder(
     if not _is_suited(options, head):
         return None
     if not any(_names(line, b"vary") and _varies(line) for line in head.lines):
-        head.lines.append(b"Vary: Accept-Encoding")
+        head.lines = [*head.lines, b"Vary: Accept-Encoding"]
     size = head.content_length if head.content_length >= 0 else bytes_known
     if 0 <= size < options.bytes_min or request.minor == 0 or not room:
         return None

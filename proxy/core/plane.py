@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .framing import Data
     from .queue import Queue
     from .request_id import RequestIds
+    from .trace_context import TraceIds
+    from .traced_exchange import Span
 
 
 class Client(Protocol):
@@ -153,6 +155,16 @@ class Journal(Protocol):
         """Log a request."""
 
 
+class SpanSink(Protocol):
+    """The tracer."""
+
+    ids: TraceIds
+    believes_clients: bool
+
+    def add_spans(self, spans: list[Span]) -> None:
+        """Take the spans of one exchange."""
+
+
 class Chooser(Protocol):
     """The balancer."""
 
@@ -192,6 +204,7 @@ class Plane:
         "shedding",
         "starter",
         "table",
+        "tracer",
         "wall_us",
     )
 
@@ -211,6 +224,7 @@ class Plane:
         body_kept_max: int,
         access_log: Journal | None = None,
         starter: Starter | None = None,
+        tracer: SpanSink | None = None,
     ) -> None:
         self.settings = settings
         self.table = table
@@ -225,6 +239,7 @@ class Plane:
         self.body_kept_max = body_kept_max  # bytes kept for replays; 0 while memory is short
         self.access_log = access_log
         self.starter = starter
+        self.tracer = tracer
         self.replay_cache = ReplayCache(settings.replay_cache_entries_max, metrics)
         self.retries = RetryBudgets(settings, metrics, now())
         self.draining = False  # set once, when the worker is told to stop

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from isthmus.commands.run import _SETTINGS
-from isthmus.config import Config, ConfigError, parse_listen
+from isthmus.config import CompressionConfig, Config, ConfigError, parse_listen
 from isthmus.config_sources import flag_name, load_config, setting_types, variable_name
 
 if TYPE_CHECKING:
@@ -545,3 +545,46 @@ def test_limits_by_table_are_read_from_file_and_environment(tmp_path: Path) -> N
     for wrong in ("checks", "checks=-1", "checks=x", "=", "checks=1.5"):
         with pytest.raises(ConfigError, match="TABLE_WRITES_PER_S"):
             load_config(None, {}, {"ISTHMUS_REPLICATION__TABLE_WRITES_PER_S": wrong})
+
+
+def test_tracing_is_set_by_the_environment_as_by_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "isthmus.toml"
+    file.write_text('[tracing]\nendpoint = "https://c:4318/x"\nratio = 0.5\nheaders = { a = "1" }\n')
+    told = load_config(file, {}, {}).tracing
+    environ = {
+        "ISTHMUS_TRACING__ENDPOINT": "https://c:4318/x",
+        "ISTHMUS_TRACING__RATIO": "0.5",
+        "ISTHMUS_TRACING__HEADERS": "a=1",
+    }
+    assert load_config(None, {}, environ).tracing == told
+    assert (told.ratio, told.headers) == (0.5, {"a": "1"})
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('endpoint = "c:4318"', "is not of the form"),
+        ('endpoint = "ftp://c"', "is not of the form"),
+        ('endpoint = "http://u:p@c:4318"', "is not of the form"),
+        ('endpoint = "http://c:99999"', "tracing.endpoint"),
+        ("ratio = 1.5", "tracing.ratio"),
+        ('headers = { "a b" = "x" }', "no header"),
+        ('headers = { a = "x\\ny" }', "no header"),
+    ],
+)
+def test_tracing_that_could_not_work_is_refused(tmp_path: Path, line: str, problem: str) -> None:
+    file = tmp_path / "isthmus.toml"
+    file.write_text(f"[tracing]\n{line}\n")
+    with pytest.raises(ConfigError, match=problem):
+        load_config(file, {}, {})
+
+
+def test_compression_of_an_app_is_checked_when_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "isthmus.toml"
+    file.write_text('[[apps]]\nname = "a"\n[apps.compression]\ncodings = ["gzip"]\n')
+    (app,) = load_config(file, {}, {}).apps
+    assert isinstance(app.compression, CompressionConfig)
+    assert app.compression.codings == ("gzip",)
+    file.write_text('[[apps]]\nname = "a"\n[apps.compression]\ngzip_level = 10\n')
+    with pytest.raises(ConfigError, match=r"isthmus.toml:4: apps\[0\].compression.gzip_level"):
+        load_config(file, {}, {})

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from proxy.access_log import AccessLog
+    from proxy.tracing import Tracer
 
 # Loopback answers at once; only a test of a limit shortens it further.
 SETTINGS = ProxySettings("node1", "ams", sweep_interval_s=0.02, connect_timeout_s=1.0)
@@ -33,6 +34,7 @@ class Edge:
         self.balancer = Balancer(self.table, "ams", random.Random(1))
         self.metrics = ProxyMetrics()
         self.access_log: AccessLog | None = None  # a test may set one before `start`
+        self.tracer: Tracer | None = None  # as above
         self.server = Server(self.settings, self.table, self.balancer, self.metrics)
         self.machines: list[FakeMachine] = []
         self.clients: list[RawClient] = []
@@ -40,7 +42,9 @@ class Edge:
 
     async def start(self, **changes: object) -> None:
         self.settings = replace(self.settings, **changes)
-        self.server = Server(self.settings, self.table, self.balancer, self.metrics, self.access_log)
+        self.server = Server(
+            self.settings, self.table, self.balancer, self.metrics, self.access_log, tracer=self.tracer
+        )
         await self.server.start()
         self.started = True
 
