@@ -28,6 +28,7 @@ from isthmus.registry import Registry, RegistryError
 from isthmus.reloading import Lifecycle
 from isthmus.role import RefusedError
 from isthmus.route_feed import RouteFeed
+from isthmus.sharing import Sharing
 from proxy.reach import Reach
 from replication.agent import Agent
 from replication.core.limits import ALL, OriginSettings
@@ -126,6 +127,7 @@ class AgentRole:
             rng=random.Random(),
             clock_ms=lambda: time.time_ns() // 1_000_000,
         )
+        self._sharing = Sharing(self._agent, self._table, config.node, config.region)
         self._subscriptions = Subscriptions(config.database, schema)
         self._feed: FeedServer | None = None
         self._admin: AdminServer | None = None
@@ -154,7 +156,7 @@ class AgentRole:
             await self._agent.catch_up(CATCH_UP_S)
         totals = self._totals
         self._feed = FeedServer(
-            config.feed_socket, self._routes.load(), totals.handle_samples, totals.handle_gone
+            config.feed_socket, self._routes.load(), totals.handle_samples, totals.handle_gone, self._sharing
         )
         await self._feed.start()
         own = {config.proxy.listen, config.admin.listen, gossip}
@@ -177,6 +179,7 @@ class AgentRole:
         listeners = (*own, config.tls.listen)
         await self._reach.open([parse_listen(address) for address in listeners if address])
         await self._checker.start()
+        self._sharing.start(self._feed)
         return {"admin": self._admin.address, "gossip": gossip}
 
     async def stop(self) -> None:
@@ -188,6 +191,7 @@ class AgentRole:
         await self._stop(leaves=False)
 
     async def _stop(self, *, leaves: bool) -> None:
+        await self._sharing.stop()
         await self._checker.stop()
         await self._subscriptions.stop()  # before the listener, which would wait for the streams
         if self._admin is not None:
@@ -195,6 +199,7 @@ class AgentRole:
         await self._agent.stop(leaves=leaves)
         if self._feed is not None:
             await self._feed.stop()
+        self._totals.handle_end()
 
     async def adopt(self, config: Config) -> None:
         """Go on with another configuration: keys, and what it declares if that has changed.
@@ -242,6 +247,7 @@ class AgentRole:
         yield from self._totals.samples()
         yield from self._agent.samples()
         yield from self._checker.samples()
+        yield from self._sharing.samples()
         yield from self._subscriptions.samples()
         yield from self._credentials.samples()
         if self._feed is not None:

@@ -6,7 +6,9 @@ again.
 
 Messages, agent to worker: `["commit", seq, [[table, pk, row or nil], …]]`, `["reload"]`, and `["lost"]` when
 the next agent will count anew; worker to agent: `["follow", worker, seq]` first, then
-`["samples", worker, [[name, labels, value], …]]` now and then.
+`["samples", worker, [[name, labels, value], …]]` now and then. What is known of loads and distances comes and
+goes beside the table: `["loads", [[machine, in flight], …]]` from a worker, and from the agent the three
+messages of `Hints`, all of them to a worker that has just come.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import logging
 import random
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgpack
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from proxy.metrics import Sample
+    from routing.loads import Busy
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +51,44 @@ MESSAGE_BYTES_MAX = 64 << 20
 NO_SEQ = -1
 
 SAMPLES_INTERVAL_S = 1.0
+# How late, at most, an agent hears of what a worker has in flight.
+LOADS_INTERVAL_S = 0.1
+# A worker without an agent routes for so long by what other nodes had in flight.
+LOADS_KEPT_S = 5.0
 # Cleaners of temporary directories remove sockets; a worker that lost its agent routes on stale rows.
 SOCKET_LOOK_S = 2.0
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 1.0
+
+
+class Hints(Protocol):
+    """The worker's side of what is told beside the table."""
+
+    busy: Busy  # what is told to the agent
+
+    def set_siblings(self, counts: Iterable[tuple[str, int]]) -> None:
+        """`["siblings", counts]`: what the other workers of this node have in flight at these machines."""
+
+    def forget_siblings(self) -> None:
+        """Nobody says any more what the other workers have."""
+
+    def set_present(self, nodes: Iterable[str]) -> None:
+        """`["present", nodes]`: those whose loads count."""
+
+    def set_round_trips(self, origin: str, round_trips: Iterable[tuple[str, float]]) -> None:
+        """`["round_trips", region, …]`: milliseconds from that region to others, where they were measured."""
+
+
+class Followers(Protocol):
+    """Who wants to know of workers, on the agent's side."""
+
+    def add_worker(self, worker: str) -> Iterable[list[Any]]:
+        """A worker follows; returns the messages that it starts with."""
+
+    def drop_worker(self, worker: str) -> None:
+        """A worker is gone."""
+
+    def handle_counts(self, worker: str, counts: Iterable[tuple[str, int]]) -> None:
+        """A worker tells what it has in flight where that has changed."""
 
 
 def _pack(message: list[Any]) -> bytes:
@@ -74,9 +112,11 @@ class FeedServer:
         last_seq: int,
         on_samples: Callable[[str, Iterable[Sample]], None],
         on_gone: Callable[[str], None] = lambda _: None,
+        interested: Followers | None = None,
     ) -> None:
         self._path = path
         self._on_samples = on_samples
+        self._interested = interested
         self._on_gone = on_gone
         self.last_seq = last_seq
         self._recent: deque[tuple[int, bytes]] = deque(maxlen=COMMITS_KEPT)
@@ -148,6 +188,13 @@ class FeedServer:
         for writer in self._followers:
             writer.write(_pack(["lost"]))
 
+    def send(self, message: list[Any], worker: str | None = None) -> None:
+        """Send a hint to one worker, or to all. One that does not read misses it, and will be cut off."""
+        packed = _pack(message)
+        for writer, name in self._followers.items():
+            if worker in {None, name} and writer.transport.get_write_buffer_size() < BACKLOG_BYTES_MAX:
+                writer.write(packed)
+
     def _pack_commit(self, commit: Commit) -> bytes | None:
         """Return the message of a commit; None when workers had better read the file.
 
@@ -171,6 +218,8 @@ class FeedServer:
             worker = self._followers.pop(writer, None)
             if worker is not None and worker not in self._followers.values():
                 self._on_gone(worker)
+                if self._interested is not None:
+                    self._interested.drop_worker(worker)
             writer.close()
 
     def _handle(self, message: Any, writer: asyncio.StreamWriter) -> None:
@@ -178,6 +227,11 @@ class FeedServer:
             case ("follow", str(worker), int(seq)):
                 self._followers[writer] = worker
                 writer.writelines(self._catch_up(seq))
+                if self._interested is not None:
+                    writer.writelines(map(_pack, self._interested.add_worker(worker)))
+            case ("loads", tuple(counts)) if writer in self._followers:
+                if self._interested is not None:
+                    self._interested.handle_counts(self._followers[writer], counts)
             case ("samples", str(worker), tuple(samples)):
                 self._on_samples(worker, samples)
             case _:
@@ -207,7 +261,9 @@ class FeedFollower:
         load: Callable[[], Awaitable[int]],
         apply: Callable[[RowChange], None],
         samples: Callable[[], Iterable[Sample]],
+        hints: Hints,
     ) -> None:
+        self._hints = hints
         self._path = path
         self._worker = worker
         self._load = load
@@ -230,6 +286,7 @@ class FeedFollower:
             self.connected, self._writer = True, writer
             connected_at = time.monotonic()
             reporter = asyncio.create_task(self._report(writer))
+            teller = asyncio.create_task(self._tell_loads(writer))
             try:
                 writer.write(_pack(["follow", self._worker, self.seq]))
                 await self._follow(reader)
@@ -238,7 +295,10 @@ class FeedFollower:
             finally:
                 self.connected, self._writer = False, None
                 reporter.cancel()
+                teller.cancel()
                 writer.close()
+                self._hints.forget_siblings()
+                self.heard = time.monotonic()
             log.info("the agent is away; routing goes on with the last table")
             if time.monotonic() - connected_at > RECONNECT_MAX_S:
                 pause = RECONNECT_MIN_S
@@ -246,6 +306,8 @@ class FeedFollower:
 
     async def _rest(self, pause: float) -> float:
         """Wait before the next try, and return how long to wait before the one after it."""
+        if time.monotonic() - self.heard > LOADS_KEPT_S:
+            self._hints.set_present(())
         await asyncio.sleep(pause * random.uniform(0.5, 1.0))
         return min(pause * 2, RECONNECT_MAX_S)
 
@@ -264,6 +326,12 @@ class FeedFollower:
                         self.seq = await self._load()
                     case ("lost",):
                         self.seq = NO_SEQ
+                    case ("siblings", tuple(counts)):
+                        self._hints.set_siblings(counts)
+                    case ("present", tuple(nodes)):
+                        self._hints.set_present(nodes)
+                    case ("round_trips", str(origin), tuple(round_trips)):
+                        self._hints.set_round_trips(origin, round_trips)
                     case _:
                         raise ValueError(f"unknown feed message {message!r:.80}")
 
@@ -286,3 +354,12 @@ class FeedFollower:
         """Tell the agent, if it is there, what has been counted up to now."""
         if self._writer is not None:
             self._writer.write(_pack(["samples", self._worker, list(self._samples())]))
+
+    async def _tell_loads(self, writer: asyncio.StreamWriter) -> None:
+        self._hints.busy.forget_told()  # this agent may be another one than the last
+        with contextlib.suppress(OSError):
+            while True:
+                if counts := self._hints.busy.collect():
+                    writer.write(_pack(["loads", counts]))
+                    await writer.drain()
+                await asyncio.sleep(LOADS_INTERVAL_S)

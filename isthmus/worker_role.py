@@ -154,6 +154,7 @@ class WorkerRole:
             load=self._routes.reload,
             apply=self._routes.apply,
             samples=self._samples,
+            hints=self._table,
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._index = index

@@ -275,7 +275,7 @@ class Balancer:
         known = self._table.regions
         nearest_first = sorted(
             buckets.values(),
-            key=lambda bucket: (known.distance_km(self._region, bucket.region), bucket.region),
+            key=lambda bucket: (known.rtt_ms(self._region, bucket.region), bucket.region),
         )
         plan: dict[str, Bucket] = {}
         for name in regions:

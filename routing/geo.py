@@ -1,8 +1,8 @@
 """Where regions are and how far apart.
 
-Decides which regions a name stands for and which of two is nearer; refuses to know machines and
-round-trip times. Invariant: an operator's own region wins over the built-in one of the same code,
-and removing it brings the built-in one back.
+Decides which regions a name stands for and which of two is nearer: by round trips where somebody measured them,
+else by distance. Refuses to know machines. Invariant: an operator's own region wins over the built-in one
+of the same code, and removing it brings the built-in one back.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 EARTH_RADIUS_KM: Final = 6371.0
 # A region without coordinates is farther than any other, but still reachable as the last choice.
@@ -18,6 +21,11 @@ UNKNOWN_KM: Final = math.inf
 # Distances are asked for pairs (own region, region of some machine): a few hundred at most, unless rows
 # are hostile, and then forgetting is cheaper than growing.
 _CACHE_PAIRS_MAX: Final = 65_536
+
+# Light in fibre needs 1 ms there and back for 100 km; cables are about half as long again as the way
+# through the air, and what stands at their ends takes its time too.
+RTT_MS_PER_KM: Final = 0.015
+RTT_MS_LEAST: Final = 2.0
 
 ANY: Final = "any"
 # Names that stand for several regions; `any` is every region, also one without coordinates.
@@ -119,10 +127,11 @@ def compute_distance_km(a: Region, b: Region) -> float:
 class Regions:
     """The built-in regions and the operator's own."""
 
-    __slots__ = ("_cache", "_known")
+    __slots__ = ("_cache", "_known", "_measured_ms")
 
     def __init__(self) -> None:
         self._known = dict(BUILT_IN)
+        self._measured_ms: dict[tuple[str, str], float] = {}  # by (from, to)
         self._cache: dict[tuple[str, str], float] = {}  # emptied when a region moves
 
     def __contains__(self, code: object) -> bool:
@@ -163,6 +172,27 @@ class Regions:
                 self._cache.clear()
             self._cache[pair] = distance
         return distance
+
+    def set_round_trips(self, origin: str, round_trips_ms: Iterable[tuple[str, float]]) -> None:
+        """Take the measured ways from a region; those not given are as they were."""
+        for code, rtt_ms in round_trips_ms:
+            self._measured_ms[origin, code] = rtt_ms
+
+    def is_measured(self, origin: str, code: str) -> bool:
+        """True when the way from one region to the other was measured."""
+        return (origin, code) in self._measured_ms
+
+    def rtt_ms(self, origin: str, code: str) -> float:
+        """Return the round trip between two regions: as measured, or else as the distance suggests.
+
+        A region is nearest to itself, whatever was measured, and one without a known place the farthest.
+        """
+        if origin == code:
+            return 0.0
+        measured = self._measured_ms.get((origin, code))
+        if measured is not None:
+            return measured
+        return RTT_MS_LEAST + self.distance_km(origin, code) * RTT_MS_PER_KM
 
     def covers(self, name: str, code: str) -> bool:
         """True when the region `code` is what `name` (a code or an area) stands for."""

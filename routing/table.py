@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from .catalog import TABLES, RowError, parse_row
 from .geo import AREAS, Regions
 from .hosts import HostIndex
+from .loads import Busy
 from .target import NO_CHECKS, Bucket, Target
 from .types import (
     AppRow,
@@ -126,8 +127,8 @@ class Service:
 class RoutingTable:
     """All rows, indexed.
 
-    `own_node` is the node that this process belongs to: what it reports of its own load is already
-    counted in `Target.in_flight` and is left out of `Target.remote_load`.
+    `own_node` is the node that this process belongs to: what it reports of its own load is counted in
+    `Target.in_flight` and by `set_siblings`, and its rows are left out of `Target.remote_load`.
     """
 
     def __init__(self, own_node: str = "") -> None:
@@ -141,6 +142,9 @@ class RoutingTable:
         self._targets: dict[str, Target] = {}
         self._checks: dict[str, dict[str, CheckRow]] = {}  # by machine, then name; also of absent machines
         self._loads: dict[str, dict[str, int]] = {}  # by machine, then node; also of absent machines
+        self.busy = Busy()
+        self._siblings: dict[str, int] = {}  # what other workers of this node have, by machine; never zero
+        self._present: frozenset[str] | None = None  # nodes whose loads count; None: those of all
         self._region_uses: dict[str, int] = {}  # how many rows of nodes and machines name a region
 
     # Changes
@@ -206,6 +210,32 @@ class RoutingTable:
             if not done % step:
                 yield
 
+    def set_siblings(self, counts: Iterable[tuple[str, int]]) -> None:
+        """Take what other workers of this node have in flight at these machines."""
+        for machine, count in counts:
+            if count:
+                self._siblings[machine] = count
+            else:
+                self._siblings.pop(machine, None)
+            self._update_remote_load(machine)
+
+    def set_present(self, nodes: Iterable[str]) -> None:
+        """From now on only the loads that these nodes wrote count: those of others are out of date."""
+        present = frozenset(nodes)
+        if present != self._present:
+            self._present = present
+            for machine in self._loads:
+                self._update_remote_load(machine)
+
+    def set_round_trips(self, origin: str, round_trips: Iterable[tuple[str, float]]) -> None:
+        """Take how many milliseconds it is from a region to others."""
+        self.regions.set_round_trips(origin, round_trips)
+        self._forget_orders()
+
+    def forget_siblings(self) -> None:
+        """Nobody can say any more what other workers have."""
+        self.set_siblings([(machine, 0) for machine in self._siblings])
+
     def _index(self, old: Entity | None, new: Entity | None) -> None:
         match new if new is not None else old:
             case MachineRow(id=machine):
@@ -255,6 +285,9 @@ class RoutingTable:
             self.regions.put_own(code, new.name, new.latitude, new.longitude)
         else:
             self.regions.drop_own(code)
+        self._forget_orders()
+
+    def _forget_orders(self) -> None:
         # Rare, and the only change that is O(apps): all orders of distance may be wrong now.
         for app in self._apps.values():
             app.plans.clear()
@@ -273,8 +306,7 @@ class RoutingTable:
             self._attach(target, new.app, new.region)
             if machine in self._checks:
                 target.set_checks(self._checks[machine])
-            if machine in self._loads:
-                target.remote_load = sum(self._loads[machine].values())
+            target.remote_load = self._compute_remote_load(machine)
             return
         if (target.app, target.region) != (new.app, new.region):
             self._detach(target)
@@ -313,15 +345,27 @@ class RoutingTable:
         if node == self.own_node:
             return
         loads = self._loads.setdefault(machine, {})
-        before = loads.pop(node, 0)
-        after = 0
         if isinstance(new, LoadRow):
-            after = loads[node] = new.in_flight
-        if not loads:
-            del self._loads[machine]
+            loads[node] = new.in_flight
+        else:
+            loads.pop(node, None)
+            if not loads:
+                del self._loads[machine]
+        self._update_remote_load(machine)
+
+    def _compute_remote_load(self, machine: str) -> int:
+        load = self._siblings.get(machine, 0)
+        if machine in self._loads:
+            present = self._present
+            for node, in_flight in self._loads[machine].items():
+                if present is None or node in present:
+                    load += in_flight
+        return load
+
+    def _update_remote_load(self, machine: str) -> None:
         target = self._targets.get(machine)
         if target is not None:
-            target.remote_load += after - before
+            target.remote_load = self._compute_remote_load(machine)
 
     def _count_region(self, old: Entity | None, new: Entity | None) -> None:
         if isinstance(new, NodeRow | MachineRow):
@@ -361,6 +405,16 @@ class RoutingTable:
     def app(self, name: str) -> App | None:
         """Return what is known of an app, also when its row is missing."""
         return self._apps.get(name)
+
+    def soft_limit(self, machine: str) -> int:
+        """Return the lowest soft limit that a machine comes under; 1 where there is none, as that is near."""
+        target = self._targets.get(machine)
+        services = self._apps[target.app].services.values() if target is not None else ()
+        return min((service.soft_limit for service in services), default=1)
+
+    def node_regions(self) -> dict[str, str]:
+        """Return the region of each node that has a row."""
+        return {row.id: row.region for row in self._rows["nodes"].values() if isinstance(row, NodeRow)}
 
     def knows_region(self, name: str) -> bool:
         """True for a built-in or own region, an area, and a code that a node or machine uses."""

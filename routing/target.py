@@ -81,6 +81,7 @@ class Target:
         "removed",
         "since_ms",
         "state",
+        "watched",
         "weight",
     )
 
@@ -105,7 +106,8 @@ class Target:
         self.healthy = True  # no check is critical; set by `set_checks`
         # Kept by the proxy of this process, and by the table for what other nodes report.
         self.in_flight = 0  # requests (or connections) that this process has at the machine
-        self.remote_load = 0  # what other nodes last said that they have there
+        self.remote_load = 0  # what other workers and nodes last said that they have there
+        self.watched = False  # `loads.Busy` looks at it; set and cleared there
         self.ejected_until = 0.0  # monotonic seconds; set by health.record_failure, 0 when not ejected
         self.failures = 0  # consecutive; set by health.record_failure, cleared by record_success
         # Kept by `attach`, `detach` and `_place`.

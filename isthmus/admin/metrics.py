@@ -31,6 +31,7 @@ Value: TypeAlias = float | tuple[float, ...]
 OWN_METRICS: Mapping[str, tuple[str, str]] = {
     "isthmus_feed_connected": ("gauge", "Workers that follow the agent's change feed"),
     "isthmus_feed_followers": ("gauge", "Followers as the agent counts them"),
+    "isthmus_loads_rows_written_total": ("counter", "Rows of the table of loads that this node wrote"),
     "isthmus_routing_rows_rejected": ("gauge", "Rows of the table that workers could not use"),
 }
 
@@ -92,6 +93,14 @@ class WorkerTotals:
         """Keep the counters of a worker that no longer follows; it may be back, and counts on then."""
         samples = self._latest.pop(worker, {})
         self._gone[worker] = {key: value for key, value in samples.items() if not self._is_gauge(key[0])}
+        self._tell()
+
+    def handle_end(self) -> None:
+        """Leave what all workers have counted to the next agent: they may be gone before it is there."""
+        for worker in list(self._latest):
+            self.handle_gone(worker)
+
+    def _tell(self) -> None:
         while len(self._gone) > GONE_MAX:
             earlier = self._gone.pop(_EARLIER, {})
             for key, value in self._gone.pop(next(iter(self._gone))).items():

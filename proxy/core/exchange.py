@@ -275,7 +275,7 @@ class Exchange:
             return
         self.attempts += 1
         self.target = choice
-        choice.in_flight += 1
+        plane.table.busy.enter(choice)
         port = choice.port or self.service.internal_port
         if port is None:
             self._retry_elsewhere(CONNECT_FAILED, f"machine {choice.id} has no port")

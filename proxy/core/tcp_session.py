@@ -138,7 +138,7 @@ class TcpSession:
     def _reach(self, target: Target) -> None:
         self.attempts += 1
         self.target = target
-        target.in_flight += 1
+        self.plane.table.busy.enter(target)
         port = self.service.upstream_port(target)
         if port is None:
             self._retry_elsewhere()

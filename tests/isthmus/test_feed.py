@@ -13,6 +13,7 @@ import pytest
 from isthmus import feed
 from isthmus.feed import FeedFollower, FeedServer
 from replication.core.change import Commit, RowChange
+from routing.table import RoutingTable
 from tests.isthmus.waiting import eventually
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from replication.metrics import Sample
+    from routing.target import Target
 
 
 def commit(seq: int, rows: int = 1, filler: str = "") -> Commit:
@@ -36,7 +38,10 @@ class Worker:
         self.file_seq = 0
         self.load_errors: list[Exception] = []
         self.apply_errors: list[Exception] = []
-        self.follower = FeedFollower(path, name, load=self.load, apply=self.apply, samples=self.samples)
+        self.table = RoutingTable("n1")
+        self.follower = FeedFollower(
+            path, name, load=self.load, apply=self.apply, samples=self.samples, hints=self.table
+        )
         self._task: asyncio.Task[None] | None = None
 
     async def load(self) -> int:
@@ -364,6 +369,7 @@ async def test_socket_left_behind_by_a_killed_agent_is_replaced(path: Path, work
         msgpack.packb(["follow", "w", "x"]),
         msgpack.packb(["samples", "w", 5]),
         msgpack.packb(["samples", "w", [5]]),
+        msgpack.packb(["loads", [["m1", 1]]]),
         msgpack.packb({(1, 2): 3}),
     ],
 )
@@ -520,3 +526,72 @@ async def test_socket_that_somebody_removed_is_made_again(
         await early.stop()
         await agent.server.stop()
     assert mode(path) is None
+
+
+class Interested:
+    """Takes counts, and tells a worker that comes who is there."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, dict[str, int]] = {}
+
+    def add_worker(self, worker: str) -> list[list[Any]]:
+        self.counts[worker] = {}
+        return [["present", ["n2"]], ["round_trips", "ams", [["syd", 9.0]]]]
+
+    def drop_worker(self, worker: str) -> None:
+        del self.counts[worker]
+
+    def handle_counts(self, worker: str, counts: Iterable[tuple[str, int]]) -> None:
+        self.counts[worker].update(counts)
+
+
+def hold_load(worker: Worker) -> Target:
+    """Give a worker's table a machine with something in flight here and on two nodes."""
+    for table, key, values in (
+        ("machines", ("m1",), ("m1", "web", "n1", "syd", "10.0.0.1:80", "started", 0, "")),
+        ("loads", ("m1", "n2"), ("m1", "n2", 5, 0)),
+        ("loads", ("m1", "n3"), ("m1", "n3", 70, 0)),
+    ):
+        worker.table.apply(table, key, values)
+    machine = worker.table.machine("m1")
+    assert machine is not None
+    worker.table.busy.enter(machine)
+    return machine
+
+
+async def test_a_worker_tells_its_load_and_is_told_that_of_others(path: Path, worker: Worker) -> None:
+    interested = Interested()
+    server = FeedServer(path, 0, lambda *_: None, interested=interested)
+    await server.start()
+    try:
+        machine = hold_load(worker)
+        worker.start()
+        await eventually("the count arrives", lambda: interested.counts == {"worker-0/1": {"m1": 1}})
+        await eventually("only a node that is there counts", lambda: machine.load == 1 + 5)
+        assert worker.table.regions.rtt_ms("ams", "syd") == 9.0
+        server.send(["siblings", [["m1", 3]]], "worker-0/1")
+        server.send(["siblings", [["m1", 9]]], "worker-1/1")
+        await eventually("what siblings have counts", lambda: machine.load == 1 + 5 + 3)
+        machine.in_flight -= 1
+        await eventually("the end arrives", lambda: interested.counts == {"worker-0/1": {"m1": 0}})
+        await worker.stop()
+        await eventually("a worker that is gone has nothing", lambda: not interested.counts)
+    finally:
+        await server.stop()
+
+
+async def test_without_an_agent_a_worker_forgets_what_it_was_told_of_loads(
+    path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "LOADS_KEPT_S", 0.2)
+    server = FeedServer(path, 0, lambda *_: None, interested=Interested())
+    await server.start()
+    machine = hold_load(worker)
+    worker.start()
+    server_side = ["siblings", [["m1", 3]]]
+    await eventually("a follower", lambda: server.followers)
+    server.send(server_side)
+    await eventually("all is known", lambda: machine.load == 1 + 5 + 3)
+    await server.stop()
+    await eventually("siblings are forgotten at once", lambda: machine.load == 1 + 5)
+    await eventually("and other nodes in a while", lambda: machine.load == 1)

@@ -69,6 +69,13 @@ def test_nearest_tier_first_and_a_place_unknown_to_us_last() -> None:
     assert choose(table) == "PR01"
 
 
+def test_measured_round_trips_change_the_order_of_tiers() -> None:
+    table = world(("near", "fra"), ("far", "syd"))
+    assert choose(table) == "near"
+    table.set_round_trips("ams", [("fra", 80.0), ("syd", 10.0)])
+    assert choose(table) == "far"
+
+
 def test_takes_the_less_loaded_of_two_random_machines() -> None:
     table = world(("a", "ams"), ("b", "ams"), ("c", "ams"))
     loads = {"a": 3, "b": 2, "c": 1}
