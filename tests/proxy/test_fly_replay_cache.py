@@ -68,6 +68,7 @@ PATHS = [
     case(b"/a/*", b"/a/b", b"/ab", 2, id="prefixes-end-at-a-slash"),
     case(b"/a/*", b"/a/b", b"/", 2, id="not-above"),
     case(b"/a/*", b"/a/b", b"/a/%2e%2e/c", 2, id="dot-segments-lead-out"),
+    case(b"/a/*", b"/ab", b"/ab", 2, id="a-prefix-of-the-name-is-none-of-the-path"),
     case(b"/b/*", b"/a/b", b"/a/b", 2, id="it-must-match-the-request"),
     case(b"app.test/a/*", b"/a/b", b"/a/c", 1, id="with-the-host"),
     case(b"App.Test/a", b"/a/b", b"/a/c", 1, id="hosts-have-no-case"),
@@ -145,6 +146,8 @@ SESSIONS = [
     case({"type": "header", "name": "X-Sid"}, [b"x-sid: 1"], [b"X-SID: 1"], 1, id="header"),
     case({"type": "header", "name": "X-Sid"}, [b"x-sid: 1"], [b"X-SID: 2"], 2, id="another-header"),
     case({"path_prefix": "/a"}, [b"Cookie: sid=1"], [b"Cookie: sid=1"], 2, id="not-below-the-prefix"),
+    case({"path_prefix": "/x"}, [b"Cookie: sid=1"], [b"Cookie: sid=1"], 2, id="below-it-and-not"),
+    case({"path_prefix": "/", "name": "s"}, [b"Cookie: s=1"], [b"Cookie: s=1"], 1, id="everywhere"),
     case({"path_prefix": "app.test"}, [b"Cookie: sid=1"], [b"Cookie: sid=1"], 1, id="for-the-host"),
     case({"path_prefix": "else.test/"}, [b"Cookie: sid=1"], [b"Cookie: sid=1"], 2, id="for-another-host"),
 ]
@@ -424,6 +427,12 @@ def test_what_is_used_stays_longer() -> None:
     assert memory.finds(head_of("/", "Cookie: sid=0"))
     memory.learn(head_of("/", "Cookie: sid=3"), "")
     assert [memory.finds(head_of("/", f"Cookie: sid={n}")) for n in range(4)] == [True, False, True, True]
+
+
+def test_a_rule_ends_at_a_slash() -> None:
+    memory = Memory(options=rules(path_prefix="/a"))
+    assert memory.learn(head_of("/ab", "Cookie: sid=1"), "") == ""
+    assert memory.learn(head_of("/a/b", "Cookie: sid=1"), "") == "stored"
 
 
 def test_keys_are_small_whatever_clients_send() -> None:

@@ -1,4 +1,4 @@
-"""`transform` of Fly's JSON form: changes of the replayed request, one case for each thing that is said of it."""
+"""`transform` of Fly's JSON form, which changes the replayed request: one case for each thing said of it."""
 
 from __future__ import annotations
 

@@ -96,6 +96,7 @@ async def test_a_replay_to_an_app_under_maintenance_gets_its_page(edge: Edge) ->
         ({"response_headers": {"Content-Length": "5"}}, "the proxy's own"),
         ({"response_headers": {"transfer-encoding": False}}, "the proxy's own"),
         ({"response_headers": {"fly-replay": "app=x"}}, "the proxy's own"),
+        ({"response_headers": {"fly-request-id": "x"}}, "the proxy's own"),
         ({"response_headers": {"x": "a\r\nb: c"}}, "not printable ASCII"),
         ({"response_headers": {"x": "a\n"}}, "not printable ASCII"),
         ({"response_headers": {"x": ["a", 1]}}, "not printable ASCII"),
