@@ -19,12 +19,20 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from isthmus.config_machines import CheckConfig, MachineConfig
+from isthmus.config_values import (
+    NotNegative,
+    Positive,
+    ValueOfKeyError,
+    check_identifier,
+    parse_listen,
+)
+from isthmus.config_values import check as _check
 from replication.core.wire import CLUSTER_CHARS_MAX
 from replication.seal import KEYS_MAX
 from routing import geo
 from routing.catalog import (
     APP_NAME,
-    IDENTIFIER,
     REGION_CODE,
     canonical_hostname,
     canonical_prefix,
@@ -36,13 +44,11 @@ from routing.options import PAGE_CHARS_MAX, parse_headers
 from routing.replay_options import TTL_S_MAX, TTL_S_MIN, parse_replay_options
 
 if typing.TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+__all__ = ["CheckConfig", "MachineConfig", "ValueOfKeyError", "check_identifier", "parse_listen"]
 
 T = TypeVar("T")
-# Numbers end up in SQLite's integers and in timers; beyond this is a mistake.
-Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-NotNegative = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-DAY_MS = 86_400_000
 
 
 # A region for a node that is told nothing: a place of its own, equally far from everywhere.
@@ -53,45 +59,10 @@ class ConfigError(Exception):
     """A setting is wrong. The message says which, where it was said, and what would be right."""
 
 
-class ValueOfKeyError(ValueError):
-    """The value of one key of a section is wrong; `key` is a path below that section."""
-
-    def __init__(self, key: str, problem: str) -> None:
-        super().__init__(problem)
-        self.key = key
-
-
-def _check(key: str, parse: Callable[[str], object], *values: str) -> None:
-    """Raise an error that names the key unless `parse` takes each of its values."""
-    for value in values:
-        try:
-            parse(value)
-        except ValueError as error:
-            raise ValueOfKeyError(key, str(error)) from None
-
-
-def parse_listen(text: str) -> tuple[str, int]:
-    """Split `host:port` or `[v6]:port`; port 0 lets the system choose. Raises ValueError."""
-    match = re.fullmatch(r"\[([0-9A-Fa-f:.]+)\]:(\d{1,5})|([^\s:\[\]/@]+):(\d{1,5})", text)
-    if match is None:
-        raise ValueError(f"`{text}` is not an address of the form host:port or [v6]:port")
-    host, port = (match[1], match[2]) if match[1] is not None else (match[3], match[4])
-    if int(port) > 65535:
-        raise ValueError(f"`{text}` has a port above 65535")
-    return host, int(port)
-
-
 def _parse_peer(text: str) -> None:
     """Raise ValueError unless others can connect to the address: it needs a port of its own."""
     if parse_listen(text)[1] == 0:
         raise ValueError(f"`{text}` has port 0, to which nobody can connect")
-
-
-def _parse_machine(text: str) -> None:
-    """Raise ValueError unless routing takes the address; what has no port is told apart from a wrong one."""
-    if ":" in text.rpartition("]")[2]:
-        parse_listen(text)
-    parse_address(text)
 
 
 def format_address(host: str, port: int) -> str:
@@ -121,12 +92,6 @@ def check_app_name(name: str) -> None:
     """Raise ValueError unless routing takes the name for an app."""
     if APP_NAME.fullmatch(name) is None:
         raise ValueError(f"`{name}` is no name for an app: up to 63 of a-z, 0-9, - and _")
-
-
-def check_identifier(name: str, what: str) -> None:
-    """Raise ValueError unless routing takes the name for a node or a machine."""
-    if IDENTIFIER.fullmatch(name) is None:
-        raise ValueError(f"`{name}` is no name for {what}: up to 64 letters, digits and . - _")
 
 
 class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -303,70 +268,6 @@ class RegionConfig(_Section, frozen=True):
     latitude: Annotated[float, Meta(ge=-90, le=90)]
     longitude: Annotated[float, Meta(ge=-180, le=180)]
     name: str = ""
-
-
-class CheckConfig(_Section, frozen=True):
-    """`[[apps.checks]]`: a probe of each of the app's machines, run by the node that owns the machine."""
-
-    type: Literal["http", "tcp"] = "http"
-    name: Annotated[str, Meta(max_length=64)] = ""
-    path: str = "/"
-    method: Literal["GET", "HEAD", "OPTIONS"] = "GET"
-    interval_ms: Annotated[int, Meta(ge=100, le=DAY_MS)] = 5_000
-    timeout_ms: Annotated[int, Meta(ge=1, le=DAY_MS)] = 2_000
-    grace_ms: Annotated[int, Meta(ge=0, le=DAY_MS)] = 0
-    failures: Annotated[int, Meta(ge=1, le=1_000)] = 2
-    successes: Annotated[int, Meta(ge=1, le=1_000)] = 1
-    headers: dict[str, Annotated[str, Meta(max_length=4_096)]] = {}
-    status: tuple[int | str, ...] = ("200-299",)
-    body: Annotated[str, Meta(max_length=1_024)] = ""
-    port: Annotated[int, Meta(ge=1, le=65_535)] | None = None
-    clear: bool = False
-
-    def __post_init__(self) -> None:
-        if re.fullmatch(r"/[\x21-\x7e]*", self.path) is None:
-            raise ValueOfKeyError("path", f"`{self.path}` must start with / and hold no spaces")
-        for name, value in self.headers.items():
-            if re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}", name) is None or name.lower() in _FRAMING:
-                raise ValueOfKeyError("headers", f"`{name}` is no header that a check can send")
-            if re.fullmatch(r"[!-~](?:[ \t!-~]*[!-~])?|", value) is None:
-                raise ValueOfKeyError("headers", f"`{name}` has a value that is not printable ASCII")
-        if self.body and self.method == "HEAD":
-            raise ValueOfKeyError("body", "an answer to HEAD has none")
-        try:
-            parse_statuses(self.status)
-        except ValueError as error:
-            raise ValueOfKeyError("status", str(error)) from None
-
-
-# What ends a request's head or body is not for a check to say.
-_FRAMING = frozenset(("connection", "content-length", "transfer-encoding", "upgrade", "expect"))
-
-
-def parse_statuses(said: Sequence[int | str]) -> tuple[tuple[int, int], ...]:
-    """Return the ranges that statuses (`204`) and ranges (`200-299`) stand for. Raises ValueError."""
-    ranges = []
-    for item in said:
-        match = re.fullmatch(r"([2-5]\d\d)(?:-([2-5]\d\d))?", str(item))
-        if match is None or int(match[1]) > int(match[2] or match[1]):
-            raise ValueError(f"`{item}` is neither a status nor a range of them such as 200-299")
-        ranges.append((int(match[1]), int(match[2] or match[1])))
-    if not ranges:
-        raise ValueError("no status would do")
-    return tuple(ranges)
-
-
-class MachineConfig(_Section, frozen=True):
-    """`[[apps.machines]]`: one instance of the app, owned and checked by this node."""
-
-    address: str
-    id: str = ""
-    region: str = ""
-
-    def __post_init__(self) -> None:
-        _check("address", _parse_machine, self.address)
-        if self.id:
-            _check("id", lambda name: check_identifier(name, "a machine"), self.id)
 
 
 class MachineTlsConfig(_Section, frozen=True):

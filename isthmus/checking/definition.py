@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from isthmus.config import CheckConfig, format_address, parse_statuses
+from isthmus.config import format_address
+from isthmus.config_machines import CheckConfig, parse_statuses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
