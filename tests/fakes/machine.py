@@ -17,6 +17,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 class Request:
     head: bytes
     body: bytes
+    trailers: bytes = b""
 
     @property
     def line(self) -> bytes:
@@ -55,7 +56,8 @@ class Connection:
         if request.values(b"transfer-encoding"):
             while size := int(await self.read_until(b"\r\n"), 16):
                 request.body += (await self.read_exactly(size + 2))[:-2]
-            await self.read_exactly(2)
+            while (line := await self.read_until(b"\r\n")) != b"\r\n":
+                request.trailers += line
         elif lengths := request.values(b"content-length"):
             request.body = await self.read_exactly(int(lengths[0]))
         return request
