@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from .geo import AREAS
 from .options import parse_options
+from .peering import parse_peering
 from .types import (
     WEIGHT_USUAL,
     AppRow,
@@ -287,6 +288,9 @@ def _parse_node(row: Row) -> NodeRow:
         address=address,
         started_ms=_integer(row[3], "started_ms", 0),
         software=_text(row[4], "software"),
+        peering=parse_peering(_text(row[5], "peering", TEXT_CHARS_MAX), parse_address)
+        if len(row) > 5
+        else None,
     )
 
 
@@ -398,7 +402,7 @@ class TableSpec(NamedTuple):
 
 
 TABLES: Final[dict[str, TableSpec]] = {
-    "nodes": TableSpec(5, 1, _parse_node),
+    "nodes": TableSpec(5, 1, _parse_node, added=1),
     "regions": TableSpec(4, 1, _parse_region),
     "apps": TableSpec(3, 1, _parse_app),
     "hostnames": TableSpec(4, 2, _parse_hostname),

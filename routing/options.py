@@ -14,6 +14,7 @@ from typing import Final
 
 from .compression import Compression, parse_compression
 from .machine_tls import MachineTls, parse_machine_tls
+from .peering import Way, parse_way
 from .replay_options import AS_USUAL, REPLAY_NAMES, ReplayOptions, parse_replay_options
 from .scaling import NAMES as SCALING_NAMES
 from .scaling import USUAL, Scaling, parse_scaling
@@ -22,7 +23,7 @@ PROXY_PROTOCOLS: Final = ("v1", "v2")
 # What may be said, as in the JSON.
 NAMES: Final = (
     *("proxy_protocol", "response_headers", "maintenance", "force_https", "machine_tls", "compression"),
-    *("handlers", "idle_timeout_ms", "body_bytes_max"),
+    *("handlers", "idle_timeout_ms", "body_bytes_max", "reach"),
     *("pristine", *REPLAY_NAMES),
     *SCALING_NAMES,
 )
@@ -62,6 +63,7 @@ class ServiceOptions:
     pristine: bool = False  # answers get nothing of the proxy's own
     hides_id: bool = False  # answers get no Fly-Request-Id
     compression: Compression | None = None  # None: answers are passed on as they are
+    reach: Way | None = None  # how machines of other nodes are reached; None: as their nodes say
 
 
 def parse_options(text: str) -> ServiceOptions | None:
@@ -100,6 +102,7 @@ def parse_options(text: str) -> ServiceOptions | None:
         pristine=_parse_flag(fields, "pristine"),
         hides_id=REQUEST_ID.encode("ascii") in removed,
         compression=parse_compression(fields.get("compression", False)),
+        reach=parse_way(fields.get("reach", "")),
     )
 
 

@@ -8,7 +8,8 @@ CREATE TABLE nodes (
     region TEXT NOT NULL,
     address TEXT NOT NULL DEFAULT '',        -- host:port of its proxy, as other nodes reach it
     started_ms INTEGER NOT NULL DEFAULT 0,
-    software TEXT NOT NULL DEFAULT ''        -- name and version
+    software TEXT NOT NULL DEFAULT '',       -- name and version
+    peering TEXT NOT NULL DEFAULT '{}'       -- JSON object, see routing/peering.py
 );
 
 -- Regions of the operator's own; the usual codes are built in.

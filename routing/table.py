@@ -18,6 +18,7 @@ from .catalog import TABLES, RowError, parse_row
 from .geo import AREAS, Regions
 from .hosts import HostIndex
 from .loads import Busy
+from .peering import Ways
 from .target import NO_CHECKS, Bucket, Target
 from .types import (
     AppRow,
@@ -134,6 +135,7 @@ class RoutingTable:
     def __init__(self, own_node: str = "") -> None:
         self.own_node = own_node
         self.regions = Regions()
+        self.ways = Ways(own_node)
         self.rejected: dict[tuple[str, Pk], str] = {}  # why a row that exists is not in use
         # What is accepted, by key; of machines nothing, as a Target is all that their rows say.
         self._rows: dict[str, dict[Pk, Entity]] = {table: {} for table in TABLES}
@@ -257,8 +259,9 @@ class RoutingTable:
                 self._forget_if_unused(app)
             case RegionRow(code=code):
                 self._index_region(code, new)
-            case NodeRow():
+            case NodeRow(id=node):
                 self._count_region(old, new)
+                self.ways.put(node, new if isinstance(new, NodeRow) else None)
 
     def _app(self, name: str) -> App:
         app = self._apps.get(name)
@@ -304,6 +307,7 @@ class RoutingTable:
         if target is None:
             target = self._targets[machine] = Target(new)
             self._attach(target, new.app, new.region)
+            target.foreign = new.node != self.own_node
             if machine in self._checks:
                 target.set_checks(self._checks[machine])
             target.remote_load = self._compute_remote_load(machine)
@@ -312,6 +316,7 @@ class RoutingTable:
             self._detach(target)
             self._attach(target, new.app, new.region)
         target.update(new)
+        target.foreign = new.node != self.own_node
 
     def _attach(self, target: Target, app_name: str, region: str) -> None:
         app = self._app(app_name)

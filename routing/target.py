@@ -66,6 +66,7 @@ class Target:
         "driver",
         "ejected_until",
         "failures",
+        "foreign",
         "healthy",
         "host",
         "id",
@@ -103,6 +104,7 @@ class Target:
         self.weight: int
         self._take(row)
         self.checks: Mapping[str, CheckRow] = NO_CHECKS
+        self.foreign = False  # another node owns it; set by the table
         self.healthy = True  # no check is critical; set by `set_checks`
         # Kept by the proxy of this process, and by the table for what other nodes report.
         self.in_flight = 0  # requests (or connections) that this process has at the machine

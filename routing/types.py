@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
     from .options import ServiceOptions
+    from .peering import Peering
 
 SqlValue: TypeAlias = int | float | str | bytes | None
 Pk: TypeAlias = tuple[SqlValue, ...]
@@ -57,6 +58,7 @@ class NodeRow:
     address: str
     started_ms: int
     software: str
+    peering: Peering | None = None  # None: it says nothing of how its machines are reached
 
 
 @dataclass(frozen=True, slots=True)

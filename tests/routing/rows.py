@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from routing.types import Row, SqlValue
 
 _COLUMNS: dict[str, tuple[int, dict[str, SqlValue]]] = {
-    "nodes": (1, {"id": "n1", "region": "ams", "address": "", "started_ms": 0, "software": ""}),
+    "nodes": (
+        1,
+        {"id": "n1", "region": "ams", "address": "", "started_ms": 0, "software": "", "peering": "{}"},
+    ),
     "regions": (1, {"code": "lab", "name": "", "latitude": 0.0, "longitude": 0.0}),
     "apps": (1, {"name": "web", "network": "default", "managed_by": ""}),
     "hostnames": (2, {"hostname": "web.test", "path_prefix": "/", "app": "web", "managed_by": ""}),
