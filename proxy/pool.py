@@ -19,14 +19,15 @@ from .sweeper import NEVER
 from .upstream import Upstream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from routing.machine_tls import MachineTls
     from routing.target import Target
 
     from .core.exchange import Exchange
-    from .core.plane import Reaching
+    from .core.plane import Reaching, Seeker
     from .metrics import ProxyMetrics
+    from .peer_pool import PeerPool
     from .settings import ProxySettings
 
 # A connection that failed for one of these says nothing about its machine.
@@ -44,6 +45,7 @@ class Pool(Connector):
         self.settings = settings
         self.loop = asyncio.get_running_loop()
         self.connections: set[Upstream] = set()  # all that are open
+        self.peers: PeerPool | None = None  # for machines that are reached through other nodes
         self._metrics = metrics
         self._idle: dict[MachineAddress, list[Upstream]] = {}  # the last one put back is last
         self._connecting: set[asyncio.Task[None]] = set()
@@ -63,25 +65,40 @@ class Pool(Connector):
 
     def acquire(self, target: Target, port: int, exchange: Exchange, *, fresh: bool) -> Upstream | None:
         """Return an idle connection to the machine, or None and later tell the exchange."""
+        if target.foreign and self.peers is not None and self.peers.ways.active:
+            return self.peers.acquire(
+                target, port, exchange.service, exchange, fresh=fresh, eager=exchange.may_send_early()
+            )
         options = exchange.service.options
         address = (target.host, port, None if options is None else options.machine_tls)
+        upstream = None if fresh else self.take(address)
+        if upstream is None:
+            self.begin(address, exchange)
+        return upstream
+
+    def take(self, address: MachineAddress) -> Upstream | None:
+        """Return an idle connection."""
         idle = self._idle.get(address)
-        while idle and not fresh:
+        while idle:
             # The one used last is the least likely to be closed by the machine, and lets the rest expire.
             upstream = idle.pop()
             if upstream.transport is not None and not upstream.transport.is_closing():
                 return upstream
-        self._begin(address, exchange, lambda: Upstream(self, address))
         return None
 
     def connect(self, target: Target, port: int, session: Reaching, make: Callable[[], Any]) -> None:
         """Make a connection for this session alone, and later tell it; `make` makes its protocol."""
         options = session.service.options
         address = (target.host, port, None if options is None else options.machine_tls)
-        self._begin(address, session, make)
+        self.run(self._connect(address, session, make))
 
-    def _begin(self, address: MachineAddress, waiting: Reaching, make: Callable[[], Any]) -> None:
-        task = self.loop.create_task(self._connect(address, waiting, make))
+    def begin(self, address: MachineAddress, seeker: Seeker) -> None:
+        """Make a connection that is kept afterwards, and later tell the seeker."""
+        self.run(self._connect(address, seeker, lambda: Upstream(self, address)))
+
+    def run(self, connecting: Coroutine[Any, Any, None]) -> None:
+        """Have a connection made; `close` ends that."""
+        task = self.loop.create_task(connecting)
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
@@ -118,6 +135,8 @@ class Pool(Connector):
         for idle in list(self._idle.values()):
             for upstream in list(idle):
                 upstream.close()
+        if self.peers is not None:
+            self.peers.close_idle()
 
     async def close(self) -> None:
         """Close everything; exchanges that still run are told."""
@@ -129,29 +148,33 @@ class Pool(Connector):
         for upstream in list(self.connections):
             upstream.close()
 
-    async def _connect(self, address: MachineAddress, exchange: Reaching, make: Callable[[], Any]) -> None:
+    async def _connect(self, address: MachineAddress, seeker: Seeker, make: Callable[[], Any]) -> None:
         try:
-            async with asyncio.timeout(exchange.reach_timeout_s()):
+            async with asyncio.timeout(seeker.reach_timeout_s()):
                 host, port, tls = address
                 _, upstream = await self._reach.connect(make, host, port, tls)
-        except TimeoutError:
-            exchange.handle_connect_failed(UPSTREAM_TIMEOUT, f"no connection to {_show(address)} in time")
-        except ConnectionRefusedError:
-            exchange.handle_connect_failed(CONNECT_REFUSED, f"{_show(address)} refused the connection")
-        except (OSError, ForbiddenError) as error:
-            reason = explain(error) if isinstance(error, OSError) else str(error)
-            if isinstance(error, OSError) and error.errno in _OWN_SHORTAGES:
-                self.close_idle()
-                self._metrics.count_shed(FILES)
-                exchange.handle_shortage(OVERLOADED, f"no connection to a machine: {reason}")
-                return
-            exchange.handle_connect_failed(CONNECT_FAILED, f"{_show(address)}: {reason}")
+        except (OSError, ForbiddenError) as error:  # TimeoutError is an OSError
+            self.tell_failure(seeker, _show(address), error)
         else:
             upstream.deadline = NEVER
-            announcement = exchange.announcement()
+            announcement = seeker.announcement()
             if announcement:
                 upstream.announce(announcement)
-            exchange.handle_connected(upstream)
+            seeker.handle_connected(upstream)
+
+    def tell_failure(self, seeker: Seeker, where: str, error: OSError | ForbiddenError) -> None:
+        """Tell a seeker why it gets no connection to a machine or node."""
+        if isinstance(error, TimeoutError):
+            seeker.handle_connect_failed(UPSTREAM_TIMEOUT, f"no connection to {where} in time")
+        elif isinstance(error, ConnectionRefusedError):
+            seeker.handle_connect_failed(CONNECT_REFUSED, f"{where} refused the connection")
+        elif isinstance(error, OSError) and error.errno in _OWN_SHORTAGES:
+            self.close_idle()
+            self._metrics.count_shed(FILES)
+            seeker.handle_shortage(OVERLOADED, f"no connection to a machine: {explain(error)}")
+        else:
+            reason = explain(error) if isinstance(error, OSError) else str(error)
+            seeker.handle_connect_failed(CONNECT_FAILED, f"{where}: {reason}")
 
 
 def _show(address: MachineAddress) -> str:

@@ -23,6 +23,9 @@ from .core.plane import Plane
 from .core.queue import Queue
 from .core.request_id import RequestIds
 from .downstream import Downstream
+from .peer_listener import PeerListener
+from .peer_metrics import PeerMetrics
+from .peer_pool import PeerPool
 from .pool import Pool
 from .sweeper import Sweeper
 from .tls_listener import TlsListener
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from .certificates import Certificates
     from .core.plane import Starter
     from .metrics import ProxyMetrics
+    from .peer_pool import Identity
+    from .peer_session import PeerSession
     from .settings import ProxySettings
     from .tcp_relay import TcpClient
     from .tls import TlsSettings
@@ -61,8 +66,13 @@ class Server:
         access_log: AccessLog | None = None,
         starter: Starter | None = None,
         tracer: Tracer | None = None,
+        identity: Identity | None = None,
     ) -> None:
+        """With an `identity`, machines of other nodes may be reached through those."""
         self._settings = settings
+        self._identity = identity
+        self.peer_metrics = PeerMetrics()
+        self._peer_sessions: set[PeerSession] = set()  # of other nodes, for whom we pass requests on
         self._table = table
         self._balancer = balancer
         self._metrics = metrics
@@ -82,6 +92,7 @@ class Server:
         self._announcers: Networks | None = None
         self._https_port = HTTPS_PORT
         self._listeners: list[TlsListener] = []  # for TLS and for raw TCP
+        self._peer_listener: PeerListener | None = None
         self._plane: Plane | None = None
         self._pool: Pool | None = None
         self._admission: Admission | None = None
@@ -105,6 +116,8 @@ class Server:
         loop = asyncio.get_running_loop()
         pool = self._pool = Pool(self._settings, self._metrics)
         await pool.open()
+        if self._identity is not None:
+            pool.peers = PeerPool(pool, self._table.ways, self._identity, self.peer_metrics)
         admission = self._admission = Admission(self._settings, self._metrics, compute_files_max())
         plane = self._plane = Plane(
             settings=self._settings,
@@ -142,6 +155,7 @@ class Server:
             self._clients,
             self._announcing,
             self._relays,
+            self._peer_sessions,
             pool.connections,
             plane.queue.waiting,
             (plane.queue, admission),
@@ -187,6 +201,22 @@ class Server:
     def _start_listener(self, listener: TlsListener, sock: socket.socket) -> None:
         self._listeners.append(listener)
         listener.start(sock)
+
+    def start_peering(self, sock: socket.socket) -> None:
+        """Pass requests of other nodes on, on a socket that is bound. Call after `start`."""
+        assert self._plane is not None
+        assert self._pool is not None
+        assert self._pool.peers is not None
+        assert self._identity is not None
+        self._peer_listener = PeerListener(self._plane, self._pool.peers, self._identity, self._peer_sessions)
+        self._peer_listener.start(sock)
+
+    def recheck_peers(self) -> None:
+        """Cut connections of nodes that have proved themselves with what is not accepted any more."""
+        if self._pool is not None and self._pool.peers is not None:
+            self._pool.peers.recheck()
+        if self._peer_listener is not None:
+            self._peer_listener.recheck()
 
     async def adopt(
         self, settings: ProxySettings, access_log: AccessLog | None, tls: TlsSettings | None = None
@@ -263,7 +293,8 @@ class Server:
 
     def _is_busy(self) -> bool:
         handshakes = any(listener.pending for listener in self._listeners)
-        return bool(self._clients or self._announcing or self._relays or handshakes)
+        passing = self._peer_listener is not None and self._peer_listener.is_busy
+        return bool(self._clients or self._announcing or self._relays or handshakes or passing)
 
     def _close_idle(self, idle_s: float) -> None:
         for waiting in list(self._announcing):
@@ -273,6 +304,8 @@ class Server:
 
     async def _stop_accepting(self) -> None:
         """Take no more connections than the kernel has accepted: it resets those that nobody takes."""
+        if self._peer_listener is not None:
+            self._peer_listener.drain()
         for tls_listener in self._listeners:
             tls_listener.stop_accepting()
         if self._listener is not None:
@@ -292,6 +325,8 @@ class Server:
             listening.close()
         for tls_listener in self._listeners:
             await tls_listener.close()
+        if self._peer_listener is not None:
+            await self._peer_listener.close()
         if self._sweeper is not None:
             self._sweeper.stop()
         for waiting in list(self._announcing):

@@ -20,8 +20,8 @@ from .sweeper import NEVER
 
 if TYPE_CHECKING:
     from .core.exchange import Exchange
+    from .core.plane import TunnelEnd
     from .core.response_head import ResponseHead
-    from .downstream import Downstream
     from .pool import MachineAddress, Pool
 
 
@@ -62,7 +62,8 @@ class Upstream(asyncio.Protocol, Machine):
         self._paused = False  # not reading
         self._blocked = False  # from pause_writing to resume_writing
         self._discard_left = 0
-        self._peer: Downstream | None = None  # the client's side of a tunnel
+        self._peer: TunnelEnd | None = None  # the client's side of a tunnel
+        self.ended_cleanly = False  # set when the machine ends the connection in good order
         self._loop = pool.loop
 
     def announce(self, header: bytes) -> None:
@@ -145,7 +146,7 @@ class Upstream(asyncio.Protocol, Machine):
         if self.transport is not None:
             self.transport.abort()
 
-    def start_tunnel(self, peer: Downstream) -> None:
+    def start_tunnel(self, peer: TunnelEnd) -> None:
         """Pass bytes to and from the client from now on."""
         self._state = _TUNNEL
         self._exchange = None
@@ -170,6 +171,13 @@ class Upstream(asyncio.Protocol, Machine):
             waits = self.transport.get_write_buffer_size() > 0
             self.deadline = self._loop.time() + (settings.send_timeout_s if waits else settings.linger_s)
             self.transport.close()
+
+    def leave_tunnel(self) -> None:
+        """Nothing is under way in the tunnel any more: the connection can carry an exchange."""
+        self._peer = None
+        self._state = _IDLE
+        self.deadline = NEVER
+        self.release()
 
     # What the event loop calls
 
@@ -204,13 +212,17 @@ class Upstream(asyncio.Protocol, Machine):
         self.transport = None
         self.deadline = NEVER
         self.pool.remove(self)
+        self._end_stream(clean=exc is None)
+
+    def _end_stream(self, *, clean: bool) -> None:
+        self.ended_cleanly = clean
         if self._peer is not None:
             peer, self._peer = self._peer, None
             self._state = _CLOSED
             peer.end_tunnel()
             return
         exchange = self._exchange
-        if exchange is not None and self._state is _BODY and exc is None and type(self._body) is UntilClose:
+        if exchange is not None and self._state is _BODY and clean and type(self._body) is UntilClose:
             self._exchange = None
             self._state = _CLOSED
             exchange.handle_response_body(b"", ended=True)

@@ -111,7 +111,9 @@ class Ways:
             if len(self._memo) >= _MEMO_MAX:
                 self._memo.clear()
             way = self._memo[key] = self._find(target)
-        return Way.DIRECT if passed and way is Way.AUTO else way
+        if passed and (way is Way.AUTO or not self._nodes[target.node][1].host):
+            return Way.DIRECT  # the node that was chosen to pass it on is the last one
+        return way
 
     def _find(self, target: Target) -> Way:
         said = self._nodes.get(target.node)

@@ -316,6 +316,16 @@ class Exchange:
         if self.phase is not _DONE:
             self._retry_elsewhere(code, detail)
 
+    def may_send_early(self) -> bool:
+        """True when the request can be sent before its machine is known to be reached: all of it is kept."""
+        kept = self.body_ended and self.body_bytes <= self.plane.body_kept_max
+        return kept and self.replays is None
+
+    def handle_unreached(self, code: str, detail: str) -> None:
+        """The node that took the request did not reach the machine, which got nothing of it."""
+        self.machine = None
+        self.handle_connect_failed(code, detail)
+
     def handle_shortage(self, code: str, detail: str) -> None:
         """The connection asked for cannot be made by this node; the machine is not to blame."""
         if self.phase is not _DONE:

@@ -92,16 +92,33 @@ class Machine(Protocol):
         """End the exchange and the connection."""
 
 
-class Reaching(Protocol):
-    """Who waits for a connection to a machine."""
+class TunnelEnd(Protocol):
+    """The side of a tunnel that is not the machine's."""
 
-    service: Service
+    def write_tunnelled(self, data: bytes) -> None:
+        """Pass on bytes of the machine."""
+
+    def pause_reading(self) -> None:
+        """Stop reading what the machine is to get until `resume_reading`."""
+
+    def resume_reading(self) -> None:
+        """Go on reading what the machine is to get."""
+
+    def end_tunnel(self) -> None:
+        """The machine's side has ended."""
+
+    def handle_deadline(self) -> None:
+        """Nothing went through the tunnel for too long."""
+
+
+class Seeker(Protocol):
+    """Who waits for a connection to a machine: an exchange, or another node's session."""
 
     def reach_timeout_s(self) -> float:
         """Return how long the connection may take."""
 
     def announcement(self) -> bytes:
-        """Return the PROXY header that the connection begins with; empty: none."""
+        """Return the PROXY header that a new connection begins with; empty: none."""
 
     def handle_connected(self, machine: Any) -> None:
         """The connection is there."""
@@ -111,6 +128,12 @@ class Reaching(Protocol):
 
     def handle_shortage(self, code: str, detail: str) -> None:
         """The connection could not be made, and the machine is not to blame."""
+
+
+class Reaching(Seeker, Protocol):
+    """An exchange, or a raw connection."""
+
+    service: Service
 
 
 class Connector(Protocol):

@@ -86,6 +86,15 @@ def test_what_the_app_says_goes_before_and_is_over_once_passed_on() -> None:
     assert find(table, Way.DIRECT, passed=1) is Way.NODE
 
 
+def test_a_node_passes_on_by_itself_what_its_owner_takes_nowhere() -> None:
+    table = table_of("10.1.2.3:80")
+    put_node(table, "n2", networks=["10.0.0.0/8"])
+    put_node(table, "n3", address="10.0.0.3:9")
+    assert find(table) is Way.NODE
+    assert names(table) == ["n3"]
+    assert find(table, passed=1) is Way.DIRECT
+
+
 def test_owner_is_the_first_relay_and_the_region_of_the_machine_has_the_others() -> None:
     table = table_of("10.1.2.3:80", region="gru")
     put_node(table, "n4", "gru", address="10.0.0.4:9")

@@ -1,0 +1,135 @@
+"""Where other nodes connect that want requests passed on to machines of this one.
+
+Decides who is let in: over TLS whoever shows a certificate that this node accepts, and without a cluster key
+only what comes from this machine. Refuses to know what is asked for. Invariant: a stranger gets no byte of
+ours but those of a handshake, and at most `HANDSHAKES_MAX` connections are before the end of theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import ssl
+from typing import TYPE_CHECKING, Final
+
+from .peer_session import PeerSession
+
+if TYPE_CHECKING:
+    import socket
+
+    from .core.plane import Plane
+    from .peer_pool import Identity, PeerPool
+
+HANDSHAKES_MAX: Final = 256
+# Two round trips around the world, with a packet lost.
+HANDSHAKE_TIMEOUT_S: Final = 5.0
+_BACKLOG: Final = 1_024
+# Connections taken in one turn of the loop before requests get theirs again.
+_ACCEPTS_A_TURN: Final = 64
+# Without file descriptors, accepting at once again would only spin.
+_ACCEPT_PAUSE_S: Final = 0.5
+
+
+class PeerListener:
+    """One listening socket, and all connections that came in on it."""
+
+    def __init__(self, plane: Plane, peers: PeerPool, identity: Identity, sessions: set[PeerSession]) -> None:
+        self._sessions = sessions  # all that are open
+        self._plane = plane
+        self._peers = peers
+        self._identity = identity
+        self._metrics = peers.metrics
+        self._loop = asyncio.get_running_loop()
+        self._socket: socket.socket | None = None  # from `start` to `stop_accepting`
+        self._pending: dict[asyncio.Task[None], None] = {}  # the oldest is first
+
+    def start(self, sock: socket.socket) -> None:
+        """Accept connections on a bound socket."""
+        sock.setblocking(False)
+        sock.listen(_BACKLOG)
+        self._socket = sock
+        self._loop.add_reader(sock, self._accept)
+
+    def drain(self) -> None:
+        """Take no more connections and sessions; sessions that are there go on."""
+        self._stop_accepting()
+        for session in list(self._sessions):
+            session.drain()
+
+    @property
+    def is_busy(self) -> bool:
+        """True while there are sessions."""
+        return any(not session.is_idle for session in self._sessions)
+
+    def recheck(self) -> None:
+        """Cut connections whose other side is not accepted any more."""
+        for session in list(self._sessions):
+            if not self._identity.accepts(session.label):
+                session.abort()
+
+    async def close(self) -> None:
+        """Cut everything."""
+        self._stop_accepting()
+        for task in self._pending:
+            task.cancel()
+        if self._pending:
+            await asyncio.wait(list(self._pending))
+        for session in list(self._sessions):
+            session.abort()
+        while self._sessions:  # noqa: ASYNC110 - each turn is one of the loop, and there are two or three
+            await asyncio.sleep(0)
+
+    def _stop_accepting(self) -> None:
+        if self._socket is not None:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS_A_TURN):
+            if self._socket is None:
+                return
+            try:
+                sock, peer = self._socket.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError:
+                self._loop.remove_reader(self._socket)
+                self._loop.call_later(_ACCEPT_PAUSE_S, self._resume)
+                return
+            self._admit(sock, peer[0])
+
+    def _resume(self) -> None:
+        if self._socket is not None:
+            self._loop.add_reader(self._socket, self._accept)
+
+    def _admit(self, sock: socket.socket, address: str) -> None:
+        contexts = self._identity.contexts()
+        if contexts is None and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+            sock.close()
+            self._metrics.turn_away("no_key")
+            return
+        if len(self._pending) >= HANDSHAKES_MAX:
+            # An honest node takes two round trips: the oldest is the one least likely to be one.
+            next(iter(self._pending)).cancel()
+        sock.setblocking(False)
+        task = self._loop.create_task(self._shake_hands(sock, None if contexts is None else contexts[0]))
+        self._pending[task] = None
+        task.add_done_callback(self._pending.pop)
+
+    async def _shake_hands(self, sock: socket.socket, context: ssl.SSLContext | None) -> None:
+        """Hand the socket to the event loop, which from here on closes it whatever happens."""
+        timeout_s = None if context is None else HANDSHAKE_TIMEOUT_S
+        try:
+            transport, session = await self._loop.connect_accepted_socket(
+                lambda: PeerSession(self._plane, self._peers, self._sessions),
+                sock,
+                ssl=context,
+                ssl_handshake_timeout=timeout_s,
+            )
+        except ssl.SSLError:
+            self._metrics.turn_away("refused")
+        except OSError:
+            self._metrics.turn_away("closed")
+        else:
+            session.label = self._identity.label(transport)
