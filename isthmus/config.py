@@ -41,6 +41,7 @@ from routing.catalog import (
 from routing.compression import BYTES_MIN, CODINGS, LEVELS, TYPES, parse_compression
 from routing.machine_tls import parse_machine_tls
 from routing.options import PAGE_CHARS_MAX, parse_headers
+from routing.peering import NETWORKS_MAX
 from routing.replay_options import TTL_S_MAX, TTL_S_MIN, parse_replay_options
 
 if typing.TYPE_CHECKING:
@@ -53,6 +54,10 @@ T = TypeVar("T")
 
 # A region for a node that is told nothing: a place of its own, equally far from everywhere.
 LOCAL_REGION = "local"
+
+
+# Sections with a listener of the workers.
+WORKER_SECTIONS = ("proxy", "tls", "peering")
 
 
 class ConfigError(Exception):
@@ -253,6 +258,33 @@ def decode_key(text: str) -> bytes:
     return key
 
 
+class PeeringConfig(_Section, frozen=True):
+    """`[peering]`: requests that other nodes want passed on to machines of this one."""
+
+    listen: str = ""
+    advertise: str = ""
+    networks: Annotated[tuple[str, ...], Meta(max_length=NETWORKS_MAX)] = ()
+    machines: Literal["direct", "auto", "node"] = "direct"
+
+    def __post_init__(self) -> None:
+        _check("networks", ipaddress.ip_network, *self.networks)
+        if self.advertise:
+            _check("advertise", _parse_peer, self.advertise)
+        if not self.listen:
+            return
+        _check("listen", parse_listen, self.listen)
+        if not self.advertise and is_wildcard(parse_listen(self.listen)[0]):
+            raise ValueOfKeyError(
+                "listen",
+                f"{self.listen} is no address that others could be told: set peering.advertise to one",
+            )
+
+    @property
+    def address(self) -> str:
+        """Where others are told to connect; empty: nowhere."""
+        return self.listen and (self.advertise or self.listen)
+
+
 class ReplicationConfig(_Section, frozen=True):
     """`[replication]`: how much may be written here, and how much of one other node is taken in at once."""
 
@@ -353,6 +385,7 @@ class AppConfig(_Section, frozen=True):
     replay_from: tuple[str, ...] = ()
     replay_cache: tuple[ReplayCacheConfig, ...] = ()
     compression: CompressionConfig | bool = False
+    reach: Literal["", "direct", "auto", "node"] = ""
 
     def __post_init__(self) -> None:
         _check("name", check_app_name, self.name)
@@ -459,6 +492,7 @@ class Config(_Section, frozen=True):
     tcp: tuple[TcpConfig, ...] = ()
     admin: AdminConfig = AdminConfig()
     gossip: GossipConfig = GossipConfig()
+    peering: PeeringConfig = PeeringConfig()
     replication: ReplicationConfig = ReplicationConfig()
     log: LogConfig = LogConfig()
     access_log: AccessLogConfig = AccessLogConfig()
@@ -485,6 +519,13 @@ class Config(_Section, frozen=True):
             if other != setting and address[1]:
                 problem = f"{format_address(*address)} is {other} as well; choose another port"
                 raise ValueOfKeyError(setting, problem)
+        peering = self.peering
+        if peering.listen and not self.gossip.sealed and not is_loopback(parse_listen(peering.listen)[0]):
+            raise ValueOfKeyError(
+                "peering.listen",
+                f"{peering.listen} is open to others: set gossip.keys (`isthmus key` makes one), "
+                "or listen on 127.0.0.1",
+            )
 
     def _check_apps(self) -> None:
         for i, name in _repeated([app.name for app in self.apps]):
@@ -505,16 +546,16 @@ class Config(_Section, frozen=True):
 
     @property
     def listeners(self) -> dict[str, str]:
-        """The addresses that clients connect to, by setting."""
-        found = {"proxy.listen": self.proxy.listen, "tls.listen": self.tls.listen}
+        """The addresses on which workers listen, by setting."""
+        found = {f"{section}.listen": getattr(self, section).listen for section in WORKER_SECTIONS}
         found |= {f"tcp[{i}].listen": tcp.listen for i, tcp in enumerate(self.tcp)}
         return {setting: listen for setting, listen in found.items() if listen}
 
     def relocate(self, listeners: Mapping[str, str]) -> Config:
-        """Return the same with other addresses that clients connect to."""
+        """Return the same with other addresses on which workers listen."""
         sections: dict[str, Any] = {
             section: msgspec.structs.replace(getattr(self, section), listen=listeners[f"{section}.listen"])
-            for section in ("proxy", "tls")
+            for section in WORKER_SECTIONS
             if f"{section}.listen" in listeners
         }
         sections["tcp"] = tuple(

@@ -17,7 +17,7 @@ from isthmus.config import Config, ConfigError, format_address, parse_listen
 from isthmus.config_sources import flag_name
 
 # The listeners of which every worker has one of its own: the kernel spreads connections over them.
-_SHARED = ("proxy", "tls")
+_SHARED = ("proxy", "tls", "peering")
 
 
 class Claim:

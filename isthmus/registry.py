@@ -18,6 +18,7 @@ from isthmus.config import (
     CheckConfig,
     Config,
     MachineConfig,
+    PeeringConfig,
     ServiceConfig,
     is_loopback,
     is_wildcard,
@@ -85,11 +86,16 @@ class Registry:
         statements: list[Statement] = [
             (
                 (
-                    "INSERT INTO nodes (id, region, address, started_ms, software) VALUES (?, ?, ?, ?, ?)"
+                    "INSERT INTO nodes (id, region, address, started_ms, software, peering)"
+                    " VALUES (?, ?, ?, ?, ?, ?)"
                     " ON CONFLICT DO UPDATE SET region = excluded.region, address = excluded.address,"
-                    " started_ms = excluded.started_ms, software = excluded.software"
+                    " started_ms = excluded.started_ms, software = excluded.software,"
+                    " peering = excluded.peering"
                 ),
-                (self._node, self._region, address, now_ms, f"isthmus {__version__}"),
+                (
+                    *(self._node, self._region, address, now_ms, f"isthmus {__version__}"),
+                    encode_peering(config.peering),
+                ),
             )
         ]
         await self._database.execute(statements + self._declared(config))
@@ -292,6 +298,15 @@ def encode_checks(checks: Iterable[CheckConfig]) -> str:
     return msgspec.json.encode(list(checks)).decode()
 
 
+def encode_peering(peering: PeeringConfig) -> str:
+    """Return what `nodes.peering` holds: what others have to know, and nothing that is as usual."""
+    said = {"address": peering.address, "networks": peering.networks, "machines": peering.machines}
+    usual = PeeringConfig()
+    return msgspec.json.encode(
+        {name: value for name, value in said.items() if value != getattr(usual, name)}
+    ).decode()
+
+
 def encode_options(app: AppConfig) -> str:
     """Return what `services.options` holds for an app: what it says, and nothing that is as usual."""
     options = {
@@ -304,6 +319,7 @@ def encode_options(app: AppConfig) -> str:
         "replay_from": app.replay_from,
         "replay_cache": app.replay_cache,
         "compression": app.compression,
+        "reach": app.reach,
     }
     said = {name: value for name, value in options.items() if value} | _raw_options(app)
     if not app.client_routing:

@@ -230,6 +230,26 @@ WRONG_FILES = {
         "isthmus.toml:3: gossip.listen: [::]:8472 is no address that others could be told",
         "gossip.advertise",
     ),
+    "open peering without a key": (
+        '[peering]\nlisten = "10.0.0.1:8473"',
+        "isthmus.toml:2: peering.listen: 10.0.0.1:8473 is open to others: set gossip.keys",
+        "`isthmus key`",
+    ),
+    "peering on all addresses without telling which": (
+        f'[gossip]\nkeys = ["{KEY}"]\n[peering]\nlisten = "0.0.0.0:8473"',
+        "isthmus.toml:4: peering.listen: 0.0.0.0:8473 is no address that others could be told",
+        "peering.advertise",
+    ),
+    "peering where gossip is": (
+        '[peering]\nlisten = "127.0.0.1:8472"',
+        "isthmus.toml:2: peering.listen: 127.0.0.1:8472 is gossip.listen as well",
+        "choose another port",
+    ),
+    "network of peering that is none": (
+        '[peering]\nnetworks = ["10.0.0.1/8"]',
+        "isthmus.toml:2: peering.networks: 10.0.0.1/8 has host bits set",
+        "",
+    ),
     "open admin without a token": (
         '[admin]\nlisten = "0.0.0.0:8471"',
         "isthmus.toml:2: admin.listen: 0.0.0.0:8471 is open to others: set admin.token",

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from isthmus.config import AppConfig, CheckConfig, Config, MachineConfig, RegionConfig, ServiceConfig
+from isthmus.config import (
+    AppConfig,
+    CheckConfig,
+    Config,
+    GossipConfig,
+    MachineConfig,
+    PeeringConfig,
+    RegionConfig,
+    ServiceConfig,
+)
 from isthmus.registry import NewMachine, Registry, RegistryError
 from routing.table import RoutingTable
 from tests.fakes.database import FakeDatabase
@@ -308,13 +317,30 @@ class TestAnnounce:
         declared = config(app("web", "10.0.0.1:80"), lab=RegionConfig(latitude=1, longitude=2, name="Lab"))
         await registry.announce(declared, "127.0.0.1:8080", 1000)
         assert len(database.transactions) == 1
-        ((node, region, address, started_ms, software),) = database.rows("SELECT * FROM nodes")
+        ((node, region, address, started_ms, software, peering),) = database.rows("SELECT * FROM nodes")
+        assert peering == "{}"
         assert (node, region, address, started_ms) == ("n1", "ams", "127.0.0.1:8080", 1000)
         assert software.startswith("isthmus ")
         assert database.rows("SELECT * FROM regions") == [("lab", "Lab", 1.0, 2.0)]
         for table in ("apps", "hostnames", "services", "machines"):
             assert names(database, table, "managed_by") == {"config:n1"}
         assert_routing_takes_all(database)
+
+    async def test_others_are_told_how_machines_of_this_node_are_reached(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        peering = PeeringConfig(listen="0.0.0.0:9", advertise="192.0.2.1:9", networks=("10.0.0.0/8",))
+        declared = msgspec.structs.replace(
+            config(app("web", "10.0.0.1:80")),
+            gossip=GossipConfig(keys=("MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=",)),
+            peering=peering,
+        )
+        await registry.announce(declared, "127.0.0.1:8080", 1000)
+        ((said,),) = database.rows("SELECT peering FROM nodes")
+        assert json.loads(said) == {"address": "192.0.2.1:9", "networks": ["10.0.0.0/8"]}
+        assert_routing_takes_all(database)
+        await registry.announce(config(app("web", "10.0.0.1:80")), "127.0.0.1:8080", 2000)
+        assert database.rows("SELECT peering FROM nodes") == [("{}",)]
 
     async def test_restart_without_changes_changes_only_the_start(
         self, database: FakeDatabase, registry: Registry
