@@ -24,8 +24,9 @@ from .compiled import FOLDER, GROUP, MANIFEST, ROOT, hash_sources
 MODULES = (
     *("proxy/downstream.py", "proxy/metrics.py", "proxy/pool.py", "proxy/settings.py", "proxy/sweeper.py"),
     *("proxy/upstream.py", "proxy/core/*.py"),
+    *("proxy/peer_metrics.py", "proxy/peer_pool.py", "proxy/peer_session.py", "proxy/peer_upstream.py"),
     *("routing/balancer.py", "routing/catalog.py", "routing/explain.py", "routing/geo.py"),
-    *("routing/health.py", "routing/hosts.py", "routing/loads.py", "routing/replay.py"),
+    *("routing/health.py", "routing/hosts.py", "routing/loads.py", "routing/peering.py", "routing/replay.py"),
     *("routing/table.py", "routing/target.py", "routing/types.py"),
 )
 

@@ -206,7 +206,8 @@ class PeerPool:
         self._pool.tell_failure(seeker, where, error)
 
     async def _connect(self, relay: Relay) -> PeerUpstream:
-        contexts = self._identity.contexts()
+        # The first time certificates are made, and modules read for it.
+        contexts = await asyncio.to_thread(self._identity.contexts)
         secure: dict[str, Any] = {}
         if contexts is not None:
             secure = {"ssl": contexts[1], "server_hostname": SERVER_NAME}

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 import proxy.metrics
+import proxy.peer_metrics
 import proxy.tls_metrics
 import replication.metrics
 import replication.subscriptions
@@ -40,6 +41,7 @@ def known_metrics() -> dict[str, tuple[str, str]]:
     """Return (type, help) of every metric by name."""
     return {
         **proxy.metrics.METRICS,
+        **proxy.peer_metrics.METRICS,
         **proxy.tls_metrics.METRICS,
         **replication.metrics.METRICS,
         **replication.subscriptions.METRICS,

@@ -242,7 +242,7 @@ WRONG_FILES = {
     ),
     "peering where gossip is": (
         '[peering]\nlisten = "127.0.0.1:8472"',
-        "isthmus.toml:2: peering.listen: 127.0.0.1:8472 is gossip.listen as well",
+        "isthmus.toml: gossip.listen: 127.0.0.1:8472 is peering.listen as well",
         "choose another port",
     ),
     "network of peering that is none": (

@@ -1,0 +1,439 @@
+"""Requests for machines of other nodes, through those nodes, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import pytest_asyncio
+
+from tests.fakes.machine import OK, Connection, Request
+from tests.proxy.edge import wait_for
+from tests.proxy.peer_edge import NOWHERE, PeerNode, World
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+@pytest_asyncio.fixture
+async def world() -> AsyncIterator[World]:
+    world = World()
+    yield world
+    await world.stop()
+
+
+async def near_and_far(world: World, **near: object) -> tuple[PeerNode, PeerNode]:
+    """A node that may not connect to any machine itself, and one that may."""
+    far = await world.node("far", "syd")
+    return await world.node("near", "ams", machine_networks=NOWHERE, **near), far
+
+
+async def test_request_goes_through_the_owner_and_the_machine_sees_what_it_would_see(world: World) -> None:
+    near, far = await near_and_far(world)
+    machine = await world.machine()
+    response = await near.get(b"/a?b=c", b"X-Mine: 1", b"isthmus-machine: m9", b"Isthmus_Hops: 7")
+    assert (response.status, response.body) == (200, b"ok")
+    (request,) = machine.requests
+    assert request.line == b"GET /a?b=c HTTP/1.1"
+    assert request.values(b"x-forwarded-for") == [b"127.0.0.1"]
+    assert request.values(b"fly-region") == [b"ams"]
+    assert request.values(b"fly-request-id") == response.values(b"fly-request-id")
+    assert request.values(b"x-mine") == [b"1"]
+    assert b"isthmus" not in request.head.lower().replace(b"via: 1.1 isthmus", b"")
+    assert (near.peers, far.relayed) == ({"far": (1, 1, {})}, 1)
+    assert near.metrics.upstreams == 1  # that to the other node
+
+
+async def test_connections_between_nodes_and_to_machines_are_kept(world: World) -> None:
+    near, far = await near_and_far(world)
+    machine = await world.machine()
+    other = await world.machine("m2", app="other")
+    client = await near.client()
+    for _ in range(3):
+        assert (await client.get()).status == 200
+        client.send(b"GET / HTTP/1.1\r\nHost: other.test\r\n\r\n")
+        assert (await client.read_response()).status == 200
+    assert near.peers == {"far": (6, 1, {})}
+    assert far.relayed == 6
+    assert [len(machine.connections), len(other.connections)] == [1, 1]
+
+
+@pytest.mark.parametrize("size", [0, 5, 300_000, 3_000_000])
+async def test_bodies_go_both_ways(world: World, size: int) -> None:
+    near, _ = await near_and_far(world)
+    body = bytes(range(256)) * (size // 256 + 1)
+
+    def echo(request: Request) -> bytes:
+        return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(request.body) + request.body
+
+    machine = await world.machine(answer=echo)
+    client = await near.client()
+    for _ in range(2):
+        client.send(b"POST / HTTP/1.1\r\nHost: app.test\r\nContent-Length: %d\r\n\r\n" % size + body[:size])
+        response = await client.read_response()
+        assert (response.status, response.body) == (200, body[:size])
+    assert len(machine.requests) == 2
+
+
+async def test_chunks_and_the_end_of_a_connection_end_bodies_as_they_do_directly(world: World) -> None:
+    near, _ = await near_and_far(world)
+    answers = {
+        b"GET /chunked HTTP/1.1": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+        b"0\r\n\r\n",
+        b"GET /close HTTP/1.1": b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nno",
+        b"HEAD /head HTTP/1.1": b"HTTP/1.1 200 OK\r\nContent-Length: 1234\r\n\r\n",
+        b"GET /empty HTTP/1.1": b"HTTP/1.1 204 No Content\r\n\r\n",
+        b"GET /early HTTP/1.1": b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + OK,
+    }
+
+    async def behave(connection: Connection) -> None:
+        request = await connection.read_request()
+        if request.line == b"GET /until HTTP/1.1":
+            connection.writer.write(b"HTTP/1.1 200 OK\r\n\r\nuntil the end")
+            return
+        while True:
+            connection.writer.write(answers[request.line])
+            if request.line == b"GET /close HTTP/1.1":
+                return
+            request = await connection.read_request()
+
+    await world.machine(behave=behave)
+    client = await near.client()
+    assert (await client.get(b"/chunked")).body == b"abc"
+    assert (await client.get(b"/until")).body == b"until the end"
+    assert (await client.get(b"/close")).body == b"no"
+    assert (await client.get(b"/empty")).status == 204
+    assert (await client.get(b"/early")).status == 103
+    assert (await client.read_response()).body == b"ok"
+    client.send(b"HEAD /head HTTP/1.1\r\nHost: app.test\r\n\r\n")
+    assert (await client.read_response(to_head=True)).values(b"content-length") == [b"1234"]
+    assert near.peers["far"][1] == 1  # all on one connection between the nodes
+
+
+async def test_an_answer_cut_short_by_its_machine_is_cut_short_for_the_client(world: World) -> None:
+    near, _ = await near_and_far(world)
+
+    async def behave(connection: Connection) -> None:
+        await connection.read_request()
+        connection.writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc")
+        await connection.writer.drain()
+
+    await world.machine(behave=behave)
+    client = await near.client()
+    client.send(b"GET / HTTP/1.1\r\nHost: app.test\r\n\r\n")
+    assert (await client.read_to_end()).endswith(b"abc")
+    assert near.metrics.aborted["machine"] == 1
+
+
+async def test_replay_comes_back_to_the_node_that_has_the_body(world: World) -> None:
+    near, far = await near_and_far(world)
+    asked = b"HTTP/1.1 200 OK\r\nfly-replay: instance=m2;state=s\r\nContent-Length: 0\r\n\r\n"
+    first = await world.machine("m1", answer=lambda request: asked)
+    second = await world.machine("m2")
+    world.put_machine("m2", "far", f"127.0.0.1:{second.port}")
+    client = await near.client()
+    client.send(
+        b"POST / HTTP/1.1\r\nHost: app.test\r\nfly-force-instance-id: m1\r\nContent-Length: 4\r\n\r\nbody"
+    )
+    assert (await client.read_response()).status == 200
+    assert [request.body for request in (*first.requests, *second.requests)] == [b"body", b"body"]
+    assert b"instance=m1" in second.requests[0].values(b"fly-replay-src")[0]
+    assert far.relayed == 2
+
+
+async def test_upgraded_connections_pass_both_ways_and_end_with_either_side(world: World) -> None:
+    near, far = await near_and_far(world)
+    ended = asyncio.Event()
+
+    async def behave(connection: Connection) -> None:
+        await connection.read_request()
+        connection.writer.write(
+            b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nhello"
+        )
+        while data := await connection.read():
+            connection.writer.write(data.upper())
+            if data == b"bye":
+                return
+        ended.set()
+
+    await world.machine(behave=behave)
+    upgrade = b"GET / HTTP/1.1\r\nHost: app.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    client = await near.client()
+    client.send(upgrade)
+    assert (await client.read_response()).status == 101
+    assert await client.read(5) == b"hello"
+    client.send(b"abc")
+    assert await client.read(3) == b"ABC"
+    assert far.table.machine("m1").in_flight == 0
+    client.close()
+    await ended.wait()
+    client = await near.client()
+    client.send(upgrade)
+    assert (await client.read_response()).status == 101
+    client.send(b"bye")
+    assert await client.read_to_end() == b"helloBYE"
+
+
+async def test_machine_that_refuses_is_left_for_the_next_one(world: World) -> None:
+    near, far = await near_and_far(world)
+    await world.machine()
+    world.put_machine("m0", "far", "127.0.0.1:1")
+    client = await near.client()
+    for _ in range(8):
+        client.send(b"POST / HTTP/1.1\r\nHost: app.test\r\nContent-Length: 2\r\n\r\nab")
+        assert (await client.read_response()).status == 200
+    assert near.peers["far"][2].keys() == {"refused"}
+    assert near.table.machine("m0").failures
+    assert far.server.peer_metrics.refusals.keys() == {"PC01"}
+
+
+async def test_error_says_that_it_was_the_other_node_that_could_not(world: World) -> None:
+    near, _ = await near_and_far(world)
+    await world.node("third", listen=False)
+    world.put_app()
+    world.put_machine("m0", "far", "127.0.0.1:1")
+    response = await near.get()
+    assert response.status == 502
+    assert "through node far: 127.0.0.1:1 refused the connection" in response.json["message"]
+
+
+async def test_kept_connection_that_the_machine_closed_is_made_anew(world: World) -> None:
+    near, _ = await near_and_far(world)
+
+    async def behave(connection: Connection) -> None:
+        await connection.read_request()
+        connection.writer.write(OK)
+        await connection.read_until(b"\r\n\r\n")  # and closes, without an answer
+
+    machine = await world.machine(behave=behave)
+    client = await near.client()
+    for _ in range(3):
+        assert (await client.get()).status == 200
+    assert len(machine.connections) == 3
+    assert near.peers["far"][1] == 1
+
+
+async def test_what_is_not_safe_to_send_twice_is_not(world: World) -> None:
+    near, _ = await near_and_far(world)
+
+    async def behave(connection: Connection) -> None:
+        await connection.read_request()
+
+    first = await world.machine("m1", behave=behave)
+    second = await world.machine("m2", behave=behave)
+    client = await near.client()
+    client.send(b"POST / HTTP/1.1\r\nHost: app.test\r\nContent-Length: 0\r\n\r\n")
+    response = await client.read_response()
+    assert (response.status, response.error) == (502, "PC03")
+    assert len(first.connections) + len(second.connections) == 1
+
+
+async def test_node_that_is_gone_is_left_for_another_of_the_region(world: World) -> None:
+    near, far = await near_and_far(world)
+    await world.node("other", "syd")
+    machine = await world.machine()
+    world.put_app()
+    world.put_machine("m1", "far", f"127.0.0.1:{machine.port}")
+    # It takes no requests of others, so that another node is the last one.
+    far.peering_port = 0
+    world.tell("far", networks=["127.0.0.0/8"])
+    assert (await near.get()).status == 200
+    assert near.peers == {"other": (1, 1, {})}
+
+
+async def test_without_any_node_to_go_through_the_answer_says_so(world: World) -> None:
+    near, far = await near_and_far(world)
+    await world.machine()
+    world.tell("far", networks=["127.0.0.0/8"])
+    far.peering_port = 0
+    world.tell("far", networks=["127.0.0.0/8"])
+    response = await near.get()
+    assert "no node passes requests on to it" in response.json["message"]
+
+
+async def test_node_that_died_gives_an_error_and_is_used_again_when_it_is_back(world: World) -> None:
+    near, far = await near_and_far(world)
+    await world.machine()
+    assert (await near.get()).status == 200
+    await far.server._peer_listener.close()
+    response = await near.get()
+    assert (response.status, response.error) in {(502, "PC01"), (502, "PR03")}
+    assert "node far refused the connection" in response.json["message"]
+    far.listen()
+    assert (await near.get()).status == 200
+
+
+async def test_another_machine_takes_over_when_a_node_died(world: World) -> None:
+    near, far = await near_and_far(world)
+    await world.machine()
+    await world.node("third", "gru")
+    world.put_app()
+    machine = await world.machine("m3", owner="third")
+    assert (await near.get(b"/", b"fly-force-instance-id: m1")).status == 200
+    await far.server._peer_listener.close()
+    for _ in range(4):
+        assert (await near.get(b"/", b"fly-prefer-instance-id: m1")).status == 200
+    assert machine.requests
+
+
+async def test_silent_node_costs_no_more_than_its_time_and_then_none(world: World) -> None:
+    near, far = await near_and_far(world, connect_timeout_s=0.1)
+
+    async def stay_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    await world.machine()
+    server = await asyncio.start_server(stay_silent, "127.0.0.1", 0)
+    far.peering_port = server.sockets[0].getsockname()[1]
+    world.tell("far")
+    response = await near.get()
+    assert "no connection to node far in time" in response.json["message"]
+    response = await near.get()
+    assert "node far: it did not answer a moment ago" in response.json["message"]
+    server.close()
+
+
+async def test_another_node_at_the_address_is_not_taken_for_the_one_meant(world: World) -> None:
+    near, far = await near_and_far(world)
+    other = await world.node("other", "gru")
+    await world.machine()
+    world.put_app()
+    far.peering_port = other.peering_port
+    world.tell("far")
+    response = await near.get()
+    assert "node far: it is node other" in response.json["message"]
+    assert other.relayed == 0
+
+
+async def test_auto_goes_through_a_node_when_connecting_fails_and_comes_back(world: World) -> None:
+    near, far = await near_and_far(world)
+    await world.machine()
+    world.put_app(options='{"reach": "auto"}')
+    assert (await near.get()).status == 200
+    assert (await near.get()).status == 200
+    assert far.relayed == 2
+    # By now the machine can be connected to, but that is looked at only after a while.
+    await near.server._pool._reach.adopt((), "", ())
+    assert (await near.get()).status == 200
+    assert far.relayed == 3
+    near.server._pool.peers._machines._known = {
+        name: (0.0, wait_s) for name, (_, wait_s) in near.server._pool.peers._machines._known.items()
+    }
+    assert (await near.get()).status == 200
+    assert far.relayed == 4
+    await wait_for(lambda: not near.server._pool.peers._machines._known)
+    assert (await near.get()).status == 200
+    assert far.relayed == 4
+
+
+async def test_auto_and_direct_do_not_go_through_a_node_without_need(world: World) -> None:
+    far = await world.node("far", "syd")
+    near = await world.node("near", "ams")
+    await world.machine()
+    for reach in ("auto", "direct"):
+        world.put_app(options=json.dumps({"reach": reach}))
+        assert (await near.get()).status == 200
+    assert far.relayed == 0
+
+
+async def test_request_is_passed_on_by_two_nodes_but_not_by_three(world: World) -> None:
+    near, far = await near_and_far(world)
+    gate = await world.node("gate", "syd", machine_networks=NOWHERE)
+    machine = await world.machine()
+    world.put_app()
+    world.put_machine("m1", "far", f"127.0.0.1:{machine.port}")
+    # The owner cannot be reached from `near`, where it seems to be somewhere else.
+    near.table.apply("nodes", ("far",), ("far", "syd", "", 0, "", '{"networks": ["127.0.0.0/8"]}'))
+    assert (await near.get()).status == 200
+    assert [gate.relayed, far.relayed] == [1, 1]
+    # For the owner the machine is by now somebody else's.
+    await world.node("late", "syd")
+    far.table.apply(
+        "machines", ("m1",), ("m1", "app", "late", "syd", f"127.0.0.1:{machine.port}", "started", 0, "")
+    )
+    response = await near.get()
+    assert "enough nodes have passed it on" in response.json["message"]
+    assert world.nodes["late"].relayed == 0
+
+
+async def test_machine_that_the_other_node_does_not_know_got_nothing(world: World) -> None:
+    near, far = await near_and_far(world)
+    machine = await world.machine()
+    far.table.apply("machines", ("m1",), None)
+    client = await near.client()
+    client.send(b"POST / HTTP/1.1\r\nHost: app.test\r\nContent-Length: 2\r\n\r\nab")
+    response = await client.read_response()
+    assert "this node does not know the machine" in response.json["message"]
+    assert not machine.connections
+
+
+async def test_proxy_header_reaches_the_machine_and_its_connection_is_not_kept(world: World) -> None:
+    near, _ = await near_and_far(world)
+
+    async def behave(connection: Connection) -> None:
+        line = await connection.read_until(b"\r\n")
+        assert line.startswith(b"PROXY TCP4 127.0.0.1 ")
+        await connection.read_request()
+        connection.writer.write(OK)
+        await connection.read()
+
+    machine = await world.machine(behave=behave)
+    world.put_app(options='{"proxy_protocol": "v1"}')
+    client = await near.client()
+    for _ in range(2):
+        assert (await client.get()).status == 200
+    assert len(machine.connections) == 2
+    assert near.peers == {"far": (2, 1, {})}
+
+
+async def test_slow_client_stops_the_machine_through_both_nodes(world: World) -> None:
+    near, _ = await near_and_far(world)
+    sent = 0
+
+    async def behave(connection: Connection) -> None:
+        nonlocal sent
+        await connection.read_request()
+        connection.writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+        for _ in range(1000):
+            connection.writer.write(bytes(100_000))
+            await connection.writer.drain()
+            sent += 100_000
+
+    await world.machine(behave=behave)
+    client = await near.client()
+    client.writer.transport.pause_reading()
+    client.send(b"GET / HTTP/1.1\r\nHost: app.test\r\n\r\n")
+    await wait_for(lambda: sent > 0)
+    before = -1
+    while before != sent:
+        before = sent
+        await asyncio.sleep(0.1)
+    assert sent < 60_000_000
+    client.writer.transport.resume_reading()
+    assert len(await client.read_body_of(100_000_000)) == 100_000_000
+
+
+async def test_drained_node_ends_what_it_has_and_is_left_by_the_others(world: World) -> None:
+    near, far = await near_and_far(world)
+    answered = asyncio.Event()
+
+    async def behave(connection: Connection) -> None:
+        while True:
+            await connection.read_request()
+            await answered.wait()
+            connection.writer.write(OK)
+
+    await world.machine(behave=behave)
+    client = await near.client()
+    client.send(b"GET / HTTP/1.1\r\nHost: app.test\r\n\r\n")
+    await wait_for(lambda: far.relayed == 1)
+    draining = asyncio.create_task(far.server.drain(10))
+    await wait_for(lambda: next(iter(far.server._peer_sessions))._leaving)
+    answered.set()
+    assert (await client.read_response()).status == 200
+    assert await draining
+    await wait_for(lambda: not far.server._peer_sessions)
+    assert (await near.get()).status == 502
