@@ -176,6 +176,7 @@ class PeerSession(asyncio.Protocol):
             self._refuse(CONNECT_FAILED, "the machine is not this node's, and enough nodes have passed it on")
         else:
             self._target = target
+            table.count_relayed(target.id, 1)
             self._metrics.relaying += 1
             port = target.port or order.port
             machine = self._peers.acquire(target, port, service, self, fresh=order.fresh, passed=order.passed)
@@ -268,6 +269,7 @@ class PeerSession(asyncio.Protocol):
         self._waiting_bytes = 0
         target, self._target = self._target, None
         if target is not None:
+            self._plane.table.count_relayed(target.id, -1)
             self._metrics.relaying -= 1
             self._plane.queue.offer(target.app)
         if self._transport is not None:

@@ -146,6 +146,9 @@ class RoutingTable:
         self._loads: dict[str, dict[str, int]] = {}  # by machine, then node; also of absent machines
         self.busy = Busy()
         self._siblings: dict[str, int] = {}  # what other workers of this node have, by machine; never zero
+        self._relayed: dict[
+            str, int
+        ] = {}  # what this process passes on for other nodes, by machine; never zero
         self._present: frozenset[str] | None = None  # nodes whose loads count; None: those of all
         self._region_uses: dict[str, int] = {}  # how many rows of nodes and machines name a region
 
@@ -358,14 +361,24 @@ class RoutingTable:
                 del self._loads[machine]
         self._update_remote_load(machine)
 
+    def count_relayed(self, machine: str, more: int) -> None:
+        """Count what this process passes on to a machine for other nodes, or (below 0) no longer does.
+
+        The others report it too, but later: it counts at once, and not twice.
+        """
+        relayed = self._relayed.pop(machine, 0) + more
+        if relayed:
+            self._relayed[machine] = relayed
+        self._update_remote_load(machine)
+
     def _compute_remote_load(self, machine: str) -> int:
-        load = self._siblings.get(machine, 0)
+        load = 0
         if machine in self._loads:
             present = self._present
             for node, in_flight in self._loads[machine].items():
                 if present is None or node in present:
                     load += in_flight
-        return load
+        return self._siblings.get(machine, 0) + max(load, self._relayed.get(machine, 0))
 
     def _update_remote_load(self, machine: str) -> None:
         target = self._targets.get(machine)

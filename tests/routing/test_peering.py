@@ -151,3 +151,17 @@ def test_row_of_a_node_that_knows_no_peering_is_accepted() -> None:
     table = table_with()
     table.apply("nodes", ("n2",), ("n2", "syd", "", 0, ""))
     assert not table.rejected
+
+
+def test_requests_passed_on_count_once_with_what_their_nodes_report() -> None:
+    table = table_of("10.1.2.3:80", node="n1")
+    target = table.machine("m1")
+    assert target is not None
+    table.count_relayed("m1", 3)
+    assert target.load == 3
+    put(table, "loads", machine="m1", node="n2", in_flight=2)
+    assert target.load == 3
+    put(table, "loads", machine="m1", node="n3", in_flight=2)
+    assert target.load == 4
+    table.count_relayed("m1", -3)
+    assert target.load == 4
