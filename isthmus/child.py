@@ -65,6 +65,7 @@ class Order(msgspec.Struct, frozen=True, omit_defaults=True):
     told: Lifecycle | None = None  # news for those who ask an agent
     reloaded: bool = False  # which answer those who wished for a reload
     starts: bool = False  # no more standing by
+    counted: dict[str, list[Any]] | None = None  # with that: what is known by now of workers that are gone
     retires: bool = False
 
 
@@ -138,6 +139,7 @@ class Life:
         self.code = 0
         self._task = task
         self._name = name
+        self._counted = task.counted
         self._starting = asyncio.Event()
         self._stopping = asyncio.Event()
         self._ending = asyncio.Event()  # set with `_stopping` unless there is time
@@ -169,7 +171,7 @@ class Life:
                 self._lose,
                 is_successor=task.is_successor,
                 control=self,
-                counted=task.counted,
+                counted=self._counted,
                 on_counted=lambda counted: self.report(Report(counted=counted)),
             )
         from isthmus.worker_role import WorkerRole  # noqa: PLC0415 — see above
@@ -214,6 +216,8 @@ class Life:
                 self._waiting.clear()
         if order.retires:
             self._stopping.set()
+        if order.counted is not None:
+            self._counted = order.counted
         if order.starts:
             self._starting.set()
         doing = asyncio.create_task(self._do(order))

@@ -78,8 +78,8 @@ class NodeInfo(msgspec.Struct, frozen=True):
 class Supervisor:
     """Keeps the processes of one node alive.
 
-    `announce` is called once, when the node serves, with its addresses. `read` returns the configuration as
-    its sources have it now, and `command` is what an upgrade runs; without it there is none. With `handover`
+    `announce` is called when the node begins to serve, with its addresses. `read` returns what the sources of
+    its configuration say now, and `command` is what an upgrade runs; without it there is none. With `handover`
     the children of an earlier program in this process are taken over, and replaced.
     """
 
@@ -126,9 +126,10 @@ class Supervisor:
             else:
                 self._start(self._succeed())
             if not self._stopping.is_set():
-                info = node_info(self._reloader.used)
-                write_node_info(info_file, info)
-                self._announce(info)
+                if self._handover is None:
+                    info = node_info(self._reloader.used)
+                    write_node_info(info_file, info)
+                    self._announce(info)
                 notify("READY=1")
                 self._start(self._watch_loops())
             await self._stopping.wait()
@@ -446,19 +447,20 @@ class Supervisor:
         for child in self._children:
             child.trial = None
         self._leaving += former
-        for child in former[1:]:
-            self._retire(child, config.proxy.upgrade_drain_ms / 1000)
         # Two agents on one database would not do: the new one starts when the old one has ended.
         self._retire(former[0], 0.0)
         if former[0].process is not None:
             await former[0].process.wait()
         agent = self._agent()
-        await agent.order(ADOPT_S, starts=True, told=lifecycle)
+        await agent.order(ADOPT_S, starts=True, told=lifecycle, counted=self._counted)
         problem = await self._await_start(agent, agent.ready)
         agent.is_on_trial = False
         if problem:
             log.error("the new agent does not serve", extra={"problem": problem})
         self._fix_addresses()
+        # Now that there is an agent again to be told what they have counted.
+        for child in former[1:]:
+            self._retire(child, config.proxy.upgrade_drain_ms / 1000)
         info = node_info(self._reloader.used)
         write_node_info(Path(self._config.data) / "node.json", info)
         log.info("upgraded", extra={"generation": lifecycle.generation})
