@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from isthmus.config_machines import CheckConfig, MachineConfig
+from isthmus.config_machines import PROCESS, CheckConfig, DriverConfig, MachineConfig, MachinesConfig
 from isthmus.config_values import (
     NotNegative,
     Positive,
@@ -381,6 +381,10 @@ class AppConfig(_Section, frozen=True):
     force_https: bool = False
     machine_tls: MachineTlsConfig | bool = False
     pristine: bool = False
+    autostart: bool = True
+    autostop: Literal["off", "stop", "suspend"] = "off"
+    min_machines_running: NotNegative = 0
+    primary_region: str = ""
     client_routing: bool = True
     replay_from: tuple[str, ...] = ()
     replay_cache: tuple[ReplayCacheConfig, ...] = ()
@@ -497,6 +501,8 @@ class Config(_Section, frozen=True):
     log: LogConfig = LogConfig()
     access_log: AccessLogConfig = AccessLogConfig()
     tracing: TracingConfig = TracingConfig()
+    machines: MachinesConfig = MachinesConfig()
+    drivers: dict[str, DriverConfig] = {}
     regions: dict[str, RegionConfig] = {}
     apps: tuple[AppConfig, ...] = ()
 
@@ -507,6 +513,10 @@ class Config(_Section, frozen=True):
         for code in self.regions:
             if REGION_CODE.fullmatch(code) is None or code in geo.AREAS:
                 raise ValueOfKeyError(f"regions.{code}", f"`{code}` is no code for a region: a-z, 0-9 and -")
+        for name in self.drivers:
+            _check(f"drivers.{name}", lambda name: check_identifier(name, "a driver"), name)
+            if name == PROCESS:
+                raise ValueOfKeyError(f"drivers.{name}", "that is what machines with a command have")
         self._check_listeners()
         self._check_apps()
 
@@ -543,6 +553,9 @@ class Config(_Section, frozen=True):
                     problem = f"machine `{machine.id}` is declared twice"
                     raise ValueOfKeyError(f"apps[{i}].machines[{j}].id", problem)
                 machines.update({machine.id} - {""})
+                if machine.driver and machine.driver not in self.drivers:
+                    problem = f"there is no [drivers.{machine.driver}]"
+                    raise ValueOfKeyError(f"apps[{i}].machines[{j}].driver", problem)
 
     @property
     def listeners(self) -> dict[str, str]:

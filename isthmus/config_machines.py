@@ -86,14 +86,64 @@ def parse_statuses(said: Sequence[int | str]) -> tuple[tuple[int, int], ...]:
     return tuple(ranges)
 
 
+# The driver of machines that have a command.
+PROCESS = "process"
+FLY_API = "https://api.machines.dev"
+
+
 class MachineConfig(_Section, frozen=True):
     """`[[apps.machines]]`: one instance of the app, owned and checked by this node."""
 
     address: str
     id: str = ""
     region: str = ""
+    driver: str = ""
+    command: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
+    env: dict[str, str] = {}
+    directory: str = ""
+    restart: Literal["on-failure", "always", "never"] = "on-failure"
+    kill_timeout_ms: Annotated[int, Meta(ge=0, le=300_000)] = 5_000
 
     def __post_init__(self) -> None:
         check("address", _parse_machine, self.address)
         if self.id:
             check("id", lambda name: check_identifier(name, "a machine"), self.id)
+        if self.driver and self.command:
+            raise ValueOfKeyError("driver", "a machine has a command or a driver, not both")
+        for text in (*self.command, *self.env, *self.env.values(), self.directory):
+            if "\0" in text:
+                raise ValueOfKeyError("command", "no text of a command can hold a NUL")
+        if not self.command and (self.env or self.directory):
+            raise ValueOfKeyError("command", "env and directory are for machines with a command")
+
+    @property
+    def driver_name(self) -> str:
+        """What starts and stops it, as its row has it."""
+        return PROCESS if self.command else self.driver
+
+
+class DriverConfig(_Section, frozen=True):
+    """`[drivers.<name>]`: what starts and stops machines of this node that are no processes of its own."""
+
+    type: Literal["webhook", "fly"]
+    url: str = ""
+    secret: str = ""
+    token: str = ""
+    app: str = ""
+    timeout_ms: Annotated[int, Meta(ge=1, le=600_000)] = 30_000
+
+    def __post_init__(self) -> None:
+        if self.url and re.fullmatch(r"https?://[!-~]+", self.url) is None:
+            raise ValueOfKeyError("url", f"`{self.url}` is no URL of http or https")
+        if self.type == "webhook" and not (self.url and self.secret):
+            raise ValueOfKeyError("url" if self.secret else "secret", "a webhook needs url and secret")
+        if self.type == "fly" and not self.token:
+            raise ValueOfKeyError("token", "the Machines API wants a token")
+
+
+class MachinesConfig(_Section, frozen=True):
+    """`[machines]`: what all machines of this node have in common that have a driver."""
+
+    idle_ms: Annotated[int, Meta(ge=100, le=DAY_MS)] = 300_000
+    ready_timeout_ms: Annotated[int, Meta(ge=100, le=DAY_MS)] = 60_000
+    drain_ms: Annotated[int, Meta(ge=0, le=DAY_MS)] = 10_000

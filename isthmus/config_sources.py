@@ -37,6 +37,7 @@ from isthmus.config import (
     parse_listen,
     unknown_region,
 )
+from isthmus.config_machines import DriverConfig
 from isthmus.toml_lines import find_line
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def setting_types() -> dict[str, Any]:
     for name, kind in typing.get_type_hints(Config).items():
         if isinstance(kind, type) and issubclass(kind, Struct):
             found.update({f"{name}.{key}": value for key, value in typing.get_type_hints(kind).items()})
-        elif name not in ("regions", "apps", "tcp"):
+        elif name not in ("regions", "drivers", "apps", "tcp"):
             found[name] = kind
     return found
 
@@ -252,13 +253,15 @@ def _describe(
 
 
 def _name_region(path: str, merged: Mapping[str, Any]) -> str:
-    """Put the code of the wrong region where the path, as msgspec tells it, has dots."""
-    if path.startswith("regions[...]"):
-        for code, value in merged["regions"].items():
+    """Put the code of the wrong region, or the name of the driver, where the path of msgspec has dots."""
+    kinds: dict[str, type[Struct]] = {"regions": RegionConfig, "drivers": DriverConfig}
+    section = path.partition("[...]")[0]
+    if section in kinds:
+        for name, value in merged[section].items():
             try:
-                msgspec.convert(value, RegionConfig)
+                msgspec.convert(value, kinds[section])
             except msgspec.ValidationError:
-                return path.replace("[...]", f".{code}", 1)
+                return path.replace("[...]", f".{name}", 1)
     return path
 
 
@@ -267,7 +270,7 @@ def _without_indices(path: str) -> str:
 
 
 def _suggest_key(path: str) -> str | None:
-    known = [*setting_types(), "regions", "apps", "tcp"]
+    known = [*setting_types(), "regions", "drivers", "apps", "tcp"]
     for prefix, struct in (
         ("tcp", TcpConfig),
         ("apps", AppConfig),
@@ -278,8 +281,9 @@ def _suggest_key(path: str) -> str | None:
         ("apps.replay_cache", ReplayCacheConfig),
         ("apps.compression", CompressionConfig),
         ("regions.*", RegionConfig),
+        ("drivers.*", DriverConfig),
     ):
         known += [f"{prefix}.{key}" for key in struct.__struct_fields__]
-    plain = re.sub(r"^regions\.[^.]+", "regions.*", _without_indices(path))
+    plain = re.sub(r"^(regions|drivers)\.[^.]+", r"\1.*", _without_indices(path))
     close: Sequence[str] = difflib.get_close_matches(plain, known, 1, 0.75)
     return close[0] if close else None

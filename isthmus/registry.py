@@ -27,18 +27,33 @@ from isthmus.config import (
 )
 from routing.catalog import canonical_hostname, canonical_prefix, parse_address
 from routing.options import HANDLERS, parse_options
+from routing.scaling import NAMES as SCALING
 
 Value = None | int | float | str | bytes
 Statement = tuple[str, Sequence[Value]]
 Rows = list[tuple[Any, ...]]
 
-# The actions on a machine and what each writes.
-ACTIONS: Mapping[str, str] = {
-    "start": "UPDATE machines SET state = 'started' WHERE id = ?",
-    "stop": "UPDATE machines SET state = 'stopped' WHERE id = ?",
-    "cordon": "UPDATE machines SET cordoned = 1 WHERE id = ?",
-    "uncordon": "UPDATE machines SET cordoned = 0 WHERE id = ?",
+_USUAL_APP = AppConfig(name="usual")
+
+# The actions on a machine: what it is to be, or whether it is cordoned.
+_STATES: Mapping[str, str] = {
+    "start": "started",
+    "stop": "stopped",
+    "suspend": "suspended",
+    "drain": "draining",
 }
+_CORDONS: Mapping[str, int] = {"cordon": 1, "uncordon": 0}
+ACTIONS = (*_STATES, *_CORDONS)
+
+_NOW_MS = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
+_PUT_GOAL = (
+    "INSERT INTO goals (machine, state, asked_by, reason, asked_ms)"  # noqa: S608 — only our own words
+    f" VALUES (?, ?, ?, ?, {_NOW_MS}) ON CONFLICT "
+)
+_REPLACE_GOAL = (
+    "DO UPDATE SET state = excluded.state, asked_by = excluded.asked_by, reason = excluded.reason,"
+    " asked_ms = excluded.asked_ms"
+)
 
 
 class RegistryError(Exception):
@@ -66,20 +81,34 @@ class NewMachine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     address: str
     id: str = ""
     region: str = ""
+    driver: str = ""
+
+
+def put_goal(machine: str, state: str, node: str, reason: str) -> Statement:
+    """Return what writes down what a machine with a driver is to be."""
+    return (_PUT_GOAL + _REPLACE_GOAL, (machine, state, node, reason))
 
 
 class Registry:
     """Writes the rows of one node.
 
     `own_listeners` are the addresses that this node itself listens on: no machine may have one, or a
-    request could be sent to the admin API or round in a circle.
+    request could be sent to the admin API or round in a circle. `drivers` are those of this node.
     """
 
-    def __init__(self, database: Database, node: str, region: str, own_listeners: Collection[str]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        node: str,
+        region: str,
+        own_listeners: Collection[str],
+        drivers: Collection[str] = (),
+    ) -> None:
         self._database = database
         self._node = node
         self._region = region
         self._own_listeners = own_listeners
+        self._drivers = drivers
 
     async def announce(self, config: Config, address: str, now_ms: int) -> None:
         """Write this node's own row, its regions, and what its configuration declares."""
@@ -120,8 +149,11 @@ class Registry:
         owner = f"config:{self._node}"
         for app in config.apps:
             statements += self._app_statements(app, owner)
-        declared = [machine for app in config.apps for machine in self._named(app.name, app.machines)]
-        statements += _forget("machines", "id", [machine.id for machine in declared], owner)
+        declared = [machine for app in config.apps for machine in self.name_machines(app.name, app.machines)]
+        ids = [machine.id for machine in declared]
+        gone = f"SELECT id FROM machines WHERE managed_by = ? AND id NOT IN ({_marks(ids)})"  # noqa: S608 — only marks
+        statements += [(f"DELETE FROM goals WHERE machine IN ({gone})", (owner, *ids))]  # noqa: S608 — see above
+        statements += _forget("machines", "id", ids, owner)
         statements += _forget("apps", "name", [app.name for app in config.apps], owner)
         for table in ("hostnames", "services"):
             statements += _forget(table, "app", [app.name for app in config.apps], owner)
@@ -133,7 +165,7 @@ class Registry:
         """Create the app or change it to what is given; returns the ids of its machines given here."""
         for host in app.hosts:
             await self._refuse_taken_route(app, host)
-        machines = self._named(app.name, app.machines)
+        machines = self.name_machines(app.name, app.machines)
         for machine in machines:
             await self._refuse_misfit(app.name, machine)
         await self._database.execute(self._app_statements(app, ""))
@@ -159,6 +191,7 @@ class Registry:
             [
                 ("DELETE FROM checks WHERE machine IN (SELECT id FROM machines WHERE app = ?)", (name,)),
                 ("DELETE FROM loads WHERE machine IN (SELECT id FROM machines WHERE app = ?)", (name,)),
+                ("DELETE FROM goals WHERE machine IN (SELECT id FROM machines WHERE app = ?)", (name,)),
                 ("DELETE FROM machines WHERE app = ?", (name,)),
                 ("DELETE FROM services WHERE app = ?", (name,)),
                 ("DELETE FROM hostnames WHERE app = ?", (name,)),
@@ -170,12 +203,13 @@ class Registry:
         """Add a machine that this node owns and checks; returns its id. Twice is as once."""
         await self._require("apps", "name", new.app, "app")
         try:
-            machine = MachineConfig(address=new.address, id=new.id, region=new.region)
+            machine = MachineConfig(address=new.address, id=new.id, region=new.region, driver=new.driver)
         except ValueError as error:
             raise RegistryError(str(error)) from None
-        (machine,) = self._named(new.app, (machine,))
+        (machine,) = self.name_machines(new.app, (machine,))
         await self._refuse_misfit(new.app, machine)
-        await self._database.execute([self._machine_statement(new.app, machine, "")])
+        goals = self._first_goals(AppConfig(name=new.app), (machine,))
+        await self._database.execute([self._machine_statement(new.app, machine, ""), *goals])
         return machine.id
 
     async def remove_machine(self, machine: str) -> None:
@@ -185,14 +219,27 @@ class Registry:
             [
                 ("DELETE FROM checks WHERE machine = ?", (machine,)),
                 ("DELETE FROM loads WHERE machine = ?", (machine,)),
+                ("DELETE FROM goals WHERE machine = ?", (machine,)),
                 ("DELETE FROM machines WHERE id = ?", (machine,)),
             ]
         )
 
     async def change_machine(self, machine: str, action: str) -> None:
-        """Apply one of ACTIONS to a machine."""
+        """Apply one of ACTIONS to a machine; one with a driver is in its new state when its owner says so."""
         await self._require("machines", "id", machine, "machine")
-        await self._database.execute([(ACTIONS[action], (machine,))])
+        if action in _CORDONS:
+            cordon = "UPDATE machines SET cordoned = ? WHERE id = ?"
+            await self._database.execute([(cordon, (_CORDONS[action], machine))])
+            return
+        state = _STATES[action]
+        sql = "SELECT driver FROM machines WHERE id = ?"
+        if (await self._database.query(sql, (machine,))).rows[0][0]:
+            await self._database.execute([put_goal(machine, state, self._node, "command")])
+        elif state == "suspended":
+            raise RegistryError(f"nothing can suspend `{machine}`: it has no driver; stop it")
+        else:
+            change = f"UPDATE machines SET state = ?, since_ms = {_NOW_MS} WHERE id = ? AND state != ?"  # noqa: S608 — our own words
+            await self._database.execute([(change, (state, machine, state))])
 
     async def _require(self, table: str, column: str, value: str, what: str) -> None:
         sql = f"SELECT 1 FROM {table} WHERE {column} = ?"  # noqa: S608 — both names are ours
@@ -207,7 +254,16 @@ class Registry:
             raise RegistryError(f"host `{host}` at {app.path_prefix} already leads to app `{rows[0][0]}`")
 
     async def _refuse_misfit(self, app: str, machine: MachineConfig) -> None:
-        """Refuse a machine without a port, in a region that nobody knows, and one that another app has."""
+        """Refuse a machine without a port, in a region that nobody knows, and one that another app has.
+
+        And one that is started by what only the configuration of a node may say: a command, a driver.
+        """
+        if machine.command:
+            raise RegistryError(
+                "a command is only taken from the configuration file of the node that runs it"
+            )
+        if machine.driver and machine.driver not in self._drivers:
+            raise RegistryError(f"this node has no driver `{machine.driver}`")
         if parse_address(machine.address)[1] is None:
             sql = "SELECT 1 FROM services WHERE app = ? AND internal_port IS NULL"
             if (await self._database.query(sql, (app,))).rows:
@@ -228,7 +284,7 @@ class Registry:
             _service_statement(app.name, 0, app, encode_checks(app.checks), encode_options(app), owner),
         ]
         for service in app.services:
-            options = encode_service_options(service)
+            options = encode_service_options(app, service)
             statements.append(_service_statement(app.name, service.port, service, "[]", options, owner))
         route = (
             "INSERT INTO hostnames (hostname, path_prefix, app, managed_by) VALUES (?, ?, ?, ?)"
@@ -236,11 +292,11 @@ class Registry:
         )
         prefix = canonical_prefix(app.path_prefix)
         statements += [(route, (canonical_hostname(h), prefix, app.name, owner)) for h in app.hosts]
-        return statements + [
-            self._machine_statement(app.name, m, owner) for m in self._named(app.name, app.machines)
-        ]
+        machines = self.name_machines(app.name, app.machines)
+        statements += [self._machine_statement(app.name, machine, owner) for machine in machines]
+        return statements + self._first_goals(app, machines)
 
-    def _named(self, app: str, machines: Iterable[MachineConfig]) -> list[MachineConfig]:
+    def name_machines(self, app: str, machines: Iterable[MachineConfig]) -> list[MachineConfig]:
         """Return machines of an app, each with an id; one that is not named gets one from what it is."""
         named = []
         for machine in machines:
@@ -252,14 +308,28 @@ class Registry:
             named.append(machine)
         return named
 
+    def _first_goals(self, app: AppConfig, machines: Iterable[MachineConfig]) -> list[Statement]:
+        """Return what gives new machines with a driver a goal: to run, unless requests are to start them."""
+        state = "stopped" if app.autostart and app.autostop != "off" else "started"
+        return [
+            (f"{_PUT_GOAL} DO NOTHING", (machine.id, state, self._node, "declared"))
+            for machine in machines
+            if machine.driver_name
+        ]
+
     def _machine_statement(self, app: str, machine: MachineConfig, owner: str) -> Statement:
+        region, driver = machine.region or self._region, machine.driver_name
+        # What has a driver is found out, and started, by it.
+        state = "stopped" if driver else "started"
         return (
             (
-                "INSERT INTO machines (id, app, node, region, address, managed_by) VALUES (?, ?, ?, ?, ?, ?)"
+                "INSERT INTO machines (id, app, node, region, address, managed_by, driver, state)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
                 " ON CONFLICT DO UPDATE SET app = excluded.app, node = excluded.node,"
-                " region = excluded.region, address = excluded.address, managed_by = excluded.managed_by"
+                " region = excluded.region, address = excluded.address, managed_by = excluded.managed_by,"
+                " driver = excluded.driver"
             ),
-            (machine.id, app, self._node, machine.region or self._region, machine.address, owner),
+            (machine.id, app, self._node, region, machine.address, owner, driver, state),
         )
 
 
@@ -321,16 +391,23 @@ def encode_options(app: AppConfig) -> str:
         "compression": app.compression,
         "reach": app.reach,
     }
-    said = {name: value for name, value in options.items() if value} | _raw_options(app)
+    said = {name: value for name, value in options.items() if value}
+    said |= _raw_options(app) | _scaling_options(app)
     if not app.client_routing:
         said["client_routing"] = False
     return msgspec.json.encode(said).decode()
 
 
-def encode_service_options(service: ServiceConfig) -> str:
+def encode_service_options(app: AppConfig, service: ServiceConfig) -> str:
     """Return what `services.options` holds for one port of an app."""
     protocol = {"proxy_protocol": service.proxy_protocol} if service.proxy_protocol else {}
-    return msgspec.json.encode(protocol | _raw_options(service)).decode()
+    said = protocol | _raw_options(service) | _scaling_options(app)
+    return msgspec.json.encode(said).decode()
+
+
+def _scaling_options(app: AppConfig) -> dict[str, Any]:
+    """Return how machines are started and stopped by themselves, where that is not as usual."""
+    return {name: getattr(app, name) for name in SCALING if getattr(app, name) != getattr(_USUAL_APP, name)}
 
 
 def _raw_options(service: AppConfig | ServiceConfig) -> dict[str, Any]:
@@ -342,6 +419,10 @@ def _raw_options(service: AppConfig | ServiceConfig) -> dict[str, Any]:
     if set(service.handlers) != HANDLERS:
         said["handlers"] = service.handlers
     return said
+
+
+def _marks(values: Sequence[Value]) -> str:
+    return ", ".join("?" * len(values))
 
 
 def _forget(table: str, column: str, keep: Sequence[str], owner: str) -> list[Statement]:

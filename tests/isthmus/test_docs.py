@@ -27,6 +27,7 @@ from isthmus.config import (
     ServiceConfig,
     TcpConfig,
 )
+from isthmus.config_machines import DriverConfig
 from isthmus.config_sources import default_data_dir, setting_types
 from proxy.core.errors import ERRORS
 
@@ -45,6 +46,7 @@ TABLES = {
     "apps.replay_cache": ReplayCacheConfig,
     "apps.compression": CompressionConfig,
     "regions.*": RegionConfig,
+    "drivers.*": DriverConfig,
 }
 
 
@@ -62,7 +64,7 @@ def rows(page: str) -> dict[str, list[str]]:
     for line in text_of(page).splitlines():
         heading = re.match(r"#+ (?:`\[+([^\]]+)\]+`)?", line)
         if heading is not None:
-            table = (heading[1] or "").replace("<code>", "*")
+            table = (heading[1] or "").replace("<code>", "*").replace("<name>", "*")
             prefix = f"{table}." if table in TABLES else ""
         row = re.match(r"\|\s*`([^`]+)`\s*\|(.*)\|\s*$", line)
         if row is not None:

@@ -35,7 +35,7 @@ def database() -> Iterator[FakeDatabase]:
 
 @pytest.fixture
 def registry(database: FakeDatabase) -> Registry:
-    return Registry(database, "n1", "ams", OWN)
+    return Registry(database, "n1", "ams", OWN, drivers=("fly",))
 
 
 def app(
@@ -286,10 +286,79 @@ class TestMachines:
         self, database: FakeDatabase, registry: Registry, undo: tuple[str, str]
     ) -> None:
         (machine,) = await registry.add_app(app("web", "10.0.0.1:80"))
-        before = database.rows("SELECT * FROM machines")
+        before = database.rows("SELECT state, cordoned FROM machines")
         for action in undo:
             await registry.change_machine(machine, action)
-        assert database.rows("SELECT * FROM machines") == before
+        assert database.rows("SELECT state, cordoned FROM machines") == before
+
+    async def test_state_says_since_when(self, database: FakeDatabase, registry: Registry) -> None:
+        (machine,) = await registry.add_app(app("web", "10.0.0.1:80"))
+        await registry.change_machine(machine, "drain")
+        ((state, since_ms),) = database.rows("SELECT state, since_ms FROM machines")
+        assert (state, since_ms > 1_500_000_000_000) == ("draining", True)
+        database.put("machines", id=machine, app="web", node="n1", region="ams", address="a:1", since_ms=5)
+        await registry.change_machine(machine, "start")
+        assert database.rows("SELECT since_ms FROM machines") == [(5,)]  # it was started already
+
+    async def test_nothing_suspends_a_machine_without_a_driver(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        (machine,) = await registry.add_app(app("web", "10.0.0.1:80"))
+        with pytest.raises(RegistryError, match="no driver"):
+            await registry.change_machine(machine, "suspend")
+        assert database.rows("SELECT state FROM machines") == [("started",)]
+
+    async def test_action_on_a_machine_with_a_driver_is_its_owners_to_do(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        await registry.add_app(app("web"))
+        await registry.add_machine(NewMachine(app="web", address="10.0.0.1:80", id="m1", driver="fly"))
+        assert database.rows("SELECT state, driver FROM machines") == [("stopped", "fly")]
+        assert database.rows("SELECT machine, state, reason FROM goals") == [("m1", "started", "declared")]
+        await registry.change_machine("m1", "suspend")
+        assert database.rows("SELECT state FROM machines") == [("stopped",)]
+        goals = database.rows("SELECT machine, state, asked_by, reason, asked_ms > 0 FROM goals")
+        assert goals == [("m1", "suspended", "n1", "command", 1)]
+        await registry.add_machine(NewMachine(app="web", address="10.0.0.1:80", id="m1", driver="fly"))
+        assert database.rows("SELECT state FROM goals") == [("suspended",)]
+        await registry.remove_machine("m1")
+        assert database.rows("SELECT * FROM goals") == []
+
+    async def test_commands_and_unknown_drivers_are_refused(
+        self, database: FakeDatabase, registry: Registry
+    ) -> None:
+        command = MachineConfig(address="10.0.0.1:80", command=("true",))
+        with pytest.raises(RegistryError, match="only taken from the configuration file"):
+            await registry.add_app(AppConfig(name="web", machines=(command,)))
+        await registry.add_app(app("web"))
+        with pytest.raises(RegistryError, match="no driver `k8s`"):
+            await registry.add_machine(NewMachine(app="web", address="10.0.0.1:80", driver="k8s"))
+        assert database.rows("SELECT * FROM machines") == []
+
+    @pytest.mark.parametrize(("autostop", "goal"), [("off", "started"), ("stop", "stopped")])
+    async def test_declared_commands_run_unless_requests_are_to_start_them(
+        self, database: FakeDatabase, registry: Registry, autostop: str, goal: str
+    ) -> None:
+        machine = MachineConfig(address="10.0.0.1:80", id="m1", command=("true",))
+        declared = AppConfig(name="web", machines=(machine,), autostop=autostop)
+        config = Config(node="n1", data="/x", apps=(declared,))
+        await registry.announce(config, "a:1", 5)
+        assert database.rows("SELECT state, driver FROM machines") == [("stopped", "process")]
+        assert database.rows("SELECT machine, state FROM goals") == [("m1", goal)]
+        database.put(
+            "machines",
+            id="m1",
+            app="web",
+            node="n1",
+            region="ams",
+            address="a:1",
+            state="started",
+            managed_by="config:n1",
+        )
+        await registry.announce(config, "a:1", 6)
+        assert database.rows("SELECT state FROM machines") == [("started",)]  # as its owner has written it
+        await registry.announce(Config(node="n1", data="/x"), "a:1", 7)
+        assert database.rows("SELECT * FROM goals") == []
 
     async def test_removed_machine_takes_its_checks_and_loads_along(
         self, database: FakeDatabase, registry: Registry
