@@ -14,9 +14,11 @@ from isthmus.config import (
     MachineConfig,
     PeeringConfig,
     RegionConfig,
+    ReplayCacheConfig,
     ServiceConfig,
 )
 from isthmus.registry import NewMachine, Registry, RegistryError
+from routing.options import parse_options
 from routing.table import RoutingTable
 from tests.fakes.database import FakeDatabase
 
@@ -544,3 +546,35 @@ async def test_options_that_routing_would_refuse_change_nothing(
     assert database.rows("SELECT options FROM services") == [("{}",)]
     with pytest.raises(RegistryError, match="no app"):
         await registry.set_options("none", {})
+
+
+async def test_what_an_app_says_of_replays_reaches_routing(
+    registry: Registry, database: FakeDatabase
+) -> None:
+    rule = ReplayCacheConfig(type="cookie", name="sid", ttl_seconds=60, path_prefix="/a")
+    said = {"replay_from": ("router",), "replay_cache": (rule,), "client_routing": False, "pristine": True}
+    await registry.add_app(AppConfig(name="web", **said))
+    ((text,),) = database.rows("SELECT options FROM services")
+    options = parse_options(text)
+    assert options is not None
+    assert options.pristine
+    assert options.replay.sources == {"router"}
+    assert not options.replay.client_routing
+    assert [(rule.prefix, rule.name, rule.ttl_s) for rule in options.replay.rules] == [(b"/a", b"sid", 60)]
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        ({"replay_from": ("a b",)}, "no app"),
+        (
+            {"replay_cache": (ReplayCacheConfig(type="cookie", name="a b", ttl_seconds=60),)},
+            "none of a cookie",
+        ),
+    ],
+)
+def test_what_routing_would_refuse_of_replays_is_refused_when_it_is_said(
+    said: dict[str, object], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        AppConfig(name="web", **said)

@@ -7,7 +7,11 @@ import json
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from proxy.core.request_head import parse_request_head
+from proxy.core.transforms import apply_transform
+from proxy.settings import ProxySettings
 from routing.catalog import APP_NAME, IDENTIFIER, REGION_CODE
+from routing.hosts import normalise_path
 from routing.replay import (
     Replay,
     ReplayError,
@@ -16,6 +20,7 @@ from routing.replay import (
     parse_replay_header,
     parse_replay_json,
 )
+from routing.replay_options import is_below, parse_prefix
 
 _PIECES = st.sampled_from(
     [
@@ -133,7 +138,10 @@ _JSON = st.recursive(
     max_leaves=5,
 )
 _NAMES = st.sampled_from(
-    [*_fields(Replay("a", ("ams",), "i", "p", "s", True, 1, "force_self")), "cache", "x"]
+    [
+        *_fields(Replay("a", ("ams",), "i", "p", "s", True, 1, "force_self")),
+        *("allow_bypass", "cache", "transform", "x"),
+    ]
 )
 
 
@@ -148,6 +156,60 @@ def test_any_json_object_is_a_replay_or_a_replay_error(fields: dict[str, object]
         assert message.isprintable()
     else:
         _check(replay)
+
+
+_TOKENS = st.sampled_from(["x-a", "Host", "host", "content-length", "fly-region", "connection", "cookie"])
+_SOME_TEXT = st.text(max_size=12) | st.sampled_from(["/a?b", "b.test", "v"])
+_TRANSFORMS = st.fixed_dictionaries(
+    {},
+    optional={
+        "path": _SOME_TEXT | _JSON,
+        "delete_headers": st.lists(_TOKENS | _SOME_TEXT, max_size=3) | _JSON,
+        "set_headers": st.lists(
+            st.fixed_dictionaries({"name": _TOKENS | _SOME_TEXT, "value": _SOME_TEXT}) | _JSON, max_size=3
+        ),
+    },
+)
+
+
+@given(_TRANSFORMS)
+def test_whatever_a_transform_says_the_request_stays_one_request(transform: dict[str, object]) -> None:
+    head = parse_request_head(
+        b"POST /old HTTP/1.1\r\nHost: a.test\r\nX-A: 1\r\nCookie: c\r\nContent-Length: 2\r\n\r\n",
+        ProxySettings("n1", "ams"),
+    )
+    before = (head.target, head.host, head.lines)
+    try:
+        replay = parse_replay_json(json.dumps({"app": "web", "transform": transform}).encode())
+        assert replay.transform is not None
+        original = apply_transform(head, replay.transform)
+    except ReplayError as error:
+        message = error.message
+        assert message.isprintable()
+        assert (head.target, head.host, head.lines) == before
+        return
+    raw = b"POST %b HTTP/1.1\r\nHost: %b\r\n" % (head.target, head.host)
+    raw += b"".join(line + b"\r\n" for line in head.lines) + b"Content-Length: 2\r\n\r\n"
+    again = parse_request_head(raw, ProxySettings("n1", "ams"))
+    assert (again.target, again.host, again.content_length) == (head.target, head.host, 2)
+    assert [line.rstrip() for line in head.lines] == again.lines
+    original.put_back(head)
+    assert (head.target, head.host, head.lines) == before
+
+
+_PREFIXES = st.text("ab./*%\\ ?#:", max_size=10)
+
+
+@given(_PREFIXES, st.lists(st.sampled_from(["a", "b", "ab", "..", "%61", ""]), max_size=4))
+def test_a_prefix_covers_what_is_below_it_and_nothing_else(text: str, segments: list[str]) -> None:
+    try:
+        host, prefix = parse_prefix(text)
+    except ValueError:
+        return
+    assert host == host.lower()
+    path = normalise_path(("/" + "/".join(segments)).encode())
+    wanted = [] if prefix == b"/" else prefix.split(b"/")[1:]
+    assert is_below(path, prefix) == (path.split(b"/")[1 : 1 + len(wanted)] == wanted)
 
 
 @given(st.text(max_size=60))
