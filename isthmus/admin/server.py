@@ -139,6 +139,7 @@ class AdminServer:
             web.get("/v1/apps", _show(views.apps)),
             web.get("/v1/machines", _show(views.machines)),
             web.get("/v1/routes", _show(views.routes)),
+            web.get("/v1/regions", _show(views.regions)),
             web.get("/v1/overview", _show(views.overview)),
             web.post("/v1/apps", self._add_app),
             web.post("/v1/apps/{app}/options", self._set_options),

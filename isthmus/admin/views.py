@@ -7,8 +7,10 @@ node would consider now, because the balancer's own filter is asked.
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from isthmus.feed import FeedServer
     from replication.agent import Agent
     from replication.report import MemberView
+    from routing.geo import Regions
     from routing.table import RoutingTable
 
 Rows = list[dict[str, Any]]
@@ -147,13 +150,13 @@ class Views:
     def routes(self) -> Rows:
         """Return every way in with the machines that requests may go to now, nearest region first."""
         fates = self._fates()
-        here, distance_km = self._config.region, self._table.regions.distance_km
+        here, rtt_ms = self._config.region, self._table.regions.rtt_ms
         machines: dict[str, list[MachineRow]] = {}
         for machine in self._rows(MachineRow, "machines"):
             if fates.get(machine.id, _NO_SERVICE).routable:
                 machines.setdefault(machine.app, []).append(machine)
         for of_app in machines.values():
-            of_app.sort(key=lambda machine: (distance_km(here, machine.region), machine.region, machine.id))
+            of_app.sort(key=lambda machine: (rtt_ms(here, machine.region), machine.region, machine.id))
         return [
             {
                 "host": host,
@@ -167,6 +170,31 @@ class Views:
             for host, path, app in sorted(self._table.routes())
         ]
 
+    def regions(self) -> Rows:
+        """Return every region with a node or a machine, nearest first, and how far it is from here."""
+        here, known = self._config.region, self._table.regions
+        fates = self._fates()
+        nodes = Counter(self._table.node_regions().values())
+        machines: Counter[str] = Counter()
+        routable: Counter[str] = Counter()
+        for target in self._table.targets():
+            machines[target.region] += 1
+            routable[target.region] += fates.get(target.id, _NO_SERVICE).routable
+        in_order = sorted({here, *nodes, *machines}, key=lambda code: (known.rtt_ms(here, code), code))
+        return [
+            {
+                "region": code,
+                "name": region.name if (region := known.get(code)) is not None else None,
+                "order": order,
+                "rtt_ms": rtt_ms if math.isfinite(rtt_ms := known.rtt_ms(here, code)) else None,
+                "rtt_from": _name_source(known, here, code),
+                "nodes": nodes[code],
+                "machines": machines[code],
+                "routable": routable[code],
+            }
+            for order, code in enumerate(in_order, 1)
+        ]
+
     def overview(self) -> dict[str, Any]:
         """Return all of it at once, for the dashboard."""
         return {
@@ -175,6 +203,7 @@ class Views:
             "apps": self.apps(),
             "machines": self.machines(),
             "routes": self.routes(),
+            "regions": self.regions(),
         }
 
     def _fates(self) -> dict[str, _Fate]:
@@ -191,6 +220,15 @@ class Views:
 
     def _rows(self, kind: type[Row], table: str) -> list[Row]:
         return [row for row in self._table.rows(table).values() if isinstance(row, kind)]
+
+
+def _name_source(regions: Regions, here: str, code: str) -> str:
+    """Return where a round trip is from."""
+    if code == here:
+        return "here"
+    if regions.is_measured(here, code):
+        return "measured"
+    return "distance" if math.isfinite(regions.rtt_ms(here, code)) else "unknown"
 
 
 def _describe_node(name: str, row: NodeRow | None, member: MemberView | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`isthmus routes|machines|nodes|apps|status`: what a node knows, as a table or as JSON."""
+"""`isthmus routes|machines|nodes|regions|apps|status`: what a node knows, as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -74,6 +74,13 @@ def _node_rows(node: dict[str, Any]) -> Iterable[Cells]:
     yield (node["node"], region, node["state"], heard, rtt, address, software)
 
 
+def _region_rows(region: dict[str, Any]) -> Iterable[Cells]:
+    rtt = "-" if region["rtt_ms"] is None else f"{region['rtt_ms']:.1f} ms"
+    routable = f"{region['routable']}/{region['machines']}"
+    name, order, nodes = region["name"] or "-", str(region["order"]), str(region["nodes"])
+    yield (order, region["region"], name, rtt, region["rtt_from"], nodes, routable)
+
+
 def _app_rows(app: dict[str, Any]) -> Iterable[Cells]:
     yield (app["app"], ", ".join(app["hosts"]) or "-", f"{app['routable']}/{app['machines']}")
 
@@ -97,6 +104,11 @@ _LISTINGS: dict[str, tuple[str, Cells, Callable[[dict[str, Any]], Iterable[Cells
         "show every node",
         ("NODE", "REGION", "STATE", "HEARD", "RTT", "PROXY", "SOFTWARE"),
         _node_rows,
+    ),
+    "regions": (
+        "show every region in use, nearest first",
+        ("ORDER", "REGION", "NAME", "RTT", "FROM", "NODES", "ROUTABLE"),
+        _region_rows,
     ),
     "apps": ("show every app", ("APP", "HOSTS", "ROUTABLE"), _app_rows),
 }

@@ -105,11 +105,17 @@ async def test_nodes_show_this_one_as_itself(isthmus: Command) -> None:
     assert node[-3:-1] == ["127.0.0.1:8080", "isthmus"]
 
 
+async def test_regions_are_in_order_of_round_trips(isthmus: Command) -> None:
+    _, here, there = words(await isthmus("regions"))
+    assert here == ["1", "ams", "Amsterdam,", "Netherlands", "0.0", "ms", "here", "1", "1/1"]
+    assert (there[0], there[1], there[-3:]) == ("2", "gru", ["distance", "0", "1/1"])
+
+
 async def test_apps_show_how_many_machines_are_routable(isthmus: Command) -> None:
     assert words(await isthmus("apps"))[1] == ["web", "web.test", "2/2"]
 
 
-@pytest.mark.parametrize("listing", ["routes", "machines", "nodes", "apps", "status"])
+@pytest.mark.parametrize("listing", ["routes", "machines", "nodes", "regions", "apps", "status"])
 async def test_json_is_what_the_api_says(isthmus: Command, listing: str) -> None:
     flags = () if listing == "status" else ("--json",)
     assert json.loads(await isthmus(listing, *flags))

@@ -8,6 +8,7 @@ from isthmus.admin.views import Views
 from isthmus.config import Config
 from replication.report import MemberView
 from routing.table import RoutingTable
+from tests.routing.rows import row
 
 if TYPE_CHECKING:
     from isthmus.feed import FeedServer
@@ -62,3 +63,22 @@ def test_node_that_came_back_without_its_data_is_shown_as_what_it_is_now(order: 
 def test_of_a_name_that_nobody_has_any_more_the_last_that_was_heard_is_shown(order: int) -> None:
     first, last = member("n2", 2, "dead", None), member("n2", 3, "dead", 9_000.0)
     assert shown(ITSELF, *(first, last)[::order]) == [ITSELF_SHOWN, ("n2", "127.0.0.1:3", "dead", False)]
+
+
+def test_regions_say_where_their_round_trip_is_from_and_come_in_its_order() -> None:
+    table = RoutingTable("n1")
+    for one in (
+        *(row("machines", id=f"m-{code}", region=code) for code in ("fra", "syd", "moon")),
+        *(row("nodes", id=f"n-{code}", region=code) for code in ("fra", "syd")),
+    ):
+        table.apply(*one)
+    table.set_round_trips("ams", [("syd", 3.0)])
+    config = Config(node="n1", data="/nowhere", region="ams")
+    views = Views(config, cast("Agent", Membership(ITSELF)), table, cast("FeedServer", None))
+    assert [(r["region"], r["order"], r["rtt_from"], r["nodes"], r["machines"]) for r in views.regions()] == [
+        ("ams", 1, "here", 0, 0),
+        ("syd", 2, "measured", 1, 1),
+        ("fra", 3, "distance", 1, 1),
+        ("moon", 4, "unknown", 0, 1),
+    ]
+    assert views.regions()[-1]["rtt_ms"] is None
