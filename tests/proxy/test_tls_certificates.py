@@ -185,3 +185,17 @@ def test_samples_name_the_certificates_that_expire_first(tmp_path: Path) -> None
     early, late = samples[expiry, "early.test"], samples[expiry, "late.test"]
     assert (late - early) / 86_400 == pytest.approx(50, abs=0.1)
     assert early == pytest.approx(time.time() + 9 * 86_400, abs=60)
+
+
+async def test_ten_thousand_names_are_found_each_with_its_certificate(tmp_path: Path) -> None:
+    for i in range(100):
+        AUTHORITY.write(tmp_path, *(f"n{j}.site{i}.test" for j in range(99)), f"*.site{i}.test", file=str(i))
+    certificates = Certificates([str(tmp_path)], time.time)
+    assert certificates.load() is None
+    for i in range(100):
+        pairs = {id(certificates.find(f"n{j}.site{i}.test")) for j in range(120)}
+        assert len(pairs) == 1
+        pair = certificates.find(f"n0.site{i}.test")
+        assert pair is not None
+        assert pair.source == str(tmp_path / f"{i}.crt")
+    assert certificates.find("site0.test") is None
