@@ -159,7 +159,7 @@ class AgentRole:
             config.feed_socket, self._routes.load(), totals.handle_samples, totals.handle_gone, self._sharing
         )
         await self._feed.start()
-        own = {config.proxy.listen, config.admin.listen, gossip}
+        own = {*config.listeners.values(), config.admin.listen, gossip}
         await self._subscriptions.start()
         registry = self._registry = Registry(self._agent, config.node, config.region, own)
         views = Views(config, self._agent, self._table, self._feed, lambda: self._control.lifecycle)
@@ -176,8 +176,7 @@ class AgentRole:
         await self._admin.start()
         own.add(self._admin.address)  # the system may have chosen its port
         await registry.announce(config, config.proxy.listen, time.time_ns() // 1_000_000)
-        listeners = (*own, config.tls.listen)
-        await self._reach.open([parse_listen(address) for address in listeners if address])
+        await self._reach.open([parse_listen(address) for address in own])
         await self._checker.start()
         self._sharing.start(self._feed)
         return {"admin": self._admin.address, "gossip": gossip}

@@ -559,10 +559,15 @@ class Config(_Section, frozen=True):
 
     @property
     def listeners(self) -> dict[str, str]:
-        """The addresses on which workers listen, by setting."""
+        """The addresses that workers listen on, by setting."""
         found = {f"{section}.listen": getattr(self, section).listen for section in WORKER_SECTIONS}
         found |= {f"tcp[{i}].listen": tcp.listen for i, tcp in enumerate(self.tcp)}
         return {setting: listen for setting, listen in found.items() if listen}
+
+    @property
+    def ends_tls(self) -> bool:
+        """True when TLS of clients can end at this node."""
+        return bool(self.tls.certificates and (self.tls.listen or self.tcp))
 
     def relocate(self, listeners: Mapping[str, str]) -> Config:
         """Return the same with other addresses on which workers listen."""

@@ -11,17 +11,15 @@ import contextlib
 import errno
 import socket
 
-import msgspec
-
 from isthmus.config import Config, ConfigError, format_address, parse_listen
 from isthmus.config_sources import flag_name
 
-# The listeners of which every worker has one of its own: the kernel spreads connections over them.
-_SHARED = ("proxy", "tls", "peering")
-
 
 class Claim:
-    """The bound sockets of a node's workers. They listen when a worker does so for the first time."""
+    """The bound sockets of a node's workers. They listen when a worker does so for the first time.
+
+    Every worker has one of its own for each address: the kernel spreads connections over them.
+    """
 
     def __init__(self, config: Config, sockets: dict[str, list[socket.socket]]) -> None:
         self.config = config  # with the ports that the system chose for workers
@@ -34,6 +32,11 @@ class Claim:
     def has(self, setting: str, address: str) -> bool:
         """True when the sockets of a setting are bound to this address."""
         return setting in self.sockets and _address(self.config, setting) == address
+
+    def at(self, address: str) -> list[socket.socket]:
+        """Return the sockets that are bound to an address, under whatever setting; none if none are."""
+        found = [s for setting, s in self.sockets.items() if _address(self.config, setting) == address]
+        return found[0] if found else []
 
     def renew(self, index: int) -> None:
         """Give a worker new sockets: nobody connects to them until it listens. The old queues are lost."""
@@ -71,38 +74,25 @@ def claim(config: Config, former: Claim | None = None) -> Claim:
             if (setting, _address(config, setting)) not in had:
                 held.enter_context(_bind(setting, _address(config, setting), kind))
         addresses = {}
-        for section in _SHARED:
-            setting = f"{section}.listen"
-            address = _address(config, setting)
-            if (
-                former is not None
-                and setting in former.sockets
-                and address == _address(former.config, setting)
-            ):
+        for setting, address in config.listeners.items():
+            if former is not None and former.at(address):
                 addresses[setting] = address
-            elif address:
+            else:
                 # Without SO_REUSEPORT first: with it, a second isthmus would silently share the first's port.
                 probe = held.enter_context(_bind(setting, address, socket.SOCK_STREAM))
                 addresses[setting] = bound_address(probe)
-    for setting, address in addresses.items():
-        section = setting.partition(".")[0]
-        changed = msgspec.structs.replace(getattr(config, section), listen=address)
-        config = msgspec.structs.replace(config, **{section: changed})
     with contextlib.ExitStack() as undo:
         sockets: dict[str, list[socket.socket]] = {}
         for setting, address in addresses.items():
-            same = former is not None and address == _address(former.config, setting)
-            sockets[setting] = (
-                former.sockets.get(setting, [])[:workers] if former is not None and same else []
-            )
+            sockets[setting] = [] if former is None else former.at(address)[:workers]
             while len(sockets[setting]) < workers:
                 sockets[setting].append(undo.enter_context(bind_shared(setting, address)))
         undo.pop_all()
-    return Claim(config, sockets)
+    return Claim(config.relocate(addresses), sockets)
 
 
 def _address(config: Config, setting: str) -> str:
-    address: str = getattr(config, setting.partition(".")[0]).listen
+    address: str = config.listeners.get(setting) or getattr(config, setting.partition(".")[0]).listen
     return address
 
 

@@ -60,7 +60,7 @@ def plan_reload(told: Config, used: Config, fresh: Config) -> ReloadPlan:
     """
     changed: list[str] = []
     restart: list[str] = []
-    for setting in (*setting_types(), "regions", "apps"):
+    for setting in (*setting_types(), "regions", "apps", "tcp"):
         if _get(told, setting) != _get(fresh, setting):
             live = is_live(setting) and not (setting.startswith("gossip.") and told.gossip.sealed is False)
             (changed if live else restart).append(setting)
@@ -101,7 +101,9 @@ def carry_addresses(told: Config, used: Config, fresh: Config) -> Config:
             listen = getattr(used, section).listen
             changed = msgspec.structs.replace(getattr(fresh, section), listen=listen)
             fresh = msgspec.structs.replace(fresh, **{section: changed})
-    return fresh
+    carried = {theirs: ours.listen for theirs, ours in zip(told.tcp, used.tcp, strict=True)}
+    tcp = tuple(msgspec.structs.replace(one, listen=carried.get(one, one.listen)) for one in fresh.tcp)
+    return msgspec.structs.replace(fresh, tcp=tcp)
 
 
 class Reloader:

@@ -73,6 +73,7 @@ class NodeInfo(msgspec.Struct, frozen=True):
     admin: str
     gossip: str
     tls: str = ""  # where clients connect over TLS; empty when they cannot
+    tcp: tuple[str, ...] = ()  # and those of raw TCP, in the order of the configuration
 
 
 class Supervisor:
@@ -501,7 +502,7 @@ def check_files(config: Config, former: Config | None = None) -> None:
             os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640))
         except OSError as error:
             raise ConfigError(f"access_log.file: cannot write {file}: {error.strerror}") from None
-    if config.tls.listen and (former is None or former.tls.certificates != config.tls.certificates):
+    if config.ends_tls and (former is None or former.tls.certificates != config.tls.certificates):
         from proxy.certificates import Certificates  # noqa: PLC0415 - most supervisors never need it
 
         problem = Certificates(config.tls.certificates, time.time).load()
@@ -524,6 +525,7 @@ def node_info(config: Config) -> NodeInfo:
         config.admin.listen,
         config.gossip.listen,
         config.tls.listen,
+        tuple(tcp.listen for tcp in config.tcp),
     )
 
 

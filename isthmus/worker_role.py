@@ -47,14 +47,14 @@ IDLE_GRACE_S = 1.0
 def proxy_settings(config: Config) -> ProxySettings:
     """Return what the data plane needs to know of the configuration."""
     proxy = config.proxy
-    own = (config.proxy.listen, config.tls.listen, config.admin.listen, config.gossip.listen)
+    own = (*config.listeners.values(), config.admin.listen, config.gossip.listen)
     return ProxySettings(
         node=config.node,
         region=config.region,
         trusted_proxies=proxy.trusted_proxies,
         proxy_protocol_from=proxy.proxy_protocol_from,
         machine_networks=proxy.machine_networks,
-        forbidden_addresses=tuple(parse_listen(address) for address in own if address),
+        forbidden_addresses=tuple(parse_listen(address) for address in own),
         client_certificate=config.tls.client_certificate,
         client_routing=proxy.client_routing,
         head_bytes_max=proxy.head_bytes_max,
@@ -167,13 +167,18 @@ class WorkerRole:
         self._follower.seq = self._routes.load()
         self._tasks.append(asyncio.create_task(self._follower.run()))
         tls = self._config.tls
-        certificates = self._load_certificates() if tls.listen else None
+        certificates = self._load_certificates() if self._config.ends_tls else None
         https_port = parse_listen(tls.listen)[1] if tls.listen else HTTPS_PORT
         sock = socket.socket(fileno=self._listeners["proxy.listen"])
         await self._server.start(sock=sock, https_port=https_port)
-        if certificates is not None:
+        settings = tls_settings(self._config)
+        if certificates is not None and tls.listen:
             sock = socket.socket(fileno=self._listeners["tls.listen"])
-            self._server.start_tls(sock, tls_settings(self._config), certificates, self._tls_metrics)
+            self._server.start_tls(sock, settings, certificates, self._tls_metrics)
+        for i, tcp in enumerate(self._config.tcp):
+            sock = socket.socket(fileno=self._listeners[f"tcp[{i}].listen"])
+            self._server.start_tcp(sock, tcp.app, settings, certificates, self._tls_metrics)
+        if certificates is not None:
             self._tasks.append(asyncio.create_task(certificates.watch(CERTIFICATES_POLL_S)))
         return {}
 

@@ -211,7 +211,7 @@ REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
         "/v1/apps",
         {"name": "a", "hosts": ["a.test"], "machines": [{"address": "x"}]},
         400,
-        "`x` is not an address",
+        "`x` names no port",
     ),
     "taken host": (
         "POST",

@@ -4,9 +4,10 @@ import socket
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
-from isthmus.config import AdminConfig, Config, ConfigError, GossipConfig, ProxyConfig, TlsConfig
+from isthmus.config import AdminConfig, Config, ConfigError, GossipConfig, ProxyConfig, TcpConfig, TlsConfig
 from isthmus.listeners import bind_shared, bound_address, claim
 
 if TYPE_CHECKING:
@@ -141,3 +142,21 @@ def test_port_for_tls_is_held_too() -> None:
             assert f"tls.listen: {address} is taken by another program" in refusal(config(tls=address))
     with closing(claim(config(tls=address))) as again:
         assert again.config.tls.listen == address
+
+
+def test_ports_for_raw_tcp_are_held_too_and_found_again_in_another_order() -> None:
+    told = msgspec.structs.replace(
+        config(), tcp=(TcpConfig(listen=ANY, app="a"), TcpConfig(listen=ANY, app="b"))
+    )
+    with closing(claim(told)) as first:
+        used = first.config
+        assert [tcp.app for tcp in used.tcp] == ["a", "b"]
+        assert len({tcp.listen for tcp in used.tcp} - {ANY}) == 2
+        first.sockets["tcp[0].listen"][0].listen()
+        taken = msgspec.structs.replace(used, proxy=ProxyConfig(listen=ANY))
+        assert f"tcp[0].listen: {used.tcp[0].listen} is taken by another program" in refusal(taken)
+        swapped = msgspec.structs.replace(used, tcp=used.tcp[::-1])
+        second = claim(swapped, first)
+        assert second.config == swapped
+        assert second.sockets["tcp[0].listen"] == first.sockets["tcp[1].listen"]
+        second.close(first)
