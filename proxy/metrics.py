@@ -33,7 +33,7 @@ APPS_MAX: Final = 1_000
 OTHER: Final = "(other)"
 
 # Seconds. From what a hop within a machine takes to the default response timeout.
-DURATION_BUCKETS_S: Final = (
+DURATION_BUCKETS_S: Final[tuple[float, ...]] = (
     0.001,
     0.0025,
     0.005,
