@@ -272,6 +272,7 @@ class FeedFollower:
         self.seq = 0
         self._writer: asyncio.StreamWriter | None = None  # set while `connected`
         self.connected = False
+        self.linked = asyncio.Event()  # set while `connected`
         self.heard = time.monotonic()
 
     async def run(self) -> None:
@@ -284,6 +285,7 @@ class FeedFollower:
                 pause = await self._rest(pause)
                 continue
             self.connected, self._writer = True, writer
+            self.linked.set()
             connected_at = time.monotonic()
             reporter = asyncio.create_task(self._report(writer))
             teller = asyncio.create_task(self._tell_loads(writer))
@@ -294,6 +296,7 @@ class FeedFollower:
                 log.warning("the feed failed", extra={"error": repr(error)})
             finally:
                 self.connected, self._writer = False, None
+                self.linked.clear()
                 reporter.cancel()
                 teller.cancel()
                 writer.close()

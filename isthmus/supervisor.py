@@ -79,9 +79,9 @@ class NodeInfo(msgspec.Struct, frozen=True):
 class Supervisor:
     """Keeps the processes of one node alive.
 
-    `announce` is called when the node begins to serve, with its addresses. `read` returns what the sources of
-    its configuration say now, and `command` is what an upgrade runs; without it there is none. With `handover`
-    the children of an earlier program in this process are taken over, and replaced.
+    `announce` is called when the node begins to serve, with its addresses. `read` returns what the sources
+    of its configuration say now, and `command` is what an upgrade runs; without it there is none. With a
+    `handover` the children of an earlier program in this process are taken over, and replaced.
     """
 
     def __init__(

@@ -42,6 +42,8 @@ CERTIFICATES_POLL_S = 5.0
 # How long a stopping node waits for requests on connections that are idle: one may be on its way, and takes
 # no longer than a round trip around the world.
 IDLE_GRACE_S = 1.0
+# As a follower looks for an agent each second.
+AGENT_WAIT_S = 3.0
 
 
 def proxy_settings(config: Config) -> ProxySettings:
@@ -213,15 +215,19 @@ class WorkerRole:
 
     async def stop(self) -> None:
         """Let requests in flight finish within the drain time, then close."""
-        await self._end(self._config.proxy.drain_ms / 1000, IDLE_GRACE_S)
+        await self._server.drain(self._config.proxy.drain_ms / 1000, IDLE_GRACE_S)
+        await self._end()
 
     async def retire(self) -> None:
         """Let connections end by themselves while a successor takes the new ones, for as long as is set."""
         within_s = self._config.proxy.upgrade_drain_ms / 1000
-        await self._end(within_s, within_s)
+        await self._server.drain(within_s, within_s)
+        # The agent was replaced as well, and is to know what was counted meanwhile.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._follower.linked.wait(), AGENT_WAIT_S)
+        await self._end()
 
-    async def _end(self, within_s: float, idle_s: float) -> None:
-        await self._server.drain(within_s, idle_s)
+    async def _end(self) -> None:
         self._follower.report()
         await self._server.close()
         if self._access_log is not None:

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-# For what the old processes have, as long as two upgrades take on a busy machine.
-DRAIN_S = 8.0
-
 
 async def behave(connection: Connection) -> None:
     """Answer GET at once, echo POST, speak a protocol of its own after an upgrade, and stream for a while."""
@@ -61,7 +58,6 @@ def config(machine: FakeMachine, workers: int = 2) -> str:
     return f"""
 workers = {workers}
 proxy.listen = "127.0.0.1:0"
-proxy.upgrade_drain_ms = {DRAIN_S * 1000:.0f}
 admin.listen = "127.0.0.1:0"
 gossip.listen = "127.0.0.1:0"
 [[apps]]
@@ -206,7 +202,6 @@ async def test_upgrades_fail_no_request_and_lose_no_write(
             assert rows(node) >= writer.written
             least = load.answered + 1  # and the stream; the tunnel counts when it is over
             await eventually("all counted", lambda: node.metric("isthmus_requests_total") >= least)
-            assert await tunnel.read_to_end() == b""
         await eventually("only two workers are left", lambda: len(node.worker_pids()) == 2)
         assert "Traceback" not in node.said()
 
