@@ -110,7 +110,12 @@ def main() -> int:
 async def _live(task: Task, name: str, channel: socket.socket) -> int:
     loop = asyncio.get_running_loop()
     reader, writer = await asyncio.open_connection(sock=channel)
-    life = Life(task, name, lambda report: writer.write(msgspec.json.encode(report) + b"\n"))
+
+    def report(report: Report) -> None:
+        if not writer.is_closing():  # the supervisor may be gone
+            writer.write(msgspec.json.encode(report) + b"\n")
+
+    life = Life(task, name, report)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, life.end)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)  # for the supervisor to handle

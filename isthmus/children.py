@@ -87,7 +87,6 @@ class Child:
         child.is_on_trial = False
         child.is_retiring, child.seen_off_at = kept.is_retiring, kept.seen_off_at
         child.process = Process(kept.pid)
-        child.ready.set()
         return child
 
     def describe(self) -> Kept | None:
@@ -127,6 +126,8 @@ class Child:
         self.beat_at = time.monotonic()
         try:
             reader, self._writer = await asyncio.open_connection(sock=channel.dup(), limit=_LINE_BYTES_MAX)
+            if self.addresses is not None and not message:
+                self.ready.set()  # it has been for long
             with contextlib.suppress(ConnectionError):  # it died; the exit status says the rest
                 self._writer.write(message)
                 await self._listen(reader)

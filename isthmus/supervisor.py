@@ -26,7 +26,7 @@ from isthmus.config import Config, ConfigError
 from isthmus.listeners import Claim, claim
 from isthmus.logs import setup_logging
 from isthmus.notify import notify
-from isthmus.reloading import Reloader, carry_addresses
+from isthmus.reloading import Lifecycle, Reloader, carry_addresses
 from isthmus.succession import (
     Handover,
     accept_signals,
@@ -399,7 +399,8 @@ class Supervisor:
     async def _succeed(self) -> None:
         """Replace all children by new ones; if one of these does not come up, nothing changes."""
         async with self._changing:
-            problem = await self._try_candidates()
+            problem = await self._await_start(self._agent(), self._agent().ready)
+            problem = problem or await self._try_candidates()
             if not problem and not self._stopping.is_set():
                 await self._install_candidates()
             await self._set_upgrade(problem)
@@ -437,12 +438,7 @@ class Supervisor:
         config, claimed = trial
         self._claim.close(claimed)
         self._claim = claimed
-        lifecycle = msgspec.structs.replace(
-            self._reloader.lifecycle,
-            generation=self._reloader.lifecycle.generation + 1,
-            restart=(),
-            changed=(),
-        )
+        lifecycle = Lifecycle(generation=self._reloader.lifecycle.generation + 1)
         self._reloader = Reloader(config, self._config, self._read)
         self._reloader.lifecycle = lifecycle
         for child in self._children:

@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     def announce(info: NodeInfo) -> None:
         print(_banner(software, config, info), flush=True)
 
-    if config.workers == 0:
+    if config.workers == 0 and handover is None:
         # All parts of the node are loaded here and not above: a supervisor needs none of them.
         from isthmus.single import run_single  # noqa: PLC0415 — see above
 
