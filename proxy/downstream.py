@@ -13,6 +13,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final, cast
 
 from routing.balancer import ANYWHERE
+from routing.hosts import normalise_host
 
 from .admission import CLIENT_CONNECTIONS, CLIENT_RATE, MEMORY, name_client
 from .core.errors import (
@@ -20,6 +21,7 @@ from .core.errors import (
     BAD_HEAD,
     BODY_OVER_LIMIT,
     HEAD_TOO_LARGE,
+    MISDIRECTED,
     NO_ROUTE,
     OVERLOADED,
     REQUEST_TIMEOUT,
@@ -83,6 +85,7 @@ class Downstream(asyncio.Protocol, Client):
         self.deadline = NEVER
         # Source and destination as a trusted proxy in front told them; set before `connection_made`.
         self.announced: tuple[Endpoint, Endpoint] | None = None
+        self.server_name = b""  # asked for in the TLS handshake, in lower case; set like `announced`
         self._plane = plane
         self._forwarding = forwarding
         self._clients = clients
@@ -436,6 +439,9 @@ class Downstream(asyncio.Protocol, Client):
         if service is None:
             self._answer_unrouted(head)
             return
+        if self.server_name and not self._is_meant(head, service):
+            self._respond(MISDIRECTED, "", head, keep=False)
+            return
         want = ANYWHERE if head.routing is None else take_wishes(head, service, plane.settings)
         forwarded = self._forwarded
         if self._trusted and head.forwarded is not None:
@@ -450,6 +456,14 @@ class Downstream(asyncio.Protocol, Client):
             exchange.start(b"", ended=True)
         else:
             self._start_with_body(exchange, self._body)
+
+    def _is_meant(self, head: RequestHead, service: Service) -> bool:
+        """False when the connection was opened for a name of another app (RFC 9110 section 7.4)."""
+        name = self.server_name
+        if self._trusted or normalise_host(head.host) == name:
+            return True
+        named = self._plane.table.find(name, head.target, self.port)
+        return named is None or named.app == service.app
 
     def _start_with_body(self, exchange: Exchange, body: Body) -> None:
         data: Data = b""

@@ -267,7 +267,13 @@ class TlsListener:
         if self._certificates is None or self._certificates.find(name) is None:
             reason = "no_name" if name is None else "unknown_name"
             raise _RefusedError(reason, _UNRECOGNIZED_NAME)
-        return _Taker(self._make if service is None else self._maker(service, name or ""), ends_tls=True)
+        make = partial(self._make_for, name or "") if service is None else self._maker(service, name or "")
+        return _Taker(make, ends_tls=True)
+
+    def _make_for(self, name: str) -> Downstream:
+        client = self._make()
+        client.server_name = name.encode("ascii")
+        return client
 
     def _maker(self, service: Service, name: str) -> Callable[[], TcpClient]:
         return partial(TcpClient, self._plane, self._port, self._relays, service, name)

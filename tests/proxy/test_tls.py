@@ -189,6 +189,34 @@ async def test_exact_name_comes_before_a_wildcard_and_that_before_the_default(ed
         assert await edge.served_names(asked) == served, asked
 
 
+@pytest.mark.parametrize(
+    ("name", "host", "trusted", "status"),
+    [
+        ("app.test", b"app.test:443", (), 200),
+        ("app.test", b"APP.test.", (), 200),
+        ("app.test", b"also.test", (), 200),
+        ("app.test", b"other.test", (), 421),
+        ("other.test", b"app.test", (), 421),
+        ("app.test", b"other.test", ("127.0.0.0/8",), 200),
+        ("unrouted.test", b"app.test", (), 200),
+    ],
+)
+async def test_a_connection_for_one_app_leads_to_no_other(
+    edge: TlsEdge, name: str, host: bytes, trusted: tuple[str, ...], status: int
+) -> None:
+    edge.write("other.test", "unrouted.test")
+    app, other = await edge.machine(), await edge.machine("m2", app="other")
+    edge.table.apply("hostnames", ("also.test", "/"), ("also.test", "/", "app", ""))
+    await edge.start(trusted_proxies=trusted)
+    client = await edge.tls_client(name)
+    client.send(b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n")
+    response = await client.read_response()
+    assert response.status == status
+    if status == 421:
+        assert (response.error, response.values(b"connection")) == ("PH15", [b"close"])
+        assert app.received == other.received == b""
+
+
 async def test_plain_http_on_the_port_for_tls_is_told_so(edge: TlsEdge) -> None:
     await edge.start()
     client = await edge.raw_client()
