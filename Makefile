@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing outside this folder is touched.
-.PHONY: help setup demo compile check test bench bench-replication bench-simulated soak chaos fuzz clean
+.PHONY: help setup demo compile check test bench bench-replication bench-simulated soak chaos fuzz autobahn clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -25,6 +25,7 @@ help:
 	@echo "make soak    simulate many clusters with faults; SEEDS=1000 says how many"
 	@echo "make chaos   kill -9 a writer at random moments and look at what it left; KILLS=1000 says how often"
 	@echo "make fuzz    heads, bodies and connections with any bytes; MINUTES=60 says how long"
+	@echo "make autobahn  Autobahn's WebSocket suite directly and through the proxy; needs a Python 2.7, PYTHON2=..."
 	@echo "make setup   only the virtual environment, .venv, and what can be compiled"
 	@echo "make compile proxy and routing again after a change; until then they run as plain Python"
 	@echo "make clean   remove it, and caches"
@@ -85,5 +86,8 @@ fuzz: $(STAMP)
 	else $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[fuzz]'; fi || true
 	@ISTHMUS_COMPILED=0 $(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
+autobahn: $(STAMP)
+	@$(BIN)/python -m tests.autobahn
+
 clean:
-	rm -rf .venv .fuzz isthmus/_compiled bench/replication/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv .fuzz .autobahn isthmus/_compiled bench/replication/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

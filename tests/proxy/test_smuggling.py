@@ -64,6 +64,7 @@ async def test_serves_what_is_odd_and_clear(edge: Edge, case: Case) -> None:
         assert request.values(b"fly-client-ip") == request.values(b"x-forwarded-for") == [b"127.0.0.1"]
         assert b"6.6.6.6" not in request.head
         assert not request.values(b"upgrade")
+        assert request.trailers == b""
         assert b"other.test" not in request.head
 
 
