@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from .explain import Verdict, describe, judge
 from .geo import AREAS
 from .scaling import USUAL
-from .types import MachineState
+from .types import GoalRow, MachineState
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -199,7 +199,7 @@ class Balancer:
             f"machine {instance!r}: {describe(verdict, service, target, now)}",
             at_limit=verdict is Verdict.AT_HARD_LIMIT,
             dropped={verdict.value: 1},
-            asleep=target if verdict is Verdict.NOT_STARTED and _may_start(service, target) else None,
+            asleep=target if verdict is Verdict.NOT_STARTED and self._may_start(service, target) else None,
         )
 
     def _refuse(
@@ -223,7 +223,7 @@ class Balancer:
         """
         plan = self._plan(service, want.regions)
         asleep = (target for bucket in plan for target in islice(bucket.asleep, HARD_SCAN_MAX))
-        able = [target for target in asleep if target.id not in want.exclude and _may_start(service, target)]
+        able = [target for target in asleep if target.id not in want.exclude and self._may_start(service, target)]
         tiers = {bucket.region: place for place, bucket in enumerate(plan)}
         return min(
             able,
@@ -247,6 +247,20 @@ class Balancer:
             if bucket not in plan:
                 for target in bucket.targets():
                     yield target, Verdict.OTHER_REGION
+
+    def _may_start(self, service: Service, target: Target) -> bool:
+        """True when the service has its machines started for requests, and something can start this one.
+
+        One that drains to be stopped may go on; not one that somebody wants to drain.
+        """
+        scaling = USUAL if service.options is None else service.options.scaling
+        if not (scaling.autostart and target.driver) or target.cordoned:
+            return False
+        if target.state is MachineState.DRAINING:
+            goal = self._table.rows("goals").get((target.id,))
+            if not isinstance(goal, GoalRow) or goal.state is MachineState.DRAINING:
+                return False
+        return service.upstream_port(target) is not None
 
     def explain(
         self, service: Service, now: float, want: Want = ANYWHERE, tried: Collection[str] = ()
@@ -299,13 +313,6 @@ _FORCED_MAY_NOT: Final = frozenset(
         Verdict.AT_HARD_LIMIT,
     }
 )
-
-
-def _may_start(service: Service, target: Target) -> bool:
-    """True when the service has its machines started for requests, and something can start this one."""
-    scaling = USUAL if service.options is None else service.options.scaling
-    startable = bool(target.driver) and not target.cordoned and target.state is not MachineState.DRAINING
-    return scaling.autostart and startable and service.upstream_port(target) is not None
 
 
 def _fits(

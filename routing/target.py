@@ -215,7 +215,7 @@ class Target:
                 pool = bucket.ready = bucket.ready or []
             else:
                 pool = bucket.reserve = bucket.reserve or []
-        elif self.driver and self.state is not MachineState.DRAINING:
+        elif self.driver:
             pool = bucket.asleep = bucket.asleep or []
         else:
             pool = bucket.out = bucket.out or []

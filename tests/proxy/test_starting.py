@@ -99,6 +99,16 @@ def test_machines_that_nothing_can_start_or_that_are_cordoned_or_drain_are_left_
     assert starter.asked == []
 
 
+def test_one_that_drains_to_be_stopped_may_go_on_but_not_one_that_is_to_drain() -> None:
+    world, starter = asleep()
+    put(world, "m1", "draining")
+    put(world, "m2", "draining")
+    for machine, goal in (("m1", "draining"), ("m2", "stopped")):
+        world.table.apply("goals", (machine,), (machine, goal, "n1", "idle", 0))
+    assert world.exchange(GET).phase is Phase.QUEUED
+    assert starter.asked == ["m2"]
+
+
 def test_no_machine_is_started_while_one_serves() -> None:
     world, starter = asleep("m1")
     put(world, "m2", "started")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 APPS = ("web", "api")
 REGIONS = ("ams", "iad", "lab")
 MACHINES = ("m1", "m2", "m3")
-ASLEEP = (MachineState.STOPPED, MachineState.SUSPENDED, MachineState.STARTING)
+ASLEEP = tuple(state for state in MachineState if state is not MachineState.STARTED)
 Change = tuple[str, "Row", "Row | None"]
 
 
