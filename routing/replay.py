@@ -261,10 +261,10 @@ def plan_replay(replay: Replay, source: Target, table: RoutingTable, port: int) 
         raise ReplayError(
             APP_NOT_ALLOWED, f"app {source.app!r} may not replay to app {name!r} of another network"
         )
-    if service is None:
+    if service is None or (service.options is not None and service.options.is_raw):
         raise ReplayError(
             APP_NOT_FOUND,
-            f"app {source.app!r} tried to replay to app {name!r}, which serves nothing on port {port}",
+            f"app {source.app!r} tried to replay to app {name!r}, which serves no HTTP on port {port}",
         )
     for region in replay.regions:
         if not table.knows_region(region):

@@ -188,6 +188,8 @@ def world() -> tuple[RoutingTable, Target]:
         row("apps", name="api"),
         row("services", app="api", port=443),
         row("machines", id="api1", app="api"),
+        row("apps", name="mail"),
+        row("services", app="mail", options='{"handlers": ["tls"]}'),
         row("apps", name="secret", network="other"),
         row("services", app="secret"),
     )
@@ -223,7 +225,8 @@ def test_leaves_a_machine_that_does_not_exist_to_the_balancer() -> None:
     ("replay", "port", "code", "message"),
     [
         (Replay(app="nobody"), 443, "PA04", "does not exist"),
-        (Replay(app="api"), 80, "PA04", "serves nothing on port 80"),
+        (Replay(app="api"), 80, "PA04", "serves no HTTP on port 80"),
+        (Replay(app="mail"), 443, "PA04", "serves no HTTP on port 443"),
         (Replay(app="secret"), 443, "PA05", "another network"),
         (Replay(instance="api1"), 443, "PA03", "not of app 'web'"),
         (Replay(app="api", instance="m2"), 443, "PA03", "not of app 'api'"),
