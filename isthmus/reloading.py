@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Sections and settings that change live. All others are tied to what is made once in the life of a process:
 # sockets, the database, the identity of the node.
-_LIVE = ("access_log", "apps", "gossip.keys", "gossip.keys_file", "log", "proxy", "regions", "tls")
+_LIVE = ("access_log", "apps", "gossip.keys", "gossip.keys_file", "log", "proxy", "regions", "tls", "tracing")
 _NOT_LIVE = ("proxy.listen", "tls.listen")
 
 

@@ -199,7 +199,12 @@ class WorkerRole:
         before, log = self._config, self._access_log
         if config.access_log != before.access_log:
             log = _open_access_log(config, self._metrics)
-        await self._server.adopt(proxy_settings(config), log, tls_settings(config))
+        old_tracer = self._tracer
+        if config.tracing != before.tracing:
+            self._tracer = _open_tracer(config, self._metrics, self._index)
+        await self._server.adopt(proxy_settings(config), log, tls_settings(config), self._tracer)
+        if old_tracer is not None and old_tracer is not self._tracer:
+            await asyncio.to_thread(old_tracer.close)
         if self._certificates is not None:
             self._certificates.adopt(config.tls.certificates)
         self._config, old, self._access_log = config, self._access_log, log

@@ -78,7 +78,7 @@ class Server:
         self._metrics = metrics
         self._logs = [] if access_log is None else [access_log]
         self._starter = starter
-        self._tracer = tracer
+        self._tracers = [] if tracer is None else [tracer]
         self._clients: set[Downstream] = set()
         self._announcing: set[AnnouncedConnection] = set()  # accepted, and not yet told whose they are
         self._relays: set[TcpClient] = set()
@@ -132,7 +132,7 @@ class Server:
             admission=admission,
             access_log=self._logs[0] if self._logs else None,
             starter=self._starter,
-            tracer=self._tracer,
+            tracer=self._tracers[0] if self._tracers else None,
             body_kept_max=self._settings.replay_body_bytes_max,
         )
         admission.watch(plane, pool.close_idle)
@@ -160,7 +160,7 @@ class Server:
             plane.queue.waiting,
             (plane.queue, admission),
             self._logs,
-            () if self._tracer is None else (self._tracer,),
+            self._tracers,
         )
         self._sweeper.start()
 
@@ -219,7 +219,11 @@ class Server:
             self._peer_listener.recheck()
 
     async def adopt(
-        self, settings: ProxySettings, access_log: AccessLog | None, tls: TlsSettings | None = None
+        self,
+        settings: ProxySettings,
+        access_log: AccessLog | None,
+        tls: TlsSettings | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """Go on with other settings and another log, which may be the same ones.
 
@@ -233,6 +237,8 @@ class Server:
         self._settings = plane.settings = settings
         self._logs[:] = [] if access_log is None else [access_log]
         plane.access_log = access_log
+        self._tracers[:] = [] if tracer is None else [tracer]
+        plane.tracer = tracer
         plane.queue.max_per_app = settings.queue_max
         admission.adopt(settings)
         self._make_makers()

@@ -77,6 +77,8 @@ def start_encoder(
     there are too many encoders already. An answer to HEAD gets the fields that GET would get, as far as they
     do not follow from its body.
     """
+    if head.status == NOT_MODIFIED:
+        _tell_same(request, head)
     if not _is_suited(options, head):
         return None
     if not any(_names(line, b"vary") and _varies(line) for line in head.lines):
@@ -91,6 +93,15 @@ def start_encoder(
     head.lines.append(b"Content-Encoding: " + coding.encode())
     head.content_length = -1
     return None if request.method == b"HEAD" else Encoder(coding, options)
+
+
+def _tell_same(request: RequestHead, head: ResponseHead) -> None:
+    """Have a 304 name the answer that the client has: its ETag is a weak one if that was compressed."""
+    asked = b",".join(line for line in request.lines if _names(line, b"if-none-match"))
+    for line in head.lines:
+        if _names(line, b"etag") and _weaken(line)[len(b"ETag: ") :] in asked:
+            head.lines = [_weaken(line) for line in head.lines]
+            return
 
 
 def _is_suited(options: Compression, head: ResponseHead) -> bool:

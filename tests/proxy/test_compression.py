@@ -160,6 +160,20 @@ def test_what_must_not_be_changed_is_passed_on_as_it_is(lines: tuple[bytes, ...]
 
 
 @pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (b'If-None-Match: "x", W/"abc"', b'ETag: W/"abc"'),
+        (b'If-None-Match: "abc"', b'ETag: "abc"'),
+        (b"If-None-Match: *", b'ETag: "abc"'),
+    ],
+)
+def test_an_answer_that_nothing_changed_names_the_one_that_the_client_has(asked: bytes, told: bytes) -> None:
+    encoder, lines = start(b"304", b'ETag: "abc"', b"X-A: b", asked=(asked,))
+    assert encoder is None
+    assert lines == [told, b"X-A: b"]
+
+
+@pytest.mark.parametrize(
     ("request_line", "asked", "length"),
     [
         (b"GET / HTTP/1.0", (), b"5000"),

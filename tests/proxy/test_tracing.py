@@ -333,11 +333,29 @@ async def test_a_lost_machine_and_a_lost_client_end_their_spans(edge: Edge, coll
     await wait_for(lambda: len(edge.machines[-1].connections) == 2)
     client.close()
     lost, left, *attempts = await spans_of(edge, collector, 4)
+    of = {attempt.parent_span_id: attempt for attempt in attempts}
     assert said(lost)["error.type"] == response.error
-    assert said(attempts[0])["error.type"] == response.error
+    assert said(of[lost.span_id])["error.type"] == response.error
     assert (said(left)["http.response.status_code"], left.status.code, left.name) == (499, 0, "HTTP")
     assert said(left)["http.request.method_original"] == "PROPFIND"
-    assert "http.response.status_code" not in said(attempts[1])
+    assert "http.response.status_code" not in said(of[left.span_id])
+
+
+async def test_tracing_begins_and_ends_for_connections_that_are_open(
+    edge: Edge, collector: Collector
+) -> None:
+    await edge.machine()
+    await edge.start()
+    client = await edge.client()
+    await client.get(b"/before")
+    trace(edge, collector)
+    await edge.server.adopt(edge.settings, None, tracer=edge.tracer)
+    await client.get(b"/traced")
+    await edge.server.adopt(edge.settings, None)
+    await client.get(b"/after")
+    assert edge.tracer is not None
+    await asyncio.to_thread(edge.tracer.close)
+    assert [said(span)["url.path"] for span in collector.take() if span.kind == SERVER] == ["/traced"]
 
 
 async def test_a_trace_through_a_tunnel_ends_with_it(edge: Edge, collector: Collector) -> None:
