@@ -24,6 +24,7 @@ from isthmus.config import Config, ConfigError, format_address, parse_listen
 from isthmus.credentials import Credentials
 from isthmus.declared import load_schema
 from isthmus.feed import FeedServer
+from isthmus.machines.wiring import Machines
 from isthmus.registry import Registry, RegistryError
 from isthmus.reloading import Lifecycle
 from isthmus.role import RefusedError
@@ -82,6 +83,10 @@ class _Alone:
         raise RefusedError(_NOBODY)
 
 
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
 class AgentRole:
     """One node's agent. The parts are built in `start`, in the order in which they need each other."""
 
@@ -112,21 +117,25 @@ class AgentRole:
         except (ConfigError, ReplicationError) as error:
             raise RefusedError(f"the agent cannot start: {error}") from error
         self._on_lost = on_lost
+        self._is_lost = False  # set when a successor is to be started in our place
         self._is_successor = is_successor
         self._agent = Agent(
             settings, schema, on_commit=self._handle_commit, on_lost=lambda _: self._handle_lost()
         )
         self._reach = Reach(config.proxy.machine_networks, config.tls.client_certificate)
+        prober = Prober(self._reach)
+        presence = Presence(config.node, config.region, time.monotonic())
         self._checker = Checker(
             self._table,
             self._agent,
-            Prober(self._reach),
-            Presence(config.node, config.region, time.monotonic()),
+            prober,
+            presence,
             self._present_nodes,
             node=config.node,
             rng=random.Random(),
-            clock_ms=lambda: time.time_ns() // 1_000_000,
+            clock_ms=_now_ms,
         )
+        self._machines = Machines(config, self._table, self._agent, prober, lambda: presence.regions, _now_ms)
         self._sharing = Sharing(self._agent, self._table, config.node, config.region)
         self._subscriptions = Subscriptions(config.database, schema)
         self._feed: FeedServer | None = None
@@ -158,10 +167,11 @@ class AgentRole:
         self._feed = FeedServer(
             config.feed_socket, self._routes.load(), totals.handle_samples, totals.handle_gone, self._sharing
         )
+        self._feed.on_start = self._machines.start_for_request
         await self._feed.start()
         own = {*config.listeners.values(), config.admin.listen, gossip}
         await self._subscriptions.start()
-        registry = self._registry = Registry(self._agent, config.node, config.region, own)
+        registry = self._registry = Registry(self._agent, config.node, config.region, own, config.drivers)
         views = Views(config, self._agent, self._table, self._feed, lambda: self._control.lifecycle)
         self._admin = AdminServer(
             config.admin,
@@ -175,10 +185,11 @@ class AgentRole:
         )
         await self._admin.start()
         own.add(self._admin.address)  # the system may have chosen its port
-        await registry.announce(config, config.proxy.listen, time.time_ns() // 1_000_000)
+        await registry.announce(config, config.proxy.listen, _now_ms())
         await self._reach.open([parse_listen(address) for address in own])
         await self._checker.start()
         self._sharing.start(self._feed)
+        await self._machines.start(config, registry)
         return {"admin": self._admin.address, "gossip": gossip}
 
     async def stop(self) -> None:
@@ -190,6 +201,7 @@ class AgentRole:
         await self._stop(leaves=False)
 
     async def _stop(self, *, leaves: bool) -> None:
+        await self._machines.stop(leaves=leaves and not self._is_lost)
         await self._sharing.stop()
         await self._checker.stop()
         await self._subscriptions.stop()  # before the listener, which would wait for the streams
@@ -210,6 +222,7 @@ class AgentRole:
             self._credentials.check(config.gossip)
             if self._registry is not None and (config.apps, config.regions) != (before.apps, before.regions):
                 await self._registry.declare(config)
+                self._machines.adopt(config, self._registry)
             self._credentials.reload(config.gossip, self._agent.replace_keys)
         except (ConfigError, RegistryError, ReplicationError) as error:
             raise RefusedError(str(error)) from error
@@ -219,6 +232,7 @@ class AgentRole:
         """Do nothing: the files of an agent are read when it adopts."""
 
     def _handle_lost(self) -> None:
+        self._is_lost = True
         if self._feed is not None:
             self._feed.publish_lost()
         self._on_lost()
@@ -235,6 +249,7 @@ class AgentRole:
             self._feed.publish(commit)
         self._subscriptions.handle_commit(commit)
         self._checker.handle_commit(commit)
+        self._machines.handle_commit(commit)
 
     def _present_nodes(self) -> dict[str, str]:
         """Return the region of each node that takes part."""
@@ -246,6 +261,7 @@ class AgentRole:
         yield from self._totals.samples()
         yield from self._agent.samples()
         yield from self._checker.samples()
+        yield from self._machines.samples()
         yield from self._sharing.samples()
         yield from self._subscriptions.samples()
         yield from self._credentials.samples()

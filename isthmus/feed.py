@@ -8,7 +8,8 @@ Messages, agent to worker: `["commit", seq, [[table, pk, row or nil], …]]`, `[
 the next agent will count anew; worker to agent: `["follow", worker, seq]` first, then
 `["samples", worker, [[name, labels, value], …]]` now and then. What is known of loads and distances comes and
 goes beside the table: `["loads", [[machine, in flight], …]]` from a worker, and from the agent the three
-messages of `Hints`, all of them to a worker that has just come.
+messages of `Hints`, all of them to a worker that has just come. `["start", machine]` from a worker names a
+machine that requests wait for.
 """
 
 from __future__ import annotations
@@ -118,6 +119,8 @@ class FeedServer:
         self._on_samples = on_samples
         self._interested = interested
         self._on_gone = on_gone
+        # Called with a machine that requests wait for; may be replaced.
+        self.on_start: Callable[[str], None] = lambda _: None
         self.last_seq = last_seq
         self._recent: deque[tuple[int, bytes]] = deque(maxlen=COMMITS_KEPT)
         self._followers: dict[asyncio.StreamWriter, str] = {}
@@ -232,6 +235,8 @@ class FeedServer:
             case ("loads", tuple(counts)) if writer in self._followers:
                 if self._interested is not None:
                     self._interested.handle_counts(self._followers[writer], counts)
+            case ("start", str(machine)):
+                self.on_start(machine)
             case ("samples", str(worker), tuple(samples)):
                 self._on_samples(worker, samples)
             case _:
@@ -357,6 +362,13 @@ class FeedFollower:
         """Tell the agent, if it is there, what has been counted up to now."""
         if self._writer is not None:
             self._writer.write(_pack(["samples", self._worker, list(self._samples())]))
+
+    def ask(self, message: list[Any]) -> bool:
+        """Send the agent a message; False when it is away."""
+        if self._writer is None:
+            return False
+        self._writer.write(_pack(message))
+        return True
 
     async def _tell_loads(self, writer: asyncio.StreamWriter) -> None:
         self._hints.busy.forget_told()  # this agent may be another one than the last

@@ -12,13 +12,14 @@ import os
 import random
 import socket
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from isthmus import __version__
 from isthmus.config import Config, parse_listen
 from isthmus.feed import FeedFollower
 from isthmus.role import RefusedError
 from isthmus.route_feed import RouteFeed
+from isthmus.starting import MachineStarter
 from proxy.access_log import AccessLog
 from proxy.admission import compute_memory_max, raise_files_limit
 from proxy.core.forwarding import HTTPS_PORT
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from proxy.certificates import Certificates
     from proxy.metrics import Sample
     from proxy.tracing import Tracer
+    from replication.core.change import RowChange
 
 # Looking at a file takes 2 us: little even for thousands, and soon enough for a certificate.
 CERTIFICATES_POLL_S = 5.0
@@ -149,12 +151,13 @@ class WorkerRole:
             self._metrics,
             self._access_log,
             tracer=self._tracer,
+            starter=MachineStarter(self._ask, time.monotonic),
         )
         self._follower = FeedFollower(
             config.feed_socket,
             f"worker-{index}/{os.getpid()}",
             load=self._routes.reload,
-            apply=self._routes.apply,
+            apply=self._apply,
             samples=self._samples,
             hints=self._table,
         )
@@ -162,6 +165,14 @@ class WorkerRole:
         self._index = index
         self._tls_metrics = TlsMetrics()
         self._certificates: Certificates | None = None  # set by `start` if there is a listener for TLS
+
+    def _ask(self, message: list[Any]) -> bool:
+        return self._follower.ask(message)
+
+    def _apply(self, change: RowChange) -> None:
+        self._routes.apply(change)
+        if change.table == "machines":
+            self._server.offer_room()
 
     async def start(self) -> dict[str, str]:
         """Load the table from the file, begin to follow, and serve."""

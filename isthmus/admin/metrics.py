@@ -18,6 +18,7 @@ import replication.metrics
 import replication.subscriptions
 from isthmus import credentials
 from isthmus.checking import checker
+from isthmus.machines import wiring
 from proxy.metrics import unfold
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def known_metrics() -> dict[str, tuple[str, str]]:
         **replication.metrics.METRICS,
         **replication.subscriptions.METRICS,
         **checker.METRICS,
+        **wiring.METRICS,
         **credentials.METRICS,
         **OWN_METRICS,
     }

@@ -10,8 +10,9 @@ import proxy.metrics
 import proxy.tls_metrics
 import replication.metrics
 import replication.subscriptions
-from isthmus import checks, credentials
 from isthmus.admin.metrics import GONE_MAX, OWN_METRICS, WorkerTotals, expose, known_metrics
+from isthmus.checking import checker as checks
+from isthmus.checking import credentials
 from proxy.metrics import ProxyMetrics
 
 if TYPE_CHECKING:

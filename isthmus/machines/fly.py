@@ -1,0 +1,88 @@
+"""A driver for Fly Machines, or whatever has the same API.
+
+Decides which calls make a start, a stop and a suspend. Refuses to know more of the API than that. Invariant:
+a machine is named by its own id in the app of that name, unless the configuration names another app.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import orjson
+
+from isthmus.config_machines import FLY_API
+from isthmus.machines.driver import DriverError, Machine
+from isthmus.machines.webhook import ask, explain_refusal
+
+if TYPE_CHECKING:
+    from isthmus.config_machines import DriverConfig
+
+# While it stops or is suspended, it is looked at so often.
+LOOK_S = 0.5
+
+
+class FlyDriver:
+    """Speaks the Machines API, with `Authorization: Bearer`."""
+
+    # Somebody else may start and stop them too, and calls of the API are counted.
+    poll_s = 30.0
+
+    def __init__(self, config: DriverConfig) -> None:
+        self._config = config
+        self._base = (config.url or FLY_API).rstrip("/")
+
+    async def start(self, machine: Machine) -> None:
+        """Start or resume it."""
+        await self._call("POST", machine, "start")
+
+    async def stop(self, machine: Machine) -> None:
+        """Stop it, and wait until it is."""
+        await self._call("POST", machine, "stop")
+        await self._wait(machine, "stopped")
+
+    async def suspend(self, machine: Machine) -> bool:
+        """Suspend it; the API refuses that for some machines, which are stopped."""
+        try:
+            await self._call("POST", machine, "suspend")
+        except DriverError:
+            await self.stop(machine)
+            return False
+        await self._wait(machine, "suspended")
+        return True
+
+    async def is_running(self, machine: Machine) -> bool | None:
+        """Ask for its state."""
+        answer = await self._call("GET", machine, "")
+        state = answer.get("state")
+        if state in {"started", "starting"}:
+            return True
+        return False if state in {"stopped", "suspended", "created", "destroyed", "failed"} else None
+
+    def explain_end(self, machine: Machine) -> tuple[str, bool]:  # noqa: ARG002 — as Driver has it
+        """Whoever has stopped it there did not say so here."""
+        return "it was stopped elsewhere", True
+
+    async def _wait(self, machine: Machine, state: str) -> None:
+        try:
+            async with asyncio.timeout(self._config.timeout_ms / 1000):
+                while (await self._call("GET", machine, "")).get("state") != state:  # noqa: ASYNC110 — of others
+                    await asyncio.sleep(LOOK_S)
+        except TimeoutError:
+            raise DriverError(f"it was not {state} within {self._config.timeout_ms} ms") from None
+
+    async def _call(self, method: str, machine: Machine, action: str) -> dict[str, Any]:
+        app = self._config.app or machine.app
+        path = f"/v1/apps/{quote(app, safe='')}/machines/{quote(machine.id, safe='')}"
+        url = f"{self._base}{path}/{action}".rstrip("/")
+        headers = {"Authorization": f"Bearer {self._config.token}", "Content-Type": "application/json"}
+        status, answer = await ask(method, url, self._config.timeout_ms, b"", headers)
+        if not 200 <= status < 300:
+            what = action or "a look at it"
+            raise DriverError(f"the Machines API answers {what} with {explain_refusal(status, answer)}")
+        try:
+            found = orjson.loads(answer or b"{}")
+        except orjson.JSONDecodeError:
+            raise DriverError("the Machines API answers with what is not JSON") from None
+        return found if isinstance(found, dict) else {}

@@ -1,0 +1,108 @@
+"""A driver that has somebody else start and stop machines: a signed POST for each.
+
+Decides the form of the request and which answers will do. Refuses to know what happens there. Invariant: what
+is sent can be checked to come from this node, for this machine, now: the signature covers time and body.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+from typing import TYPE_CHECKING
+
+import aiohttp
+import orjson
+
+from isthmus.machines.driver import DriverError, Machine
+
+if TYPE_CHECKING:
+    from isthmus.config_machines import DriverConfig
+
+# What of an answer that refuses is told.
+ANSWER_CHARS_MAX = 200
+
+
+def sign(secret: str, at_s: int, body: bytes) -> str:
+    """Return HMAC-SHA256 over `<time>.<body>`, in hexadecimal, as `isthmus-signature` has it."""
+    return hmac.new(secret.encode(), b"%d." % at_s + body, hashlib.sha256).hexdigest()
+
+
+async def ask(
+    method: str, url: str, timeout_ms: int, body: bytes, headers: dict[str, str]
+) -> tuple[int, bytes]:
+    """Send one request; follows no redirect. Raises DriverError when there is no answer."""
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(timeout_ms / 1000)) as session,
+            session.request(method, url, data=body, headers=headers, allow_redirects=False) as response,
+        ):
+            return response.status, await response.content.read(1 << 20)
+    except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        told = str(error) or f"no answer within {timeout_ms} ms"
+        raise DriverError(f"{url.partition('?')[0]}: {told}") from None
+
+
+def explain_refusal(status: int, answer: bytes) -> str:
+    """Return what an answer says that will not do."""
+    text = " ".join(answer.decode("utf-8", "replace").split())
+    return f"{status}: {text[:ANSWER_CHARS_MAX]}" if text else str(status)
+
+
+class WebhookDriver:
+    """Posts `{"action", "machine", "app", "region", "address", "node"}` for start, stop and suspend.
+
+    2xx: it is done, or will be. 501 to a suspend: stop it in place of that. Anything else is a failure.
+    """
+
+    poll_s = 3_600.0  # it is not asked
+
+    def __init__(self, config: DriverConfig, node: str) -> None:
+        self._config = config
+        self._node = node
+
+    async def start(self, machine: Machine) -> None:
+        """Have it started."""
+        await self._post("start", machine)
+
+    async def stop(self, machine: Machine) -> None:
+        """Have it stopped."""
+        await self._post("stop", machine)
+
+    async def suspend(self, machine: Machine) -> bool:
+        """Have it suspended, or stopped where that is not to be had."""
+        if await self._post("suspend", machine) != 501:
+            return True
+        await self.stop(machine)
+        return False
+
+    async def is_running(self, machine: Machine) -> bool | None:  # noqa: ARG002 — as Driver has it
+        """A webhook is not asked: it may not know."""
+        return None
+
+    def explain_end(self, machine: Machine) -> tuple[str, bool]:  # noqa: ARG002 — as Driver has it
+        """Nobody says so."""
+        return "it ended", True
+
+    async def _post(self, action: str, machine: Machine) -> int:
+        address = machine.host if machine.port is None else f"{machine.host}:{machine.port}"
+        body = orjson.dumps(
+            {
+                "action": action,
+                "machine": machine.id,
+                "app": machine.app,
+                "region": machine.region,
+                "address": address,
+                "node": self._node,
+            }
+        )
+        at_s = int(time.time())
+        headers = {
+            "Content-Type": "application/json",
+            "isthmus-timestamp": str(at_s),
+            "isthmus-signature": sign(self._config.secret, at_s, body),
+        }
+        status, answer = await ask("POST", self._config.url, self._config.timeout_ms, body, headers)
+        if not (200 <= status < 300 or (status == 501 and action == "suspend")):
+            raise DriverError(f"the webhook refuses to {action} it with {explain_refusal(status, answer)}")
+        return status
