@@ -10,9 +10,10 @@ import proxy.metrics
 import proxy.tls_metrics
 import replication.metrics
 import replication.subscriptions
+from isthmus import credentials
 from isthmus.admin.metrics import GONE_MAX, OWN_METRICS, WorkerTotals, expose, known_metrics
-from isthmus.checking import checker as checks
-from isthmus.checking import credentials
+from isthmus.checking import checker
+from isthmus.machines import wiring
 from proxy.metrics import ProxyMetrics
 
 if TYPE_CHECKING:
@@ -146,7 +147,8 @@ def test_no_two_parts_describe_the_same_metric() -> None:
         proxy.tls_metrics.METRICS,
         replication.metrics.METRICS,
         replication.subscriptions.METRICS,
-        checks.METRICS,
+        checker.METRICS,
+        wiring.METRICS,
         credentials.METRICS,
         OWN_METRICS,
     )
