@@ -354,7 +354,7 @@ class Downstream(asyncio.Protocol, Client):
     def adopt_log(self) -> None:
         """Log the next request if there is a log now."""
         plane = self._plane
-        self._exchange_type = Exchange if plane.access_log is None else LoggedExchange
+        self._exchange_type = None if plane.access_log is None else LoggedExchange
         if plane.tracer is not None:
             self._exchange_type = TracedExchange
 
@@ -450,7 +450,12 @@ class Downstream(asyncio.Protocol, Client):
             return
         if head.minor == 0:
             forwarded = forwarded.replace(b"Via: 1.1 ", b"Via: 1.0 ")
-        exchange = self._exchange = self._exchange_type(plane, self, head, service, want, forwarded)
+        make = self._exchange_type
+        if make is None:
+            exchange = Exchange(plane, self, head, service, want, forwarded)
+        else:
+            exchange = make(plane, self, head, service, want, forwarded)
+        self._exchange = exchange
         if self._body is None:
             self._state = _BUSY
             exchange.start(b"", ended=True)

@@ -104,6 +104,7 @@ class Exchange:
         "resends",
         "service",
         "started",
+        "started_us",
         "status",
         "target",
         "tried",
@@ -121,7 +122,8 @@ class Exchange:
         self.forwarded = forwarded
         self.phase = _REACHING
         self.started = plane.now()
-        self.request_id = plane.request_ids.next(plane.wall_us() // 1000)
+        self.started_us = plane.wall_us()
+        self.request_id = plane.request_ids.next(self.started_us // 1000)
         self.target: Target | None = None  # whose in_flight counts this exchange
         self.machine: Machine | None = None  # set from `_send` until released or closed
         self.tried: tuple[str, ...] = ()  # machines that failed since the last replay
@@ -417,7 +419,7 @@ class Exchange:
                 self.forwarded,
                 b"Fly-Request-Id: ",
                 self.request_id,
-                b"\r\nX-Request-Start: t=%d\r\n" % self.plane.wall_us(),
+                b"\r\nX-Request-Start: t=%d\r\n" % self.started_us,
                 extra,
                 b"\r\n",
             )

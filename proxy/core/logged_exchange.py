@@ -68,7 +68,7 @@ class LoggedExchange(Exchange):
             self.replays.restore_request()
         log.add(
             Entry(
-                started_us=self.plane.wall_us() - int(duration_s * 1_000_000),
+                started_us=self.started_us,
                 request_id=self.request_id,
                 client=read_client(self.forwarded),
                 method=head.method,

@@ -83,7 +83,6 @@ class TracedExchange(LoggedExchange):
         "spans",
         "state",
         "tracer",
-        "wall_us",
     )
 
     def __init__(
@@ -102,7 +101,6 @@ class TracedExchange(LoggedExchange):
             self.context = parent
             if parent.is_sampled:
                 self.context = parent._replace(span_id=tracer.ids.next_span())
-        self.wall_us = plane.wall_us()  # of `started`
         self.attempt: Attempt | None = None  # the running one of a recorded trace
         self.attempts_made = 0
         self.served_by: Target | None = None  # the last machine that was tried
@@ -219,7 +217,9 @@ class TracedExchange(LoggedExchange):
             "isthmus.retries": self.retries,
             "isthmus.replays": self.replays.count if self.replays is not None else 0,
         }
-        return self._make_span(self.context, self.parent_id, SERVER, self.wall_us, attributes, status >= 500)
+        return self._make_span(
+            self.context, self.parent_id, SERVER, self.started_us, attributes, status >= 500
+        )
 
     def _make_span(
         self, context: TraceContext, parent: bytes, kind: int, start_us: int, said: Attributes, failed: bool
@@ -231,7 +231,7 @@ class TracedExchange(LoggedExchange):
 
     def _tell_us(self) -> int:
         """Return the time since the epoch, on a clock that does not jump within an exchange."""
-        return self.wall_us + int((self.plane.now() - self.started) * 1_000_000)
+        return self.started_us + int((self.plane.now() - self.started) * 1_000_000)
 
 
 def _describe_method(method: bytes) -> Attributes:
