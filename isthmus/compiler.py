@@ -27,7 +27,7 @@ MODULES = (
     *("proxy/peer_metrics.py", "proxy/peer_pool.py", "proxy/peer_session.py", "proxy/peer_upstream.py"),
     *("routing/balancer.py", "routing/catalog.py", "routing/explain.py", "routing/geo.py"),
     *("routing/health.py", "routing/hosts.py", "routing/loads.py", "routing/peering.py", "routing/replay.py"),
-    *("routing/table.py", "routing/target.py", "routing/types.py"),
+    *("routing/stickiness.py", "routing/table.py", "routing/target.py", "routing/types.py"),
 )
 
 

@@ -72,6 +72,9 @@ class Hints(Protocol):
     def forget_siblings(self) -> None:
         """Nobody says any more what the other workers have."""
 
+    def follow_loads(self) -> None:
+        """Ten times a second: bring averages of loads up to now."""
+
     def set_present(self, nodes: Iterable[str]) -> None:
         """`["present", nodes]`: those whose loads count."""
 
@@ -314,6 +317,7 @@ class FeedFollower:
 
     async def _rest(self, pause: float) -> float:
         """Wait before the next try, and return how long to wait before the one after it."""
+        self._hints.follow_loads()
         if time.monotonic() - self.heard > LOADS_KEPT_S:
             self._hints.set_present(())
         await asyncio.sleep(pause * random.uniform(0.5, 1.0))
@@ -374,6 +378,7 @@ class FeedFollower:
         self._hints.busy.forget_told()  # this agent may be another one than the last
         with contextlib.suppress(OSError):
             while True:
+                self._hints.follow_loads()
                 if counts := self._hints.busy.collect():
                     writer.write(_pack(["loads", counts]))
                     await writer.drain()

@@ -148,6 +148,7 @@ class Sharing:
         self._loads.smooth(self._table.soft_limit)
         shares, totals = self._loads.plan_shares()
         self._table.set_siblings(totals)  # to this process all workers are others
+        self._table.follow_loads()
         for worker, counts in shares.items():
             feed.send(["siblings", counts], worker)
 

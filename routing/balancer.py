@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from .explain import Verdict, describe, judge
 from .geo import AREAS
 from .scaling import USUAL
-from .types import GoalRow, MachineState
+from .stickiness import hash_key, score
+from .target import COLD
+from .types import WEIGHT_USUAL, GoalRow, MachineState
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 # with 1 in 50 below it, 256 looks miss in 6 of 1,000, and tiers of up to 256 machines are never missed.
 SOFT_SCAN_MAX: Final = 16
 HARD_SCAN_MAX: Final = 256
+# How many machines a draw by weight is made among: enough for chances that are like the weights.
+DRAWN_MAX: Final = 8
+# A machine that has just come gets this share, or nobody would ever see that it works.
+WARM_LEAST: Final = 0.1
 # A refusal counts what dropped this many machines: enough to see why, and cheap while refusals rain.
 DROPPED_COUNT_MAX: Final = 128
 # Orders of regions kept per app. Clients can ask for any order, so there must be an end.
@@ -54,13 +60,15 @@ class Want(NamedTuple):
     """What a replay or a client asks of the choice.
 
     `regions` are codes and areas in order of preference; without a last `any` nothing else will do.
-    `instance` is that machine or none. `prefer_instance` is that machine if it can take the request.
+    `instance` is that machine or none. `prefer_instance` is that machine if it can take the request. Requests
+    with the same `key` go to the same machine while it can take them.
     """
 
     regions: tuple[str, ...] = ()
     instance: str | None = None
     prefer_instance: str | None = None
     exclude: frozenset[str] = frozenset()
+    key: bytes = b""
 
 
 ANYWHERE: Final = Want()
@@ -108,23 +116,48 @@ class Balancer:
         if want.instance is not None:
             return self._choose_instance(service, want.instance, now, want, tried)
         plan = self._plan(service, want.regions)
+        hard = _UNLIMITED if service.hard_limit is None else service.hard_limit
+        if want is not ANYWHERE:
+            wanted = self._find_wanted(service, plan, now, hard, want, tried)
+            if wanted is not None:
+                return wanted
+        for bucket in plan:
+            target = self._pick(service, bucket.ready, now, service.soft_limit, hard, want, tried)
+            if target is not None:
+                return target
+        for bucket in plan:
+            target = self._pick(service, bucket.ready, now, _UNLIMITED, hard, want, tried)
+            if target is not None:
+                return target
+        return self._choose_in_need(service, plan, now, hard, want, tried)
+
+    def _find_wanted(
+        self,
+        service: Service,
+        plan: tuple[Bucket, ...],
+        now: float,
+        hard: float,
+        want: Want,
+        tried: Collection[str],
+    ) -> Target | None:
+        """Return the machine that is preferred or has the key, if it can take the request."""
         if want.prefer_instance is not None:
             preferred = self._table.machine(want.prefer_instance)
             if preferred is not None and preferred.bucket in plan:
                 verdict = judge(service, preferred, now, want, tried)
                 if verdict is Verdict.CANDIDATE or verdict is Verdict.OVER_SOFT:
                     return preferred
-        hard = _UNLIMITED if service.hard_limit is None else service.hard_limit
-        soft = min(service.soft_limit, hard)
-        for bucket in plan:
-            target = self._pick(service, bucket.ready, now, soft, want, tried, SOFT_SCAN_MAX)
-            if target is not None:
-                return target
-        for bucket in plan:
-            target = self._pick(service, bucket.ready, now, hard, want, tried)
-            if target is not None:
-                return target
-        return self._choose_in_need(service, plan, now, hard, want, tried)
+        if want.key:
+            key = hash_key(want.key)
+            for bucket in plan:
+                best, highest = None, -1.0
+                for target in bucket.ready:
+                    its = score(key, target)
+                    if its > highest and _fits(service, target, now, _UNLIMITED, hard, want, tried):
+                        best, highest = target, its
+                if best is not None:
+                    return best
+        return None
 
     def _choose_in_need(
         self,
@@ -137,26 +170,27 @@ class Balancer:
     ) -> Target | Refusal:
         """Choose when nobody healthy has room: wait for the healthy, or turn to the others."""
         at_limit = any(
-            self._pick(service, bucket.ready, now, _UNLIMITED, want, tried) is not None for bucket in plan
+            self._pick(service, bucket.ready, now, _UNLIMITED, _UNLIMITED, want, tried) is not None
+            for bucket in plan
         )
         if self._panic and not at_limit:
             for pool in (pool for bucket in plan for pool in (bucket.ready, bucket.reserve)):
-                target = self._pick(service, pool, _IGNORE_EJECTION, hard, want, tried)
+                target = self._pick(service, pool, _IGNORE_EJECTION, _UNLIMITED, hard, want, tried)
                 if target is not None:
                     return target
-                full = self._pick(service, pool, _IGNORE_EJECTION, _UNLIMITED, want, tried)
+                full = self._pick(service, pool, _IGNORE_EJECTION, _UNLIMITED, _UNLIMITED, want, tried)
                 at_limit = at_limit or full is not None
         return self._refuse(service, now, want, tried, at_limit=at_limit)
 
-    def _pick(
+    def _pick(  # noqa: PLR0911 - it runs for each request, and leaves where it can
         self,
         service: Service,
         pool: list[Target],
         now: float,
-        limit: float,
+        soft: float,
+        hard: float,
         want: Want,
         tried: Collection[str],
-        scan_max: int = HARD_SCAN_MAX,
     ) -> Target | None:
         """Return the less loaded of two random machines if it fits, else one of some others that does."""
         size = len(pool)
@@ -165,21 +199,65 @@ class Balancer:
         first = int(self._random() * size)
         target = pool[first]
         if size > 1:
+            if service.slow_start_s or (target.bucket is not None and target.bucket.uneven):
+                return self._pick_by_weight(service, pool, now, soft, hard, want, tried)
             second = int(self._random() * (size - 1))
             other = pool[second if second < first else second + 1]
-            if other.in_flight + other.remote_load < target.in_flight + target.remote_load:
+            if other.in_flight + other.trend < target.in_flight + target.trend:
                 target, other = other, target
-            if _fits(service, target, now, limit, want, tried):
+            if _fits(service, target, now, soft, hard, want, tried):
                 return target
-            if _fits(service, other, now, limit, want, tried):
+            if _fits(service, other, now, soft, hard, want, tried):
                 return other
-        elif _fits(service, target, now, limit, want, tried):
+        elif _fits(service, target, now, soft, hard, want, tried):
             return target
+        scan_max = HARD_SCAN_MAX if soft == _UNLIMITED else SOFT_SCAN_MAX
         for step in range(1, min(size, scan_max)):
             target = pool[(first + step) % size]
-            if _fits(service, target, now, limit, want, tried):
+            if _fits(service, target, now, soft, hard, want, tried):
                 return target
         return None
+
+    def _pick_by_weight(
+        self,
+        service: Service,
+        pool: list[Target],
+        now: float,
+        soft: float,
+        hard: float,
+        want: Want,
+        tried: Collection[str],
+    ) -> Target | None:
+        """Do what `_pick` does where machines differ: chances, loads and the soft limit go by weight."""
+        size = len(pool)
+        first, second = self._draw(service, pool, now), self._draw(service, pool, now)
+        if second.usual_load * first.weight < first.usual_load * second.weight:
+            first, second = second, first
+        for target in (first, second):
+            if _fits(service, target, now, soft * target.weight / WEIGHT_USUAL, hard, want, tried):
+                return target
+        start = int(self._random() * size)
+        for step in range(min(size, HARD_SCAN_MAX if soft == _UNLIMITED else SOFT_SCAN_MAX)):
+            target = pool[(start + step) % size]
+            if _fits(service, target, now, soft * target.weight / WEIGHT_USUAL, hard, want, tried):
+                return target
+        return None
+
+    def _draw(self, service: Service, pool: list[Target], now: float) -> Target:
+        """Return a machine at random, each with a chance as its weight; of large pools, of some of them."""
+        size = len(pool)
+        chosen, total = pool[0], 0.0
+        for number in range(min(size, DRAWN_MAX)):
+            target = pool[number] if size <= DRAWN_MAX else pool[int(self._random() * size)]
+            weight = float(target.weight)
+            if service.slow_start_s:
+                if target.warm_since == COLD:
+                    target.warm_since = now
+                weight *= min(1.0, max(WARM_LEAST, (now - target.warm_since) / service.slow_start_s))
+            total += weight
+            if self._random() * total < weight:
+                chosen = target
+        return chosen
 
     def _choose_instance(
         self, service: Service, instance: str, now: float, want: Want, tried: Collection[str]
@@ -223,7 +301,9 @@ class Balancer:
         """
         plan = self._plan(service, want.regions)
         asleep = (target for bucket in plan for target in islice(bucket.asleep, HARD_SCAN_MAX))
-        able = [target for target in asleep if target.id not in want.exclude and self._may_start(service, target)]
+        able = [
+            target for target in asleep if target.id not in want.exclude and self._may_start(service, target)
+        ]
         tiers = {bucket.region: place for place, bucket in enumerate(plan)}
         return min(
             able,
@@ -316,10 +396,17 @@ _FORCED_MAY_NOT: Final = frozenset(
 
 
 def _fits(
-    service: Service, target: Target, now: float, limit: float, want: Want, tried: Collection[str]
+    service: Service,
+    target: Target,
+    now: float,
+    soft: float,
+    hard: float,
+    want: Want,
+    tried: Collection[str],
 ) -> bool:
     return (
-        target.in_flight + target.remote_load < limit
+        target.in_flight + target.trend < soft
+        and target.in_flight + target.remote_load < hard
         and target.ejected_until <= now
         and target.id not in tried
         and target.id not in want.exclude

@@ -57,7 +57,7 @@ def judge(service: Service, target: Target, now: float, want: Want, tried: Colle
         verdict = Verdict.UNHEALTHY
     elif target.ejected_until > now:
         verdict = Verdict.EJECTED
-    elif target.load >= service.soft_limit:
+    elif target.usual_load >= service.soft_limit:
         verdict = Verdict.OVER_SOFT
     return verdict
 
@@ -76,7 +76,7 @@ def describe(verdict: Verdict, service: Service, target: Target, now: float) -> 
         case Verdict.AT_HARD_LIMIT:
             detail = f"{target.load} of {service.hard_limit}"
         case Verdict.OVER_SOFT | Verdict.CANDIDATE:
-            detail = f"{target.load} of {service.soft_limit}"
+            detail = f"{target.usual_load} of {service.soft_limit}"
         case Verdict.NO_PORT:
             detail = "neither its address nor the service's internal_port names one"
         case _:

@@ -1,6 +1,6 @@
 """Where regions are and how far apart.
 
-Decides which regions a name stands for and which of two is nearer: by round trips where somebody measured them,
+Decides which regions a name stands for and which of two is nearer: by round trips where they were measured,
 else by distance. Refuses to know machines. Invariant: an operator's own region wins over the built-in one
 of the same code, and removing it brings the built-in one back.
 """

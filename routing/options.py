@@ -18,13 +18,14 @@ from .peering import Way, parse_way
 from .replay_options import AS_USUAL, REPLAY_NAMES, ReplayOptions, parse_replay_options
 from .scaling import NAMES as SCALING_NAMES
 from .scaling import USUAL, Scaling, parse_scaling
+from .stickiness import Sticky, parse_sticky
 
 PROXY_PROTOCOLS: Final = ("v1", "v2")
 # What may be said, as in the JSON.
 NAMES: Final = (
     *("proxy_protocol", "response_headers", "maintenance", "force_https", "machine_tls", "compression"),
     *("handlers", "idle_timeout_ms", "body_bytes_max", "reach"),
-    *("pristine", *REPLAY_NAMES),
+    *("pristine", "sticky", "slow_start_ms", *REPLAY_NAMES),
     *SCALING_NAMES,
 )
 # What may be done to a connection, as on Fly, in any order; with neither its bytes are passed on as they are.
@@ -64,6 +65,8 @@ class ServiceOptions:
     hides_id: bool = False  # answers get no Fly-Request-Id
     compression: Compression | None = None  # None: answers are passed on as they are
     reach: Way | None = None  # how machines of other nodes are reached; None: as their nodes say
+    sticky: Sticky | None = None  # None: each request may go to another machine
+    slow_start_s: float = 0.0  # until a machine that comes to the others gets its whole share
 
 
 def parse_options(text: str) -> ServiceOptions | None:
@@ -103,6 +106,8 @@ def parse_options(text: str) -> ServiceOptions | None:
         hides_id=REQUEST_ID.encode("ascii") in removed,
         compression=parse_compression(fields.get("compression", False)),
         reach=parse_way(fields.get("reach", "")),
+        sticky=parse_sticky(fields.get("sticky")),
+        slow_start_s=_parse_number(fields, "slow_start_ms") / 1_000,
     )
 
 

@@ -19,7 +19,7 @@ from .geo import AREAS, Regions
 from .hosts import HostIndex
 from .loads import Busy
 from .peering import Ways
-from .target import NO_CHECKS, Bucket, Target
+from .target import COLD, NO_CHECKS, Bucket, Target
 from .types import (
     AppRow,
     CheckRow,
@@ -44,6 +44,9 @@ __all__ = ["App", "RoutingTable", "Service", "Target"]
 
 ANY_PORT: Final = 0
 MACHINES: Final = "machines"
+# The share of the way to its load that a trend goes each time: five seconds for most of it. That must be long
+# beside the time that a load needs to get to all who look at it.
+TREND_STEP: Final = 0.02
 
 
 class App:
@@ -82,6 +85,7 @@ class Service:
         "options",
         "owner",
         "port",
+        "slow_start_s",
         "soft_limit",
     )
 
@@ -95,6 +99,7 @@ class Service:
         self.concurrency: Concurrency
         self.checks: str
         self.options: ServiceOptions | None  # None: all as usual
+        self.slow_start_s: float  # of the options
         # Of this process; None while none is remembered. Belongs to the proxy's replay cache.
         self.cached_replays: object | None = None
         self.update(row)
@@ -110,6 +115,7 @@ class Service:
         self.concurrency = row.concurrency
         self.checks = row.checks
         self.options = row.options
+        self.slow_start_s = 0.0 if row.options is None else row.options.slow_start_s
 
     @property
     def network(self) -> str:
@@ -149,6 +155,8 @@ class RoutingTable:
         self._relayed: dict[
             str, int
         ] = {}  # what this process passes on for other nodes, by machine; never zero
+        self._is_loading = False
+        self._trends: dict[str, float] = {}  # by machine, where there is or was a remote load
         self._present: frozenset[str] | None = None  # nodes whose loads count; None: those of all
         self._region_uses: dict[str, int] = {}  # how many rows of nodes and machines name a region
 
@@ -188,8 +196,10 @@ class RoutingTable:
 
     def load(self, rows: Iterable[tuple[str, Pk, Row | None]]) -> None:
         """Hold exactly these rows from now on; machines that stay keep their Target."""
+        self._is_loading = True
         for _ in self.load_in_steps(rows, sys.maxsize):
             pass
+        self._is_loading = False
 
     def load_in_steps(self, rows: Iterable[tuple[str, Pk, Row | None]], step: int) -> Iterator[None]:
         """Do what `load` does, and yield after each `step` rows so that the caller can do other things.
@@ -223,6 +233,23 @@ class RoutingTable:
             else:
                 self._siblings.pop(machine, None)
             self._update_remote_load(machine)
+
+    def follow_loads(self) -> None:
+        """Bring the trends of remote loads up to now. Call it ten times a second.
+
+        Everybody hears of a load late, and at the same time: who answered to each change would have all nodes
+        turn to a machine, and away from it, again and again. Those who answer to averages do not.
+        """
+        for machine, before in list(self._trends.items()):
+            target = self._targets.get(machine)
+            load = 0 if target is None else target.remote_load
+            now = before + (load - before) * TREND_STEP
+            if load or now > 0.01:
+                self._trends[machine] = now
+            else:
+                del self._trends[machine]
+            if target is not None:
+                target.trend = round(now)
 
     def set_present(self, nodes: Iterable[str]) -> None:
         """From now on only the loads that these nodes wrote count: those of others are out of date."""
@@ -313,7 +340,9 @@ class RoutingTable:
             target.foreign = new.node != self.own_node
             if machine in self._checks:
                 target.set_checks(self._checks[machine])
-            target.remote_load = self._compute_remote_load(machine)
+            self._update_remote_load(machine)
+            if not self._is_loading:
+                target.warm_since = COLD
             return
         if (target.app, target.region) != (new.app, new.region):
             self._detach(target)
@@ -384,6 +413,8 @@ class RoutingTable:
         target = self._targets.get(machine)
         if target is not None:
             target.remote_load = self._compute_remote_load(machine)
+            if target.remote_load:
+                self._trends.setdefault(machine, float(target.remote_load))
 
     def _count_region(self, old: Entity | None, new: Entity | None) -> None:
         if isinstance(new, NodeRow | MachineRow):

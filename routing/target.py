@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 NO_CHECKS: Final[Mapping[str, CheckRow]] = MappingProxyType({})
 
 
+COLD: Final = -1.0
+
 # Stands for a pool that nobody has joined yet; nobody does.
 _EMPTY: Final[list[Target]] = []
 
@@ -82,6 +84,8 @@ class Target:
         "removed",
         "since_ms",
         "state",
+        "trend",
+        "warm_since",
         "watched",
         "weight",
     )
@@ -109,6 +113,10 @@ class Target:
         # Kept by the proxy of this process, and by the table for what other nodes report.
         self.in_flight = 0  # requests (or connections) that this process has at the machine
         self.remote_load = 0  # what other workers and nodes last said that they have there
+        # When it joined the ready: 0 for those that were there when the table was loaded, COLD until the
+        # balancer, who has a clock, sees it for the first time.
+        self.warm_since = 0.0
+        self.trend = 0  # `remote_load` as it was on average lately; set by the table
         self.watched = False  # `loads.Busy` looks at it; set and cleared there
         self.ejected_until = 0.0  # monotonic seconds; set by health.record_failure, 0 when not ejected
         self.failures = 0  # consecutive; set by health.record_failure, cleared by record_success
@@ -130,6 +138,11 @@ class Target:
     def load(self) -> int:
         """What is known to be in flight at the machine, here and elsewhere."""
         return self.in_flight + self.remote_load
+
+    @property
+    def usual_load(self) -> int:
+        """What is in flight here now, and elsewhere on average: what machines are compared by."""
+        return self.in_flight + self.trend
 
     @property
     def row(self) -> MachineRow:
@@ -220,6 +233,8 @@ class Target:
         else:
             pool = bucket.out = bucket.out or []
         if pool is not self.pool:
+            if self.pool and pool is bucket.ready:
+                self.warm_since = COLD
             self._leave()
             self.pool = pool
             self.position = len(pool)

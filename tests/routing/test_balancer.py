@@ -80,7 +80,7 @@ def test_takes_the_less_loaded_of_two_random_machines() -> None:
     table = world(("a", "ams"), ("b", "ams"), ("c", "ams"))
     loads = {"a": 3, "b": 2, "c": 1}
     for machine, load in loads.items():
-        the_target(table, machine).remote_load = load
+        the_target(table, machine).trend = load
     service = the_service(table)
     picks = {
         (0.0, 0.0): "b",
@@ -122,7 +122,7 @@ def test_over_the_soft_limit_spills_to_the_next_tier_and_comes_home_when_that_is
     assert choose(table) == "here"
     here.in_flight = 2
     assert choose(table) == "near"
-    near.remote_load = 2
+    near.remote_load = near.trend = 2
     assert choose(table) == "here"
     here.in_flight = 4
     assert choose(table) == "near"

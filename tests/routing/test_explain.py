@@ -29,6 +29,7 @@ def test_says_of_every_machine_what_drops_it() -> None:
     put(table, "checks", machine="sick", name="tcp", status="passing")
     put(table, "loads", machine="busy", in_flight=1)
     put(table, "loads", machine="full", in_flight=2)
+    table.follow_loads()
     shaky = table.machine("shaky")
     assert shaky is not None
     record_failure(shaky, 9.5)
