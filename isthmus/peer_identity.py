@@ -41,10 +41,7 @@ class PeerIdentity:
         """Read what the configuration names; raises ConfigError."""
         self._config = config
         self._node = node
-        self._files = [
-            Path(name) for name in (config.keys_file, config.tls_cert, config.tls_key, config.tls_ca) if name
-        ]
-        self._stamp = self._look()
+        self._stamp: list[tuple[int, ...]] | None = self._look()  # of the files, when they were read last
         self._keys = self._read_keys()
         self._made: tuple[ssl.SSLContext, ssl.SSLContext] | None = None  # from the keys, when first asked for
         try:
@@ -59,13 +56,16 @@ class PeerIdentity:
     def contexts(self) -> tuple[ssl.SSLContext, ssl.SSLContext] | None:
         """Return what to speak as the one connected to and as the one who connects; None: in the clear.
 
-        Takes a tenth of a second the first time.
+        Takes a tenth of a second the first time, and may be called in a thread for that.
         """
         if self._tls is not None:
             return self._tls.server, self._tls.client
-        if self._made is None and self._keys:
-            self._made = make_contexts(self._keys, self._config.cluster, self._node)
-        return self._made
+        made, keys = self._made, self._keys
+        if made is None and keys:
+            made = make_contexts(keys, self._config.cluster, self._node)
+            if keys is self._keys:  # and not replaced meanwhile
+                self._made = made
+        return made
 
     def label(self, transport: asyncio.BaseTransport) -> str:
         """Return what the other side has proved itself with."""
@@ -81,6 +81,11 @@ class PeerIdentity:
         if self._tls is not None:
             return label == self._name_authority(self._tls)
         return label in {_name(key) for key in self._keys} if self._keys else not label
+
+    def adopt(self, config: GossipConfig) -> None:
+        """Have the next `refresh` read what another configuration names."""
+        if config != self._config:
+            self._config, self._stamp = config, None
 
     def refresh(self) -> bool:
         """Read files that have changed again; True when others are accepted now than before.
@@ -109,9 +114,10 @@ class PeerIdentity:
 
     def _look(self) -> list[tuple[int, ...]]:
         found: list[tuple[int, ...]] = []
-        for file in self._files:
+        config = self._config
+        for file in (config.keys_file, config.tls_cert, config.tls_key, config.tls_ca):
             try:
-                status = file.stat()
+                status = Path(file).stat()
             except OSError:
                 found.append(())
             else:

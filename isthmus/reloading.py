@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 _LIVE = ("access_log", "apps", "gossip.keys", "gossip.keys_file", "log", "proxy", "regions", "tls", "tracing")
 _NOT_LIVE = ("proxy.listen", "tls.listen")
 
-
 # Sections with an address of which the system may have chosen the port.
-LISTENERS = ("proxy", "tls", "admin", "gossip")
+LISTENERS = ("proxy", "tls", "admin", "gossip", "peering")
 
 
 class Lifecycle(msgspec.Struct, frozen=True):

@@ -74,6 +74,7 @@ class NodeInfo(msgspec.Struct, frozen=True):
     gossip: str
     tls: str = ""  # where clients connect over TLS; empty when they cannot
     tcp: tuple[str, ...] = ()  # and those of raw TCP, in the order of the configuration
+    peering: str = ""  # where other nodes connect to have requests passed on; empty when they cannot
 
 
 class Supervisor:
@@ -522,6 +523,7 @@ def node_info(config: Config) -> NodeInfo:
         config.gossip.listen,
         config.tls.listen,
         tuple(tcp.listen for tcp in config.tcp),
+        config.peering.listen,
     )
 
 

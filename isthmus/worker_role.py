@@ -15,8 +15,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from isthmus import __version__
-from isthmus.config import Config, parse_listen
+from isthmus.config import Config, ConfigError, parse_listen
 from isthmus.feed import FeedFollower
+from isthmus.peer_identity import PeerIdentity
 from isthmus.role import RefusedError
 from isthmus.route_feed import RouteFeed
 from isthmus.starting import MachineStarter
@@ -144,6 +145,10 @@ class WorkerRole:
         balancer = Balancer(self._table, config.region, random.Random())
         self._access_log = _open_access_log(config, self._metrics)
         self._tracer = _open_tracer(config, self._metrics, index)
+        try:
+            self._identity = PeerIdentity(config.gossip, config.node)
+        except ConfigError as error:
+            raise RefusedError(str(error)) from error
         self._server = Server(
             proxy_settings(config),
             self._table,
@@ -152,6 +157,7 @@ class WorkerRole:
             self._access_log,
             tracer=self._tracer,
             starter=MachineStarter(self._ask, time.monotonic),
+            identity=self._identity,
         )
         self._follower = FeedFollower(
             config.feed_socket,
@@ -193,7 +199,21 @@ class WorkerRole:
             self._server.start_tcp(sock, tcp.app, settings, certificates, self._tls_metrics)
         if certificates is not None:
             self._tasks.append(asyncio.create_task(certificates.watch(CERTIFICATES_POLL_S)))
+        if self._config.peering.listen:
+            await asyncio.to_thread(self._identity.contexts)
+            self._server.start_peering(socket.socket(fileno=self._listeners["peering.listen"]))
+        self._tasks.append(asyncio.create_task(self._watch_identity()))
         return {}
+
+    async def _watch_identity(self) -> None:
+        """Follow changes of the cluster's keys and certificates, by whoever makes them."""
+        while True:
+            await asyncio.sleep(CERTIFICATES_POLL_S)
+            self._refresh_identity()
+
+    def _refresh_identity(self) -> None:
+        if self._identity.refresh():
+            self._server.recheck_peers()
 
     def _load_certificates(self) -> Certificates:
         # Importing here keeps cryptography, 10 MB, out of workers without TLS.
@@ -218,12 +238,15 @@ class WorkerRole:
             await asyncio.to_thread(old_tracer.close)
         if self._certificates is not None:
             self._certificates.adopt(config.tls.certificates)
+        self._identity.adopt(config.gossip)
+        self._refresh_identity()
         self._config, old, self._access_log = config, self._access_log, log
         if old is not None and old is not log:
             await asyncio.to_thread(old.close)
 
     def refresh(self) -> None:
         """Read the certificates again; go on in a new access log, when the old one was moved away."""
+        self._refresh_identity()
         if self._certificates is not None:
             self._certificates.reload()
         if self._access_log is not None:
@@ -258,6 +281,7 @@ class WorkerRole:
     def _samples(self) -> Iterator[Sample]:
         self._metrics.forget_apps(lambda name: self._table.app(name) is not None)
         yield from self._metrics.samples()
+        yield from self._server.peer_metrics.samples()
         if self._certificates is not None:
             yield from self._tls_metrics.samples()
             if self._index == 0:  # all have the same, and gauges of workers are added up

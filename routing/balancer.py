@@ -350,7 +350,7 @@ class Balancer:
         for target, verdict in self._judge_all(service, now, want, tried):
             if want.instance is not None and target.id != want.instance:
                 verdict = Verdict.NOT_THE_INSTANCE  # noqa: PLW2901 - the stronger reason replaces the weaker one
-            explained.append((target, describe(verdict, service, target, now)))
+            explained.append((target, describe(verdict, service, target, now, self._table.ways)))
         return explained
 
     def _plan(self, service: Service, regions: tuple[str, ...]) -> tuple[Bucket, ...]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from .balancer import Want
+    from .peering import Ways
     from .table import RoutingTable, Service
     from .target import Target
 
@@ -62,8 +63,8 @@ def judge(service: Service, target: Target, now: float, want: Want, tried: Colle
     return verdict
 
 
-def describe(verdict: Verdict, service: Service, target: Target, now: float) -> str:
-    """Return a verdict with its particulars, for a person."""
+def describe(verdict: Verdict, service: Service, target: Target, now: float, ways: Ways | None = None) -> str:
+    """Return a verdict with its particulars, for a person; with `ways`, also how the machine is reached."""
     detail = ""
     match verdict:
         case Verdict.NOT_STARTED:
@@ -81,7 +82,10 @@ def describe(verdict: Verdict, service: Service, target: Target, now: float) -> 
             detail = "neither its address nor the service's internal_port names one"
         case _:
             pass
-    return f"{verdict.value}: {detail}" if detail else str(verdict.value)
+    text = f"{verdict.value}: {detail}" if detail else str(verdict.value)
+    options = service.options
+    through = "" if ways is None else ways.describe(target, None if options is None else options.reach)
+    return f"{text}; {through}" if through else text
 
 
 @dataclass(frozen=True, slots=True)

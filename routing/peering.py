@@ -129,6 +129,17 @@ class Ways:
             return Way.NODE
         return Way.NODE if any(address in network for network in peering.networks) else peering.machines
 
+    def describe(self, target: Target, wish: Way | None) -> str:
+        """Return how a machine is reached, for a person; empty: it is connected to."""
+        way = self.find(target, wish)
+        if way is Way.DIRECT:
+            return ""
+        relays = self.relays(target)
+        if not relays:
+            return "" if way is Way.AUTO else "through a node, and none passes requests on to it"
+        through = f"through node {relays[0].node}"
+        return f"{through} while it cannot be connected to" if way is Way.AUTO else through
+
     def relays(self, target: Target, passed: int = 0) -> list[Relay]:
         """Return the nodes to go through: the owner, then others in the machine's region.
 

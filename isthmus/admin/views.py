@@ -214,7 +214,9 @@ class Views:
             for service in app.services.values() if app.row is not None else ():
                 for target in service.targets():
                     verdict = judge(service, target, now, ANYWHERE, ())
-                    fate = _Fate(verdict in ROUTABLE, describe(verdict, service, target, now))
+                    fate = _Fate(
+                        verdict in ROUTABLE, describe(verdict, service, target, now, self._table.ways)
+                    )
                     fates[target.id] = max(fates.get(target.id, fate), fate)
         return fates
 

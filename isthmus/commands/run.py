@@ -151,10 +151,11 @@ def _front(args: argparse.Namespace) -> list[dict[str, Any]] | None:
 def _banner(software: str, config: Config, info: NodeInfo) -> str:
     sealed = "sealed with the cluster key" if config.gossip.sealed else "no cluster key, this machine only"
     tls = f"   https://{info.tls}" if info.tls else ""
+    peering = f"  peers   {info.peering}\n" if info.peering else ""
     return (
         f"{software}   node {info.node}   region {info.region}\n"
         f"  proxy   http://{info.listen}{tls}\n"
         f"  admin   http://{info.admin}\n"
-        f"  gossip  {info.gossip} ({sealed})\n"
+        f"  gossip  {info.gossip} ({sealed})\n{peering}"
         f"  data    {config.data}"
     )

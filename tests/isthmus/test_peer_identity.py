@@ -137,6 +137,15 @@ async def test_key_changes_while_requests_flow(world: World, tmp_path: Path) -> 
     assert near.peers["far"][:2] == (6, 2)
 
 
+def test_keys_of_another_configuration_are_taken_up() -> None:
+    identity = with_keys("n1", OLD)
+    identity.adopt(GossipConfig(keys=(OLD,)))
+    assert not identity.refresh()
+    identity.adopt(GossipConfig(keys=(NEW, OLD)))
+    assert identity.refresh()
+    assert len(identity._keys) == 2
+
+
 async def test_bad_key_file_changes_nothing(world: World, tmp_path: Path) -> None:
     near_file = tmp_path / "near.keys"
     near_id = with_file(near_file, OLD)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
 
+from routing.balancer import Balancer
 from routing.peering import Relay, Way
 from tests.routing.rows import drop, put, row, table_with
 
@@ -104,6 +106,26 @@ def test_owner_is_the_first_relay_and_the_region_of_the_machine_has_the_others()
     put_node(table, "n1", "gru", address="10.0.0.1:9")
     assert names(table) == ["n2", "n3", "n4"]
     assert names(table, passed=1) == ["n2"]
+
+
+@pytest.mark.parametrize(
+    ("machines", "said"),
+    [
+        ("direct", ""),
+        ("node", "through node n2"),
+        ("auto", "through node n2 while it cannot be connected to"),
+    ],
+)
+def test_explanation_says_through_which_node(machines: str, said: str) -> None:
+    table = table_of("10.1.2.3:80")
+    put_node(table, "n2", address="10.0.0.2:9", machines=machines)
+    service = table.find(b"web.test", b"/", 80)
+    assert service is not None
+    ((_, why),) = Balancer(table, "ams", Random(1)).explain(service, 0.0)
+    assert why == "; ".join(filter(None, ["candidate: 0 of 20", said]))
+    put_node(table, "n2", machines=machines)
+    ((_, why),) = Balancer(table, "ams", Random(1)).explain(service, 0.0)
+    assert ("none passes requests on" in why) == (machines == "node")
 
 
 def test_a_changed_node_changes_what_was_found_before() -> None:
