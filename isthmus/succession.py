@@ -66,6 +66,8 @@ def revive_configs(handover: Handover, fresh: Config) -> tuple[Config, Config]:
     except (msgspec.ValidationError, ValueError) as error:
         log.warning("the former configuration cannot be read", extra={"error": str(error)})
     for section in LISTENERS:
+        if section not in handover.used:  # that program did not know it yet
+            continue
         listen = {"listen": handover.used[section]["listen"]}
         changed = msgspec.structs.replace(getattr(fresh, section), **listen)
         fresh = msgspec.structs.replace(fresh, **{section: changed})
