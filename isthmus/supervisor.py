@@ -193,7 +193,7 @@ class Supervisor:
         """Keep the ports that the system chose, so that a restarted agent is found where it was."""
         addresses = self._agent().addresses
         if addresses:
-            self._reloader.used = with_addresses(self._reloader.used, addresses)
+            self._reloader.used = self._claim.config = with_addresses(self._reloader.used, addresses)
 
     async def _await_start(self, child: Child, started: asyncio.Event) -> str:
         """Return when the child has started, or why it has not; empty also when the node stops."""

@@ -131,6 +131,46 @@ async def test_killed_worker_is_started_again_while_the_other_serves(tmp_path: P
             await writer.wait_closed()
 
 
+async def test_worker_that_goes_on_dying_leaves_new_connections_to_the_others(tmp_path: Path) -> None:
+    async with running(config(tmp_path, workers=2)) as node:
+        host, port = node.info.listen.split(":")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "executable", "/bin/false")
+            patch.setattr(supervisor_module, "RESTART_MAX_S", 60.0)
+            patch.setattr(supervisor_module, "RESTART_MIN_S", 0.01)
+            dying = node.child("worker-0")
+            os.kill(dying.process.pid, signal.SIGKILL)
+            await eventually("it dies again and again", lambda: dying.restarts >= 3)
+            for _ in range(8):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                writer.write(b"GET / HTTP/1.1\r\nHost: none.test\r\nConnection: close\r\n\r\n")
+                async with asyncio.timeout(10):
+                    assert (await reader.read()).startswith(b"HTTP/1.1 404 ")
+                writer.close()
+                await writer.wait_closed()
+
+
+async def test_successors_that_do_not_come_up_are_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(config(tmp_path, workers=1)) as node:
+        before = [child.process.pid for child in node.supervisor._children]
+        monkeypatch.setattr(supervisor_module, "RESTART_MIN_S", 0.001)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", "/bin/false")
+            async with node.supervisor._changing:
+                problem = await node.supervisor._try_candidates()
+        assert problem == "agent dies when it starts; its log above says why"
+        assert [child.process.pid for child in node.supervisor._children] == before
+        assert not node.supervisor._candidates
+        # And then a good one takes over from those that went on.
+        await node.supervisor._succeed()
+        lifecycle = (await ask(node.info.admin, "/v1/status"))["lifecycle"]
+        assert (lifecycle["generation"], lifecycle["upgrade_problem"]) == (2, "")
+        after = [child.process.pid for child in node.supervisor._children]
+        assert not set(before) & set(after)
+
+
 async def test_refusal_of_a_child_ends_the_node_with_its_sentence(tmp_path: Path) -> None:
     given = config(tmp_path)
     supervisor = Supervisor(given, lambda info: pytest.fail(f"announced {info}"))
@@ -172,16 +212,17 @@ async def test_child_that_never_serves_ends_the_node(
         await supervisor.run()
 
 
+@pytest.mark.parametrize("name", ["agent", "worker-0"])
 async def test_stalled_loop_is_ended_and_started_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     monkeypatch.setattr(supervisor_module, "BEAT_S", 0.1)
     monkeypatch.setattr(supervisor_module, "STALL_S", 1.5)  # a child beats each second
     monkeypatch.setattr(supervisor_module, "DUMP_S", 0.01)
-    async with running(config(tmp_path)) as node:
-        first = node.child("agent").process.pid
+    async with running(config(tmp_path, workers=int(name != "agent"))) as node:
+        first = node.child(name).process.pid
         os.kill(first, signal.SIGSTOP)
-        await node.next_life("agent", first)
+        await node.next_life(name, first)
         assert not is_running(first)
         assert (await ask(node.info.admin, "/healthz")) == {"ok": True}
     assert "an event loop is stalled; its stacks follow" in caplog.messages
