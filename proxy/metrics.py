@@ -25,8 +25,8 @@ Labels = tuple[tuple[str, str], ...]
 # The value of a histogram is the count of each bucket alone, with that above the last bound, then the sum.
 Sample = tuple[str, Labels, float | tuple[float, ...]]
 
-# Machines and apps that a worker has sent to, beyond which all others are counted together. Each takes up
-# to 2 us a second in the worker.
+# Machines and apps that a worker has sent to, beyond which all others are counted together. Each takes some
+# 8 us a second in the worker.
 MACHINES_MAX: Final = 500
 APPS_MAX: Final = 1_000
 # In place of their names: no name in the table has parentheses.
