@@ -9,6 +9,9 @@ from typing import Any
 from isthmus.client import ClientError, add_client_flags, make_client, quote
 from routing.options import PROXY_PROTOCOLS
 
+# As in the configuration.
+HANDLERS = {"tls,http": ["tls", "http"], "tls": ["tls"], "none": []}
+
 
 def add_parser(verbs: Any) -> None:
     """Add `app` with its actions."""
@@ -73,6 +76,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="compress answers of suitable types for clients that take that",
     )
     parser.add_argument(
+        "--handlers",
+        choices=HANDLERS,
+        help="what is done to connections: HTTP, as usual; TLS ended and bytes passed on; nothing at all",
+    )
+    parser.add_argument(
         "--maintenance", metavar="FILE", help="answer all requests with 503 and this page, HTML or text"
     )
 
@@ -92,6 +100,8 @@ def _read_options(args: argparse.Namespace) -> dict[str, Any]:
         options["proxy_protocol"] = args.proxy_protocol
     if args.force_https is not None:
         options["force_https"] = args.force_https
+    if args.handlers:
+        options["handlers"] = HANDLERS[args.handlers]
     if args.compression is not None:
         options["compression"] = args.compression
     if args.maintenance:

@@ -70,6 +70,14 @@ def test_flags_that_say_nothing_are_refused(client: FakeClient, flags: list[str]
     assert client.posts == []
 
 
+@pytest.mark.parametrize(
+    ("said", "handlers"), [("tls,http", ["tls", "http"]), ("tls", ["tls"]), ("none", [])]
+)
+def test_handlers_are_set(client: FakeClient, said: str, handlers: list[str]) -> None:
+    assert run("set", "web", "--handlers", said) == 0
+    assert client.posts == [("/v1/apps/web/options", {"handlers": handlers})]
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--force-https", True), ("--no-force-https", False)])
 def test_redirect_to_tls_is_turned_on_and_off(client: FakeClient, flag: str, value: bool) -> None:
     run("set", "web", flag)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
 
+from proxy.access_log import AccessLog
+from proxy.core.access_line import Entry, render_combined
 from proxy.core.proxy_protocol import render_announcement
 from tests.proxy.edge import wait_for
 from tests.proxy.tcp_edge import TcpEdge, echo, read_until_reset
@@ -392,3 +395,32 @@ async def test_machine_under_maintenance_gets_nothing(edge: TcpEdge) -> None:
     assert await read_until_reset(await edge.tcp_client(edge.listen())) == b""
     assert edge.metrics.app("app").errors == {"PL03": 1}
     assert not machine.connections
+
+
+async def test_each_connection_is_a_line_in_the_log_when_it_ends(edge: TcpEdge, tmp_path: Path) -> None:
+    file = tmp_path / "access.log"
+    edge.access_log = log = AccessLog(str(file), "json", 1, edge.metrics)
+    await edge.echo_machine()
+    await edge.start()
+    port = edge.listen()
+    client = await edge.tcp_client(port)
+    client.send(b"hello")
+    client.writer.write_eof()
+    assert await client.read_to_end() == b"hello"
+    await wait_for(lambda: not edge.relays)
+    edge.table.apply("machines", ("m1",), None)
+    await read_until_reset(await edge.tcp_client(port))
+    await wait_for(lambda: not edge.relays)
+    await asyncio.to_thread(log.close)
+    first, second = [json.loads(line) for line in file.read_text().splitlines()]
+    told = ("client", "method", "host", "path", "status", "bytes_in", "bytes_out", "app", "machine", "error")
+    here = ("127.0.0.1", "TCP", "", f":{port}")
+    assert tuple(first[key] for key in told) == (*here, 200, 5, 5, "app", "m1", "")
+    assert tuple(second[key] for key in told) == (*here, 503, 0, 0, "app", "", "PR01")
+
+
+def test_line_in_the_combined_format_names_no_version_of_http() -> None:
+    entry = Entry(
+        0, b"", b"192.0.2.1", b"TCP", b"", b":5432", -1, [], 200, 1, 2, 0, 0, "a", "m", "r", 0, 0, ""
+    )
+    assert b'"TCP :5432" 200 2 ' in render_combined(entry)

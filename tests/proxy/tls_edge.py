@@ -35,7 +35,7 @@ class TlsEdge(Edge):
 
     async def start(self, **changes: object) -> None:
         self.settings = replace(self.settings, **changes)
-        self.server = Server(self.settings, self.table, self.balancer, self.metrics)
+        self.server = Server(self.settings, self.table, self.balancer, self.metrics, self.access_log)
         self.certificates = Certificates(self.sources, time.time)
         self.certificates.load()
         sock = socket.create_server(("127.0.0.1", 0))
