@@ -123,7 +123,7 @@ class Side(asyncio.Protocol):
         if transport.can_write_eof():
             self._sent_end = True
             transport.write_eof()
-        if self._received_end or not transport.can_write_eof():
+        else:
             transport.close()
 
     def pause_reading(self) -> None:

@@ -61,6 +61,18 @@ async def test_machine_may_speak_first_and_go_on_after_the_clients_end(edge: Tcp
     assert await client.read_to_end() == b"221 bye\r\n"
 
 
+async def test_client_that_ends_at_once_is_answered_all_the_same(edge: TcpEdge) -> None:
+    async def behave(connection: Connection) -> None:
+        assert await connection.read() == b""
+        connection.writer.write(b"Mon Nov 23")
+
+    await edge.echo_machine(behave=behave)
+    await edge.start()
+    client = await edge.tcp_client(edge.listen())
+    client.writer.write_eof()
+    assert await client.read_to_end() == b"Mon Nov 23"
+
+
 async def test_client_may_go_on_after_the_machines_end(edge: TcpEdge) -> None:
     async def behave(connection: Connection) -> None:
         connection.writer.write(b"that is all")
@@ -311,6 +323,9 @@ async def test_limits_of_clients_hold_here_too(edge: TcpEdge) -> None:
     assert edge.metrics.shed == {"client_connections": 3, "client_rate": 1}
     first.send(b"y")
     assert await first.read(1) == b"y"
+    first.close()
+    await wait_for(lambda: not edge.relays)
+    assert edge.server._admission.admit("127.0.0.1") is None
 
 
 async def test_bytes_and_connections_are_counted_by_machine(edge: TcpEdge) -> None:
