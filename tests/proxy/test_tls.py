@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 import ssl
 from typing import TYPE_CHECKING
@@ -149,6 +150,35 @@ async def test_versions_below_1_2_are_refused(edge: TlsEdge) -> None:
     with pytest.raises((ssl.SSLError, ConnectionError)):
         await edge.tls_client(context=context)
     await wait_for(lambda: edge.tls_metrics.failures == {"version": 1})
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="not installed: apt-get install openssl")
+async def test_a_handshake_is_not_begun_again(edge: TlsEdge) -> None:
+    await edge.machine()
+    await edge.start()
+    client = await asyncio.create_subprocess_exec(
+        *(
+            "openssl",
+            "s_client",
+            "-connect",
+            f"127.0.0.1:{edge.tls_port}",
+            "-servername",
+            "app.test",
+            "-tls1_2",
+        ),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    assert client.stdin is not None
+    assert client.stdout is not None
+    async with asyncio.timeout(20):
+        await client.stdout.readuntil(b"Verify return code")
+        client.stdin.write(b"R\n")  # its command for a renegotiation
+        said = await client.stdout.read()
+        await client.wait()
+    assert b"RENEGOTIATING" in said
+    assert b"no renegotiation" in said.lower()
 
 
 async def test_suites_without_forward_secrecy_are_refused(edge: TlsEdge) -> None:
