@@ -240,6 +240,8 @@ class Server:
         self._tracers[:] = [] if tracer is None else [tracer]
         plane.tracer = tracer
         plane.queue.max_per_app = settings.queue_max
+        plane.retries.adopt(settings)
+        plane.replay_cache.adopt(settings.replay_cache_entries_max)
         admission.adopt(settings)
         self._make_makers()
         for client in self._clients:

@@ -72,6 +72,12 @@ class ReplayCache:
         self._books: list[_Book] = []  # those with entries
         self._size = 0  # entries in all of them
 
+    def adopt(self, entries_max: int) -> None:
+        """Go on with another bound."""
+        self._entries_max = entries_max
+        while self._size > entries_max:
+            self._drop_oldest(None)
+
     def find(self, service: Service, head: RequestHead, now: float) -> Entry | None:
         """Return the replay remembered for a request: of the longest prefix, and a session's before all's."""
         if service.cached_replays is None:
@@ -140,12 +146,16 @@ class ReplayCache:
         if key in book.entries:
             self.drop(book.entries[key], keep_book=True)
         elif self._size >= self._entries_max:
-            largest = max(self._books, key=lambda other: len(other.entries))
-            self.drop(next(iter(largest.entries.values())), keep_book=largest is book)
+            self._drop_oldest(book)
         book.entries[key] = entry
         book.longest = max(book.longest, len(key[1]))
         self._size += 1
         self._metrics.replay_cache_entries = self._size
+
+    def _drop_oldest(self, needed: _Book | None) -> None:
+        """Forget what the app that has most used longest ago; the needed book stays, also when empty."""
+        largest = max(self._books, key=lambda book: len(book.entries))
+        self.drop(next(iter(largest.entries.values())), keep_book=largest is needed)
 
     def drop(self, entry: Entry, *, keep_book: bool = False) -> None:
         """Forget one; nothing happens if that was done already."""

@@ -41,11 +41,15 @@ class RetryBudgets:
     __slots__ = ("_budgets", "_metrics", "_per_s_min", "_share", "_since")
 
     def __init__(self, settings: ProxySettings, metrics: ProxyMetrics, now: float) -> None:
-        self._share = settings.retry_percent / 100
-        self._per_s_min = float(settings.retries_per_s_min)
+        self.adopt(settings)
         self._metrics = metrics
         self._since = now
         self._budgets: dict[str, _Budget] = {}
+
+    def adopt(self, settings: ProxySettings) -> None:
+        """Go on with other settings."""
+        self._share = settings.retry_percent / 100
+        self._per_s_min = float(settings.retries_per_s_min)
 
     def take(self, name: str, now: float) -> bool:
         """Count one retry of an app, or return False when it may have none now."""

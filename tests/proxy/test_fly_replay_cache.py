@@ -448,6 +448,16 @@ def test_without_room_nothing_is_remembered() -> None:
     assert not memory.finds(head_of())
 
 
+@pytest.mark.parametrize("entries_max", [0, 3, 100])
+def test_another_bound_holds_at_once(entries_max: int) -> None:
+    memory = Memory(options=rules())
+    for n in range(10):
+        memory.learn(head_of("/", f"Cookie: sid={n}"), "")
+    memory.cache.adopt(entries_max)
+    kept = [n for n in range(10) if memory.finds(head_of("/", f"Cookie: sid={n}"))]
+    assert kept == list(range(10))[10 - min(entries_max, 10) :]
+
+
 def test_services_that_are_gone_are_forgotten() -> None:
     memory = Memory(apps=("web", "old"))
     memory.learn(head_of(), app="old")

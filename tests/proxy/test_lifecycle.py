@@ -149,3 +149,20 @@ async def test_the_access_log_is_switched_on_changed_and_off(edge: Edge, tmp_pat
     lines = (tmp_path / "log").read_text().splitlines()
     assert len(lines) == 1
     assert "GET /logged HTTP/1.1" in lines[0]
+
+
+async def test_bounds_of_retries_and_of_remembered_replays_change_while_it_serves(edge: Edge) -> None:
+    refused = await edge.machine("m1", region="ams")
+    await edge.machine("m2", region="gru")
+    await edge.start()
+    await edge.server.adopt(
+        replace(edge.settings, retry_percent=0, retries_per_s_min=0, replay_cache_entries_max=0), None
+    )
+    await refused.stop()
+    # What a new worker starts with is lost after the window; until then it may be used.
+    plane = edge.server._plane
+    assert plane is not None
+    while plane.retries.take("app", plane.now()):
+        pass
+    assert (await edge.get()).error == "PR03"
+    assert plane.replay_cache._entries_max == 0

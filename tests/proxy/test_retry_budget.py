@@ -58,6 +58,15 @@ def test_what_is_not_used_is_lost_after_the_window() -> None:
     assert world.take(1) == 0
 
 
+def test_other_settings_hold_from_now_on() -> None:
+    world = World(percent=20)
+    world.serve(100, WINDOW_S)
+    assert world.take(1) == 1
+    world.budgets.adopt(replace(ProxySettings("n1", "ams"), retry_percent=50, retries_per_s_min=0))
+    world.serve(100, WINDOW_S)
+    assert world.take(100) == 50
+
+
 def test_nothing_allowed_is_nothing() -> None:
     world = World(percent=0)
     world.serve(1_000, WINDOW_S)
