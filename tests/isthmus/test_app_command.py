@@ -82,3 +82,9 @@ def test_handlers_are_set(client: FakeClient, said: str, handlers: list[str]) ->
 def test_redirect_to_tls_is_turned_on_and_off(client: FakeClient, flag: str, value: bool) -> None:
     run("set", "web", flag)
     assert client.posts == [("/v1/apps/web/options", {"force_https": value})]
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--compression", True), ("--no-compression", False)])
+def test_compression_is_turned_on_and_off(client: FakeClient, flag: str, value: bool) -> None:
+    run("set", "web", flag)
+    assert client.posts == [("/v1/apps/web/options", {"compression": value})]

@@ -9,6 +9,7 @@ import pytest
 from isthmus.config import (
     AppConfig,
     CheckConfig,
+    CompressionConfig,
     Config,
     GossipConfig,
     MachineConfig,
@@ -18,6 +19,7 @@ from isthmus.config import (
     ServiceConfig,
 )
 from isthmus.registry import NewMachine, Registry, RegistryError
+from routing.compression import LEVELS
 from routing.options import parse_options
 from routing.table import RoutingTable
 from tests.fakes.database import FakeDatabase
@@ -578,3 +580,18 @@ def test_what_routing_would_refuse_of_replays_is_refused_when_it_is_said(
 ) -> None:
     with pytest.raises(ValueError, match=problem):
         AppConfig(name="web", **said)
+
+
+async def test_what_an_app_says_of_compression_reaches_routing(
+    registry: Registry, database: FakeDatabase
+) -> None:
+    wishes = CompressionConfig(codings=("gzip",), gzip_level=6)
+    for said, level in ((wishes, 6), (True, LEVELS["gzip"])):
+        await registry.add_app(AppConfig(name="web", compression=said))
+        ((text,),) = database.rows("SELECT options FROM services")
+        options = parse_options(text)
+        assert options is not None
+        assert options.compression is not None
+        assert options.compression.gzip_level == level
+    await registry.add_app(AppConfig(name="web"))
+    assert database.rows("SELECT options FROM services") == [("{}",)]
