@@ -37,6 +37,7 @@ from .framing import COPIED_BYTES_MAX, LAST_CHUNK, encode_chunk
 from .replays import Replays
 from .request_head import IDEMPOTENT, WITH_BODY
 from .response_head import SWITCHING_PROTOCOLS
+from .stickiness import keep_to_machine, tell_machine
 
 if TYPE_CHECKING:
     from routing.table import Service
@@ -157,6 +158,9 @@ class Exchange:
         if body:
             self.kept = [body]
             self.body_bytes = len(body)
+        options = self.service.options
+        if options is not None and options.sticky is not None:
+            self.want = keep_to_machine(self.want, self.head, options.sticky)
         if self.service.cached_replays is not None:
             self._recall_replay()
         else:
@@ -461,6 +465,8 @@ class Exchange:
         self.status = head.status
         options = self.service.options
         if options is not None:
+            if options.sticky is not None:
+                tell_machine(head, options.sticky, self.want, self.target)
             self.encoder, body = adapt_response(options, self.plane, self.head, head, body, ended)
         data = self._render_response(head)
         self.bytes_out = len(body)
