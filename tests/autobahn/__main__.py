@@ -111,21 +111,31 @@ def run_suite(suite: list[str], folder: Path, cases: list[str]) -> dict[str, dic
         assert process.stdout is not None
         assert int(process.stdout.readline()) == server_port
         wait_until_open(server_port)
-        spec = folder / "spec.json"
-        servers = [
-            {"agent": way, "url": f"ws://{host}:{server_port}"}
+        clients = [
+            start_client(suite, folder, way, f"ws://{host}:{server_port}", cases)
             for way, host in (("direct", "127.0.0.1"), ("proxy", address[0]))
         ]
-        spec.write_text(
-            json.dumps(
-                {"outdir": str(reports), "servers": servers, "cases": cases, "exclude-cases": []}
-                | {"exclude-agent-cases": {}}
-            )
-        )
-        client = [*suite, "-m", "fuzzingclient", "-s", str(spec)]
-        with (folder / "log").open("wb") as log:
-            subprocess.run(client, check=True, stdout=log, stderr=log)
-    return json.loads((reports / "index.json").read_text("utf-8"))
+        try:
+            assert [client.wait() for client in clients] == [0, 0], f"the suite failed: {folder}/*.log"
+        finally:
+            for client in clients:
+                client.kill()
+    results: dict[str, dict[str, dict[str, object]]] = {}
+    for way in ("direct", "proxy"):
+        results |= json.loads((reports / way / "index.json").read_text("utf-8"))
+    return results
+
+
+def start_client(
+    suite: list[str], folder: Path, way: str, url: str, cases: list[str]
+) -> subprocess.Popen[bytes]:
+    """Start the side of the suite that asks; both ways at the same time, for most of it is waiting."""
+    spec = folder / f"{way}.json"
+    servers = [{"agent": way, "url": url}]
+    outcome = {"outdir": str(folder / "reports" / way), "servers": servers}
+    spec.write_text(json.dumps(outcome | {"cases": cases, "exclude-cases": [], "exclude-agent-cases": {}}))
+    with (folder / f"{way}.log").open("wb") as log:
+        return subprocess.Popen([*suite, "-m", "fuzzingclient", "-s", str(spec)], stdout=log, stderr=log)
 
 
 def find_worse(results: dict[str, dict[str, dict[str, object]]]) -> list[str]:

@@ -266,6 +266,21 @@ async def test_clients_that_do_nothing_or_little_do_not_keep_others_waiting(edge
     assert [(await edge.get()).status for _ in range(20)] == [200] * 20
 
 
+async def test_a_client_that_closes_its_side_before_its_answer_counts_as_gone(edge: Edge) -> None:
+    async def behave(connection: Connection) -> None:
+        await connection.read_request()
+        await connection.read()
+
+    await edge.machine(behave=behave)
+    await edge.start()
+    client = await edge.client()
+    client.send(get())
+    client.writer.write_eof()
+    assert await client.read_to_end() == b""
+    await wait_for(lambda: edge.metrics.upstreams_open == 0 and edge.metrics.in_flight == 0)
+    assert edge.metrics.aborted["client"] == 1
+
+
 async def test_what_clients_invent_makes_no_label(edge: Edge) -> None:
     await edge.machine()
     await edge.start()
