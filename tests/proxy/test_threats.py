@@ -271,10 +271,11 @@ async def test_a_client_that_closes_its_side_before_its_answer_counts_as_gone(ed
         await connection.read_request()
         await connection.read()
 
-    await edge.machine(behave=behave)
+    machine = await edge.machine(behave=behave)
     await edge.start()
     client = await edge.client()
     client.send(get())
+    await wait_for(lambda: bool(machine.received))
     client.writer.write_eof()
     assert await client.read_to_end() == b""
     await wait_for(lambda: edge.metrics.upstreams_open == 0 and edge.metrics.in_flight == 0)
