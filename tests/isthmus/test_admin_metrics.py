@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import proxy.metrics
+import proxy.peer_metrics
 import proxy.tls_metrics
 import replication.metrics
 import replication.subscriptions
@@ -144,6 +145,7 @@ def test_sample_that_no_table_describes_is_an_error() -> None:
 def test_no_two_parts_describe_the_same_metric() -> None:
     tables = (
         proxy.metrics.METRICS,
+        proxy.peer_metrics.METRICS,
         proxy.tls_metrics.METRICS,
         replication.metrics.METRICS,
         replication.subscriptions.METRICS,
