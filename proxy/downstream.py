@@ -431,16 +431,8 @@ class Downstream(asyncio.Protocol, Client):
             self._body = FixedBody(head.content_length)
         else:
             self._body = None
-        if plane.shedding:
-            plane.metrics.count_shed(MEMORY)
-            self._respond(OVERLOADED, "its memory is short", head, keep=False)
-            return
-        service = plane.table.find(head.host, head.target, self.port)
+        service = self._find_service(head)
         if service is None:
-            self._answer_unrouted(head)
-            return
-        if self.server_name and not self._is_meant(head, service):
-            self._respond(MISDIRECTED, "", head, keep=False)
             return
         want = ANYWHERE if head.routing is None else take_wishes(head, service, plane.settings)
         forwarded = self._forwarded
@@ -461,6 +453,21 @@ class Downstream(asyncio.Protocol, Client):
             exchange.start(b"", ended=True)
         else:
             self._start_with_body(exchange, self._body)
+
+    def _find_service(self, head: RequestHead) -> Service | None:
+        """Return who serves the request; None when nobody does, and that was answered."""
+        plane = self._plane
+        if plane.shedding:
+            plane.metrics.count_shed(MEMORY)
+            self._respond(OVERLOADED, "its memory is short", head, keep=False)
+            return None
+        service = plane.table.find(head.host, head.target, self.port)
+        if service is None:
+            self._answer_unrouted(head)
+        elif self.server_name and not self._is_meant(head, service):
+            self._respond(MISDIRECTED, "", head, keep=False)
+            return None
+        return service
 
     def _is_meant(self, head: RequestHead, service: Service) -> bool:
         """False when the connection was opened for a name of another app (RFC 9110 section 7.4)."""
