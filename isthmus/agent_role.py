@@ -122,6 +122,7 @@ class AgentRole:
         self._agent = Agent(
             settings, schema, on_commit=self._handle_commit, on_lost=lambda _: self._handle_lost()
         )
+        self._own: list[tuple[str, int]] = []  # where this node listens; set by `start`
         self._reach = Reach(config.proxy.machine_networks, config.tls.client_certificate)
         prober = Prober(self._reach)
         presence = Presence(config.node, config.region, time.monotonic())
@@ -186,7 +187,8 @@ class AgentRole:
         await self._admin.start()
         own.add(self._admin.address)  # the system may have chosen its port
         await registry.announce(config, config.proxy.listen, _now_ms())
-        await self._reach.open([parse_listen(address) for address in own])
+        self._own = [parse_listen(address) for address in own]
+        await self._reach.open(self._own)
         await self._checker.start()
         self._sharing.start(self._feed)
         await self._machines.start(config, registry)
@@ -227,6 +229,7 @@ class AgentRole:
         except (ConfigError, RegistryError, ReplicationError) as error:
             raise RefusedError(str(error)) from error
         self._config = config
+        await self._reach.adopt(config.proxy.machine_networks, config.tls.client_certificate, self._own)
 
     def refresh(self) -> None:
         """Do nothing: the files of an agent are read when it adopts."""
