@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing outside this folder is touched.
-.PHONY: help setup demo compile check test bench bench-replication bench-simulated soak chaos fuzz autobahn clean
+.PHONY: help setup demo compile check test bench bench-idle bench-replication bench-simulated soak chaos fuzz autobahn clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -21,6 +21,7 @@ help:
 	@echo "make test    unit, property and end-to-end tests"
 	@echo "make check   lint, types, import contracts"
 	@echo "make bench   CPU per request beside nginx, HAProxy, Envoy and Caddy; make bench-replication: beside cr-sqlite"
+	@echo "make bench-idle  what 10,000 connections cost that wait for their next request"
 	@echo "make bench-simulated  a thousand simulated nodes; an hour without a region"
 	@echo "make soak    simulate many clusters with faults; SEEDS=1000 says how many"
 	@echo "make chaos   kill -9 a writer at random moments and look at what it left; KILLS=1000 says how often"
@@ -68,6 +69,9 @@ $(BENCH_STAMP): $(STAMP)
 
 bench: setup $(BENCH_STAMP)
 	@$(BIN)/python -m bench.proxy
+
+bench-idle: setup
+	@$(BIN)/python -m bench.proxy.idle
 
 bench-replication: $(STAMP)
 	@$(BIN)/python -m bench.replication
