@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import socket
 import ssl
 from typing import TYPE_CHECKING, Final
 
 from .peer_session import PeerSession
 
 if TYPE_CHECKING:
-    import socket
-
     from .core.plane import Plane
     from .peer_pool import Identity, PeerPool
 
@@ -113,6 +112,7 @@ class PeerListener:
             # An honest node takes two round trips: the oldest is the one least likely to be one.
             next(iter(self._pending)).cancel()
         sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # see PeerSession.handle_deadline
         task = self._loop.create_task(self._shake_hands(sock, None if contexts is None else contexts[0]))
         self._pending[task] = None
         task.add_done_callback(self._pending.pop)

@@ -15,17 +15,19 @@ from routing.peering import Way
 from .core.detours import MACHINE_WAIT_S, MACHINE_WAIT_S_MAX, NODE_WAIT_S, NODE_WAIT_S_MAX, Detours
 from .core.peer_frames import Order
 from .peer_metrics import CONNECT, PeerMetrics
+from .peer_tunnel import PeerTunnel
 from .peer_upstream import PeerUpstream
 from .reach import ForbiddenError, is_local, resolve
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Callable
 
     from routing.peering import Relay, Ways
     from routing.table import Service
     from routing.target import Target
 
-    from .core.plane import Machine, Seeker
+    from .core.plane import Machine, Reaching, Seeker
     from .pool import MachineAddress, Pool
     from .upstream import Upstream
 
@@ -56,6 +58,7 @@ class PeerPool:
     def __init__(self, pool: Pool, ways: Ways, identity: Identity, metrics: PeerMetrics) -> None:
         self.ways = ways
         self.metrics = metrics
+        self.closed = False  # set by the pool when it closes all connections
         self._pool = pool
         self._identity = identity
         self._idle: dict[str, list[PeerUpstream]] = {}  # by node; the last one put back is last
@@ -78,24 +81,39 @@ class PeerPool:
         `passed` says how many nodes have passed the request on. An `eager` request follows at once, and its
         exchange is told by `handle_unreached` when the machine was not reached.
         """
-        options = service.options
-        address = (target.host, port, None if options is None else options.machine_tls)
-        way = self.ways.find(target, None if options is None else options.reach, passed)
         order = Order(target.id, target.app, service.port, port, passed + 1, 0, fresh)
         through = _Through(self, target, order, seeker)
-        if way is Way.AUTO:
-            name = f"{target.node} {target.host}"
-            if self._machines.knows(name):
-                if self._machines.is_due(name, self._now()):
-                    self._probe(name, address)
-                return through.start(eager=eager)
-            seeker = _DirectFirst(self, name, through)
-        elif way is Way.NODE:
+        address, way = self._choose(target, port, service, passed)
+        if way is Way.NODE:
             return through.start(eager=eager)
         upstream = None if fresh else self._pool.take(address)
         if upstream is None:
-            self._pool.begin(address, seeker)
+            self._pool.begin(address, through.after_direct() if way is Way.AUTO else seeker)
         return upstream
+
+    def connect(self, target: Target, port: int, session: Reaching, make: Callable[[], Any]) -> None:
+        """Make a connection for this session alone, and later tell it; `make` makes its protocol."""
+        order = Order(target.id, target.app, session.service.port, port, 1, 0, fresh=True)
+        through = _Through(self, target, order, _Raw(session, make))
+        address, way = self._choose(target, port, session.service)
+        if way is Way.NODE:
+            through.start(eager=False)
+        else:
+            self._pool.begin(address, through.after_direct() if way is Way.AUTO else session, make)
+
+    def _choose(
+        self, target: Target, port: int, service: Service, passed: int = 0
+    ) -> tuple[MachineAddress, Way]:
+        """Return where a machine is, and how it is reached now; AUTO: from here, as far as is known."""
+        options = service.options
+        address = (target.host, port, None if options is None else options.machine_tls)
+        way = self.ways.find(target, None if options is None else options.reach, passed)
+        name = _name(target)
+        if way is Way.AUTO and self._machines.knows(name):
+            way = Way.NODE
+            if self._machines.is_due(name, self._now()):
+                self._probe(name, address)
+        return address, way
 
     def take(self, relays: list[Relay]) -> PeerUpstream | None:
         """Return an idle connection to one of the nodes, the first of them if it can be."""
@@ -112,7 +130,8 @@ class PeerPool:
     def put(self, upstream: PeerUpstream) -> None:
         """Take back a connection without a session."""
         idle = self._idle.setdefault(upstream.relay.node, [])
-        if len(idle) >= self._pool.settings.pool_idle_max or not self._identity.accepts(upstream.label):
+        full = self.closed or len(idle) >= self._pool.settings.pool_idle_max
+        if full or not self._identity.accepts(upstream.label):
             upstream.close()
         else:
             upstream.deadline = self._now() + IDLE_TIMEOUT_S
@@ -240,6 +259,11 @@ class PeerPool:
         return upstream
 
 
+def _name(target: Target) -> str:
+    """Return what a machine is remembered under: with all others at its address, of whatever port."""
+    return f"{target.node} {target.host}"
+
+
 class _Through:
     """A request that goes through a node."""
 
@@ -249,6 +273,10 @@ class _Through:
         self._peers = peers
         self._target = target
         self._order = order
+
+    def after_direct(self) -> Seeker:
+        """Return a seeker for a connection from here, after which there is still this way."""
+        return _DirectFirst(self._peers, _name(self._target), self)
 
     def is_possible(self) -> bool:
         """True when there are nodes to go through."""
@@ -306,6 +334,38 @@ class _DirectFirst:
     def handle_shortage(self, code: str, detail: str) -> None:
         """Another way would need a connection as well."""
         self._seeker.handle_shortage(code, detail)
+
+
+class _Raw:
+    """A seeker whose connection is for bytes of any kind, and has a protocol of its own."""
+
+    def __init__(self, session: Reaching, make: Callable[[], Any]) -> None:
+        self._session = session
+        self._make = make
+
+    def reach_timeout_s(self) -> float:
+        """As the one who seeks."""
+        return self._session.reach_timeout_s()
+
+    def announcement(self) -> bytes:
+        """As the one who seeks."""
+        return self._session.announcement()
+
+    def handle_connected(self, machine: Any) -> None:
+        """Give what goes through a node the shape of a connection."""
+        if isinstance(machine, PeerUpstream):
+            protocol = self._make()
+            PeerTunnel(machine, protocol)
+            machine = protocol
+        self._session.handle_connected(machine)
+
+    def handle_connect_failed(self, code: str, detail: str) -> None:
+        """As the one who seeks."""
+        self._session.handle_connect_failed(code, detail)
+
+    def handle_shortage(self, code: str, detail: str) -> None:
+        """As the one who seeks."""
+        self._session.handle_shortage(code, detail)
 
 
 class _Probe:

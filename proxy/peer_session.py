@@ -69,6 +69,7 @@ class PeerSession(asyncio.Protocol):
         self._waiting_bytes = 0
         self._sent = 0  # bytes of the machine, in this session
         self._paused = False  # not reading
+        self._blocked = False  # from pause_writing to resume_writing
         self._leaving = False  # takes no session any more
 
     @property
@@ -87,15 +88,17 @@ class PeerSession(asyncio.Protocol):
         self._transport.write(encode_hello(self._plane.settings.node))
         self.deadline = self._plane.now() + IDLE_TIMEOUT_S
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the reason changes nothing
+    def connection_lost(self, exc: Exception | None) -> None:
         """The other node is gone, or wants no more of this session."""
         self._transport = None
         self.deadline = NEVER
         self._open_ones.discard(self)
         self._metrics.relay_connections -= 1
         machine, self._machine = self._machine, None
-        if machine is not None:
+        if machine is not None and exc is None:
             machine.end_tunnel()
+        elif machine is not None:
+            machine.reset()
         self._end_session()
 
     def data_received(self, data: bytes) -> None:
@@ -109,19 +112,28 @@ class PeerSession(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The other node does not read: stop the machine."""
+        self._blocked = True
         if self._machine is not None:
             self._machine.pause_reading()
         self.deadline = self._plane.now() + self._plane.settings.send_timeout_s
 
     def resume_writing(self) -> None:
         """The other node reads again."""
+        self._blocked = False
         self.deadline = NEVER if self._order is not None else self._plane.now() + IDLE_TIMEOUT_S
         if self._machine is not None:
             self._machine.resume_reading()
 
     def handle_deadline(self) -> None:
-        """Nothing was wanted, or nothing was taken, for too long."""
-        self.abort()
+        """Nothing was wanted, or nothing was taken, for too long.
+
+        In a session it is the other node that says how long nothing may happen, and the kernel finds out
+        when there is none any more.
+        """
+        if self._machine is not None and not self._blocked:
+            self._machine.deadline = NEVER
+        else:
+            self.abort()
 
     # What the server calls
 

@@ -88,13 +88,16 @@ class Pool(Connector):
 
     def connect(self, target: Target, port: int, session: Reaching, make: Callable[[], Any]) -> None:
         """Make a connection for this session alone, and later tell it; `make` makes its protocol."""
+        if target.foreign and self.peers is not None and self.peers.ways.active:
+            self.peers.connect(target, port, session, make)
+            return
         options = session.service.options
         address = (target.host, port, None if options is None else options.machine_tls)
-        self.run(self._connect(address, session, make))
+        self.begin(address, session, make)
 
-    def begin(self, address: MachineAddress, seeker: Seeker) -> None:
-        """Make a connection that is kept afterwards, and later tell the seeker."""
-        self.run(self._connect(address, seeker, lambda: Upstream(self, address)))
+    def begin(self, address: MachineAddress, seeker: Seeker, make: Callable[[], Any] | None = None) -> None:
+        """Make a connection, and later tell the seeker; without `make` it is kept afterwards."""
+        self.run(self._connect(address, seeker, make or (lambda: Upstream(self, address))))
 
     def run(self, connecting: Coroutine[Any, Any, None]) -> None:
         """Have a connection made; `close` ends that."""
@@ -141,6 +144,8 @@ class Pool(Connector):
     async def close(self) -> None:
         """Close everything; exchanges that still run are told."""
         self._closed = True
+        if self.peers is not None:
+            self.peers.closed = True
         for task in list(self._connecting):
             task.cancel()
         if self._connecting:

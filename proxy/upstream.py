@@ -8,6 +8,8 @@ byte came that no exchange asked for is closed and never used again.
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from enum import Enum
 from typing import TYPE_CHECKING, Final, cast
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from .core.plane import TunnelEnd
     from .core.response_head import ResponseHead
     from .pool import MachineAddress, Pool
+
+# Closing throws away what is not sent and tells the peer so.
+_NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 
 class State(Enum):
@@ -171,6 +176,13 @@ class Upstream(asyncio.Protocol, Machine):
             waits = self.transport.get_write_buffer_size() > 0
             self.deadline = self._loop.time() + (settings.send_timeout_s if waits else settings.linger_s)
             self.transport.close()
+
+    def reset(self) -> None:
+        """Close at once, and so that the other side knows this for no end in good order."""
+        if self.transport is not None:
+            sock = self.transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self.close()
 
     def leave_tunnel(self) -> None:
         """Nothing is under way in the tunnel any more: the connection can carry an exchange."""
