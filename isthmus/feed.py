@@ -218,6 +218,8 @@ class FeedServer:
                 unpacker.feed(data)
                 for message in unpacker:
                     self._handle(message, writer)
+        except ConnectionError:
+            pass  # it ended while something was on its way to it
         except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
             log.warning("a worker's feed connection failed", extra={"error": repr(error)})
         finally:
