@@ -53,6 +53,20 @@ def _hello() -> bytes:
     return outgoing.read()
 
 
+def _browsers() -> list[bytes]:
+    """Heads as they usually are; most of the corpus is not."""
+    lines = (
+        b"Host: app.test\r\nUser-Agent: Mozilla/5.0 (X11)\r\nAccept: text/html,*/*;q=0.8\r\n"
+        b"Accept-Encoding: gzip, br\r\nCookie: a=b; c=d\r\nConnection: keep-alive\r\n"
+    )
+    return [
+        b"GET /a?b=c HTTP/1.1\r\n" + lines + b"\r\n",
+        (b"GET / HTTP/1.1\r\n" + lines + b"\r\n") * 2,
+        b"POST /a HTTP/1.1\r\n" + lines + b"Content-Length: 5\r\nX-Forwarded-For: 6.6.6.6\r\n\r\nhello",
+        b"HEAD / HTTP/1.1\r\n" + lines + b"fly-prefer-region: ams\r\nTraceparent: 00-1-1-01\r\n\r\n",
+    ]
+
+
 def _announcements() -> list[bytes]:
     addresses = bytes((192, 0, 2, 7, 198, 51, 100, 1)) + struct.pack(">HH", 4711, 443)
     return [
@@ -67,7 +81,7 @@ def _announcements() -> list[bytes]:
 
 def make_seeds() -> dict[str, list[bytes]]:
     """Return the inputs to start from, by target."""
-    asked = [case.raw for case in (*requests.REFUSED, *requests.SERVED)]
+    asked = [*_browsers(), *(case.raw for case in (*requests.REFUSED, *requests.SERVED))]
     bodies = [body for _, body in requests.BROKEN_CHUNKS]
     answered = [a.raw for a in (*answers.BROKEN, *answers.SERVED, *answers.CUT)]
     json_type = b"Content-Type: application/vnd.fly.replay+json\r\n"

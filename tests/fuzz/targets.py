@@ -19,8 +19,9 @@ from proxy.core.client_hello import ClientHello, ClientHelloError, parse_client_
 from proxy.core.errors import ProxyError, RequestError, ResponseError
 from proxy.core.framing import BodyError, ChunkedBody
 from proxy.core.proxy_protocol import Announced, ProxyHeaderError, parse_announcement
-from proxy.core.request_head import parse_request_head
-from proxy.core.response_head import parse_response_head
+from proxy.core.request_head import RequestHead, parse_request_head
+from proxy.core.response_head import ResponseHead, parse_response_head
+from proxy.core.usual_heads import read_usual_request, read_usual_response
 from proxy.core.wishes import plan_want
 from routing.hosts import normalise_host, normalise_path
 from routing.replay import Replay, ReplayError, format_replay_src, parse_replay_header, parse_replay_json
@@ -216,12 +217,18 @@ def read_answer(world: World, asked: bytes) -> tuple[object, ...]:
 
 
 def fuzz_request_head(data: bytes) -> None:
-    """A head is refused, or h11 reads the same out of it."""
+    """A head is refused, or h11 reads the same out of it; and so does who knows its lines."""
     end = data.find(b"\r\n\r\n") + 4
     if end < 4:
         return
+    raw = data[:end]
+    usual = read_usual_request(raw, SETTINGS, None)
+    if usual is not None:
+        again = read_usual_request(raw, SETTINGS, usual[1])
+        assert again is not None
+        assert describe(usual[0]) == describe(again[0]) == describe(parse_request_head(raw, SETTINGS))
     try:
-        head = parse_request_head(data[:end], SETTINGS)
+        head = parse_request_head(raw, SETTINGS)
         if head.routing is not None:
             plan_want(head.routing)
     except RequestError:
@@ -243,6 +250,16 @@ def fuzz_request_head(data: bytes) -> None:
     render(head.method, head.host, head.target, head.lines)
 
 
+# How a parser came to know the rest.
+_ON_THE_WAY = frozenset(("framing", "connection", "hosts"))
+
+
+def describe(head: RequestHead | ResponseHead) -> dict[str, object]:
+    """Everything that a head says."""
+    names = (name for name in dir(head) if not name.startswith("_") and name not in _ON_THE_WAY)
+    return {name: value for name in names if not callable(value := getattr(head, name))}
+
+
 def render(method: bytes, host: bytes, target: bytes, lines: list[bytes]) -> None:
     """Nothing of a head breaks out of a line of the log."""
     entry = Entry(
@@ -258,10 +275,13 @@ def render(method: bytes, host: bytes, target: bytes, lines: list[bytes]) -> Non
 
 
 def fuzz_response_head(data: bytes) -> None:
-    """A head is refused, or h11 reads the same out of it."""
+    """A head is refused, or h11 reads the same out of it; and so does who knows its lines."""
     end = data.find(b"\r\n\r\n") + 4
     if end < 4:
         return
+    usual = read_usual_response(data[: end - 4])
+    if usual is not None:
+        assert describe(usual) == describe(parse_response_head(data[:end]))
     try:
         head = parse_response_head(data[:end])
     except ResponseError:
