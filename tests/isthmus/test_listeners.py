@@ -160,3 +160,41 @@ def test_ports_for_raw_tcp_are_held_too_and_found_again_in_another_order() -> No
         assert second.config == swapped
         assert second.sockets["tcp[0].listen"] == first.sockets["tcp[1].listen"]
         second.close(first)
+
+
+def test_successor_keeps_the_sockets_whose_address_stays() -> None:
+    with closing(claim(two_workers())) as former:
+        held = former.sockets["proxy.listen"]
+        assert len(held) == 2
+        wanted = msgspec.structs.replace(
+            former.config, workers=3, tls=TlsConfig(listen=ANY, certificates=("/c",))
+        )
+        with closing(claim(wanted, former)) as heir:
+            assert heir.sockets["proxy.listen"][:2] == held
+            assert len(heir.sockets["proxy.listen"]) == 3
+            assert len(heir.sockets["tls.listen"]) == 3
+            former.close(heir)
+            assert all(sock.fileno() != -1 for sock in held)
+        assert all(sock.fileno() == -1 for sock in held)
+
+
+def test_successor_that_is_given_up_leaves_what_was_there() -> None:
+    with closing(claim(two_workers())) as former:
+        heir = claim(msgspec.structs.replace(former.config, workers=4), former)
+        heir.close(former)
+        assert [sock.fileno() == -1 for sock in heir.sockets["proxy.listen"]] == [False, False, True, True]
+
+
+def test_worker_that_goes_on_dying_gets_a_socket_to_which_nobody_connects_yet() -> None:
+    with closing(claim(config())) as claimed:
+        (sock,) = claimed.sockets["proxy.listen"]
+        sock.listen()
+        host, port = claimed.config.proxy.listen.split(":")
+        socket.create_connection((host, int(port))).close()
+        claimed.renew(0)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((host, int(port))).close()
+
+
+def two_workers() -> Config:
+    return msgspec.structs.replace(config(), workers=2)
