@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from isthmus.checking.definition import Definition, read_definitions
 from isthmus.checking.timetable import Timetable, compute_delay_s, compute_first_delay_s
 from isthmus.checking.verdict import Verdict
+from routing.peering import Way
 from routing.types import CheckRow, CheckStatus, MachineState
 
 if TYPE_CHECKING:
@@ -203,6 +204,8 @@ class Checker:
         return row.node == self._node if target is None else self._watches(target)
 
     def _watches(self, target: Target) -> bool:
+        if self._table.ways.find(target, None) is Way.NODE:
+            return False  # what answers at that address here is another machine
         return self._presence.find_watcher(target.id, target.node, target.region) == self._node
 
     def _review(self, machine: str) -> list[Definition]:

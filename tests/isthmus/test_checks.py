@@ -438,6 +438,24 @@ async def test_machines_of_a_node_that_is_gone_are_probed_by_one_of_those_who_ar
         assert results(database) == [("m1", "http-0", "passing")]
 
 
+async def test_machines_that_only_their_node_reaches_are_not_probed_in_its_place(
+    database: TableDatabase, machine: Machine
+) -> None:
+    members = {"n1": "ams", "n2": "ams"}
+    peering = json.dumps({"address": "127.0.0.1:9"})  # so its loopback is its own
+    database.put("nodes", id="n2", region="ams", peering=peering)
+    database.put("checks", machine="m1", name="http-0", node="n2", status="passing")
+    put(database, machine.address, FAST, node="n2")
+    async with checking(database, members) as checker:
+        del members["n2"]
+        checker._presence._missed["n2"] = asyncio.get_running_loop().time() - GONE_AFTER_S
+        checker._presence.set_members(members, asyncio.get_running_loop().time())
+        checker._review_all()
+        await eventually("the review", lambda: checker._reviewing is None or checker._reviewing.done())
+        assert running(checker) == {}
+        assert results(database) == [("m1", "http-0", "passing")]
+
+
 async def test_the_owner_writes_its_own_result_over_that_of_a_stand_in(
     database: TableDatabase, machine: Machine
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.core.detours import Detours
+from proxy.core.detours import KNOWN_MAX, Detours
 from proxy.core.peer_frames import (
     CONTROL_BYTES_MAX,
     DATA,
@@ -152,9 +152,8 @@ def test_detour_that_is_being_tried_is_left_alone_and_keeps_its_wait() -> None:
     assert detours.is_due("n2", 6.0)
 
 
-def test_detours_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.core.detours.KNOWN_MAX", 2)
+def test_detours_have_an_end() -> None:
     detours = Detours(1.0, 4.0)
-    for name in ("a", "b", "c"):
-        detours.fail(name, 0.0)
-    assert [detours.knows(name) for name in ("a", "b", "c")] == [False, False, True]
+    for number in range(KNOWN_MAX + 1):
+        detours.fail(f"n{number}", 0.0)
+    assert [detours.knows(f"n{number}") for number in (0, KNOWN_MAX - 1, KNOWN_MAX)] == [False, False, True]
