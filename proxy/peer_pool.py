@@ -17,7 +17,7 @@ from .core.peer_frames import Order
 from .peer_metrics import CONNECT, PeerMetrics
 from .peer_tunnel import PeerTunnel
 from .peer_upstream import PeerUpstream
-from .reach import ForbiddenError, is_local, resolve
+from .reach import ForbiddenError, resolve
 
 if TYPE_CHECKING:
     import ssl
@@ -232,8 +232,8 @@ class PeerPool:
             secure = {"ssl": contexts[1], "server_hostname": SERVER_NAME}
         error: OSError | ForbiddenError = OSError(0, "no address")
         for ip in await resolve(relay.host):
-            if contexts is None and not (ip.is_loopback or is_local(ip)):
-                error = ForbiddenError("without a cluster key requests only go to nodes on this machine")
+            if contexts is None and not ip.is_loopback:
+                error = ForbiddenError("without a cluster key requests only go to nodes on loopback")
                 continue
             try:
                 transport, upstream = await self._pool.loop.create_connection(

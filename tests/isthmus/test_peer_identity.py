@@ -184,13 +184,13 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         PeerIdentity(GossipConfig(tls_cert=missing, tls_key=missing, tls_ca=missing), "n1")
 
 
-async def test_without_a_key_only_this_machine_is_connected_to(world: World) -> None:
+async def test_without_a_key_only_loopback_is_connected_to(world: World) -> None:
     near, far = await near_and_far(world, with_keys("near"), with_keys("far"))
     assert (await near.get()).status == 200
     world.tell("far", address=f"192.0.2.1:{far.peering_port}")
     near.server._pool.peers.close_idle()
     response = await near.get()
-    assert "without a cluster key requests only go to nodes on this machine" in response.json["message"]
+    assert "without a cluster key requests only go to nodes on loopback" in response.json["message"]
 
 
 async def test_stranger_that_says_nothing_is_cut(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
