@@ -57,7 +57,10 @@ class Task(msgspec.Struct, frozen=True):
 
 
 class Order(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a child that runs is to do; it reports the same id when that is done."""
+    """What a child that runs is to do; it reports the same id when that is done.
+
+    The supervisor may be a newer program than the child: as in reports, what is added needs a default.
+    """
 
     id: int = 0
     adopt: Config | None = None
@@ -264,7 +267,11 @@ async def obey(reader: asyncio.StreamReader, life: Life) -> None:
     with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
         while True:
             (size,) = struct.unpack(">I", await reader.readexactly(4))
-            life.handle_order(msgspec.json.decode(await reader.readexactly(size), type=Order))
+            message = await reader.readexactly(size)
+            try:
+                life.handle_order(msgspec.json.decode(message, type=Order))
+            except msgspec.MsgspecError as error:
+                log.warning("an order cannot be read", extra={"error": str(error)})  # of a newer supervisor
     life.end()
 
 

@@ -6,6 +6,7 @@ Invariant: what is in use is always one whole valid configuration; a fresh one t
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -15,6 +16,8 @@ from isthmus.config_sources import setting_types
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+log = logging.getLogger(__name__)
 
 # Sections and settings that change live. All others are tied to what is made once in the life of a process:
 # sockets, the database, the identity of the node.
@@ -131,6 +134,9 @@ class Reloader:
             self.used, self.told, changed, restart = plan
         except ConfigError as error:
             problem = str(error)
+        except Exception as error:
+            log.exception("the configuration could not be read again")
+            problem = f"internal error: {error!r}"
         self.lifecycle = msgspec.structs.replace(
             self.lifecycle, reload_problem=problem, changed=changed, restart=restart
         )

@@ -34,7 +34,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 class Handover(msgspec.Struct, frozen=True):
-    """What the next program needs of this one; it may have other settings, so they are as in JSON."""
+    """What the next program needs of this one, which may be another version.
+
+    So settings are as in JSON, what it does not know is ignored, and what is added here needs a default.
+    """
 
     used: dict[str, Any]
     told: dict[str, Any]
@@ -109,9 +112,10 @@ async def rehearse(command: Sequence[str]) -> str:
     try:
         _, said = await asyncio.wait_for(trial.communicate(), _TRIAL_S)
     except TimeoutError:
-        trial.kill()
-        await trial.wait()
         return f"the new program did not load within {_TRIAL_S:.0f} s"
+    finally:
+        if trial.returncode is None:
+            trial.kill()
     if trial.returncode == 0:
         return ""
     lines = said.decode("utf-8", "replace").strip().splitlines() or [f"it exits with {trial.returncode}"]
