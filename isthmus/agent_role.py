@@ -262,6 +262,7 @@ class AgentRole:
 
     def _samples(self) -> Iterator[Sample]:
         yield from self._totals.samples()
+        yield "isthmus_config_reload_failed", (), float(bool(self._control.lifecycle.reload_problem))
         yield from self._agent.samples()
         yield from self._checker.samples()
         yield from self._machines.samples()

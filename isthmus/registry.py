@@ -28,6 +28,7 @@ from isthmus.config import (
 from routing.catalog import canonical_hostname, canonical_prefix, parse_address
 from routing.options import HANDLERS, parse_options
 from routing.scaling import NAMES as SCALING
+from routing.types import WEIGHT_USUAL
 
 Value = None | int | float | str | bytes
 Statement = tuple[str, Sequence[Value]]
@@ -82,6 +83,7 @@ class NewMachine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     id: str = ""
     region: str = ""
     driver: str = ""
+    weight: int = WEIGHT_USUAL
 
 
 def put_goal(machine: str, state: str, node: str, reason: str) -> Statement:
@@ -203,7 +205,9 @@ class Registry:
         """Add a machine that this node owns and checks; returns its id. Twice is as once."""
         await self._require("apps", "name", new.app, "app")
         try:
-            machine = MachineConfig(address=new.address, id=new.id, region=new.region, driver=new.driver)
+            machine = MachineConfig(
+                address=new.address, id=new.id, region=new.region, driver=new.driver, weight=new.weight
+            )
         except ValueError as error:
             raise RegistryError(str(error)) from None
         (machine,) = self.name_machines(new.app, (machine,))
@@ -323,13 +327,13 @@ class Registry:
         state = "stopped" if driver else "started"
         return (
             (
-                "INSERT INTO machines (id, app, node, region, address, managed_by, driver, state)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+                "INSERT INTO machines (id, app, node, region, address, managed_by, driver, state, weight)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
                 " ON CONFLICT DO UPDATE SET app = excluded.app, node = excluded.node,"
                 " region = excluded.region, address = excluded.address, managed_by = excluded.managed_by,"
-                " driver = excluded.driver"
+                " driver = excluded.driver, weight = excluded.weight"
             ),
-            (machine.id, app, self._node, region, machine.address, owner, driver, state),
+            (machine.id, app, self._node, region, machine.address, owner, driver, state, machine.weight),
         )
 
 
@@ -390,6 +394,8 @@ def encode_options(app: AppConfig) -> str:
         "replay_cache": app.replay_cache,
         "compression": app.compression,
         "reach": app.reach,
+        "sticky": app.sticky,
+        "slow_start_ms": app.slow_start_ms,
     }
     said = {name: value for name, value in options.items() if value}
     said |= _raw_options(app) | _scaling_options(app)

@@ -31,6 +31,7 @@ Key = tuple[str, tuple[tuple[str, str], ...]]
 Value: TypeAlias = float | tuple[float, ...]
 
 OWN_METRICS: Mapping[str, tuple[str, str]] = {
+    "isthmus_config_reload_failed": ("gauge", "1 when the last reload was refused; the last good one stays"),
     "isthmus_feed_connected": ("gauge", "Workers that follow the agent's change feed"),
     "isthmus_feed_followers": ("gauge", "Followers as the agent counts them"),
     "isthmus_loads_rows_written_total": ("counter", "Rows of the table of loads that this node wrote"),

@@ -29,6 +29,7 @@ def add_parser(verbs: Any) -> None:
     add.add_argument("address", metavar="HOST:PORT")
     add.add_argument("--id", metavar="ID", help="its id (made from node, app and address)")
     add.add_argument("--region", metavar="CODE", help="where it is (the node's region)")
+    add.add_argument("--weight", metavar="N", type=int, help="its share of requests (usual: 100)")
     add_client_flags(add)
     add.set_defaults(run=run_add)
 
@@ -47,7 +48,7 @@ def add_parser(verbs: Any) -> None:
 def run_add(args: argparse.Namespace) -> int:
     """Add the machine."""
     body = {"app": args.app, "address": args.address}
-    body.update({key: getattr(args, key) for key in ("id", "region") if getattr(args, key)})
+    body.update({key: getattr(args, key) for key in ("id", "region", "weight") if getattr(args, key)})
     print(f"machine {make_client(args).post('/v1/machines', body)['machine']}")
     return 0
 
