@@ -21,7 +21,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "differences.md"
 PEERS = {"nginx": "nginx", "haproxy": "HAProxy"}
 CASES = [
     *(*requests.REFUSED, *requests.SERVED, *requests.TOO_LARGE),
-    *(requests.Case(about, 400, requests.chunked_with(body)) for about, body in requests.BROKEN_CHUNKS),
+    *(case._replace(raw=requests.chunked_with(case.raw)) for case in requests.BROKEN_CHUNKS),
 ]
 ANSWERS = [*answers.BROKEN, *answers.SERVED, *answers.CUT]
 _EXAMPLE_CHARS = 60

@@ -82,7 +82,7 @@ def _announcements() -> list[bytes]:
 def make_seeds() -> dict[str, list[bytes]]:
     """Return the inputs to start from, by target."""
     asked = [*_browsers(), *(case.raw for case in (*requests.REFUSED, *requests.SERVED))]
-    bodies = [body for _, body in requests.BROKEN_CHUNKS]
+    bodies = [case.raw for case in requests.BROKEN_CHUNKS]
     answered = [a.raw for a in (*answers.BROKEN, *answers.SERVED, *answers.CUT)]
     json_type = b"Content-Type: application/vnd.fly.replay+json\r\n"
     instructions = [

@@ -172,10 +172,10 @@ REFUSED: list[Case] = [
     b"POST / HTTP/1.1\r\n" + HOST + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n"),
 ]  # fmt: skip
 
-# Behind a head with `Transfer-Encoding: chunked`; NEXT follows.
-BROKEN_CHUNKS: list[tuple[str, bytes]] = [
+# Bodies behind a head with `Transfer-Encoding: chunked`; NEXT follows.
+BROKEN_CHUNKS: list[Case] = [
     *(
-        ("chunk size", body)
+        Case("chunk size", 400, body)
         for body in (
             b"0x5\r\nhello\r\n" + EMPTY, b"+5\r\nhello\r\n" + EMPTY, b"-0\r\n\r\n", b"1" * 17 + b"\r\n",
             b"\r\nhello",
@@ -188,7 +188,7 @@ BROKEN_CHUNKS: list[tuple[str, bytes]] = [
         )
     ),
     *(
-        ("chunk data", body)
+        Case("chunk data", 400, body)
         for body in (
             b"5\r\nhelloXX" + EMPTY, b"5\r\nhello\n" + EMPTY, b"5\r\nhello" + EMPTY, b"5\r\nhello\r" + EMPTY,
             b"5\r\nhello!\r\n" + EMPTY, b"5\r\nhell\r\n" + EMPTY, b"5\r\nhello\r\n0\n\n",
@@ -197,14 +197,14 @@ BROKEN_CHUNKS: list[tuple[str, bytes]] = [
         )
     ),
     *(
-        ("trailers", body)
+        Case("trailers", 400, body)
         for body in (
             b"5\r\nhello\r\n0\r\nA : b\r\n\r\n", b"0\r\nA: b\r\n c\r\n\r\n", b"0\r\n: b\r\n\r\n",
             b"0\r\nA: \0\r\n\r\n",
             b"0\r\n" + b"A: b\r\n" * 2000,
         )
     ),
-    ("tiny chunks", b"1\r\nx\r\n" * 10_000),
+    Case("tiny chunks", 400, b"1\r\nx\r\n" * 10_000),
 ]  # fmt: skip
 
 # Odd, and served: what the machine gets is looked at in the tests.
