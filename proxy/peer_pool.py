@@ -121,17 +121,14 @@ class PeerPool:
             idle = self._idle.get(relay.node, [])
             while idle:
                 upstream = idle.pop()
-                usable = upstream.transport is not None and not upstream.transport.is_closing()
-                if usable and upstream.relay == relay and self._identity.accepts(upstream.label):
+                if upstream.transport is not None and not upstream.transport.is_closing():
                     return upstream
-                upstream.close()
         return None
 
     def put(self, upstream: PeerUpstream) -> None:
         """Take back a connection without a session."""
         idle = self._idle.setdefault(upstream.relay.node, [])
-        full = self.closed or len(idle) >= self._pool.settings.pool_idle_max
-        if full or not self._identity.accepts(upstream.label):
+        if self.closed or len(idle) >= self._pool.settings.pool_idle_max:
             upstream.close()
         else:
             upstream.deadline = self._now() + IDLE_TIMEOUT_S
@@ -150,10 +147,10 @@ class PeerPool:
             idle.close()
 
     def recheck(self) -> None:
-        """Cut connections whose other side is not accepted any more."""
+        """Cut connections whose other side is not accepted any more; who uses one is told."""
         for upstream in list(self._pool.connections):
             if isinstance(upstream, PeerUpstream) and not self._identity.accepts(upstream.label):
-                upstream.close()
+                upstream.cut()
 
     def close_idle(self) -> None:
         """Close all connections that nobody uses."""

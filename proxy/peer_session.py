@@ -81,6 +81,9 @@ class PeerSession(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Say who we are: the other node waits for it."""
+        if self._plane.admission.admit("") is not None:
+            cast("asyncio.Transport", transport).abort()
+            return
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(self._plane.settings.write_buffer_bytes_max)
         self._open_ones.add(self)
@@ -90,6 +93,9 @@ class PeerSession(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The other node is gone, or wants no more of this session."""
+        if self._transport is None:
+            return  # it was not admitted
+        self._plane.admission.leave("")
         self._transport = None
         self.deadline = NEVER
         self._open_ones.discard(self)

@@ -137,6 +137,11 @@ class PeerUpstream(Upstream):
         else:
             super().close()
 
+    def cut(self) -> None:
+        """Close the connection; who uses it is told that it is lost."""
+        if self.transport is not None:
+            self.transport.abort()
+
     def _recycle(self) -> None:
         self._session = Session.NONE
         self._ended = False
@@ -158,9 +163,8 @@ class PeerUpstream(Upstream):
             for kind, payload in self._frames.feed(data):
                 self._take_frame(kind, payload)
         except FrameError as error:
-            self._counts.fail(LOST)
             self._fail_seeker(CONNECT_FAILED, f"node {self.relay.node}: {error}")
-            super().close()
+            self.cut()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The other node is gone, or has had enough of us."""

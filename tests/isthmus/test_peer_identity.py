@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
     from pathlib import Path
 
+    from tests.fakes.machine import Connection
+
 OLD, NEW, OTHER = (base64.b64encode(bytes([i]) * 32).decode() for i in range(3))
 
 
@@ -137,6 +139,26 @@ async def test_key_changes_while_requests_flow(world: World, tmp_path: Path) -> 
     assert near.peers["far"][:2] == (6, 2)
 
 
+async def test_request_on_a_connection_of_a_key_that_is_gone_is_told(world: World, tmp_path: Path) -> None:
+    near_id, far_id = with_file(tmp_path / "near.keys", OLD), with_file(tmp_path / "far.keys", OLD)
+    near, far = await near_and_far(world, near_id, far_id)
+    machine = far.machines[0]
+
+    async def never(connection: Connection) -> None:
+        await connection.read_request()
+        await connection.read()
+
+    machine.behave = never
+    client = await near.client()
+    client.send(b"POST / HTTP/1.1\r\nHost: app.test\r\nContent-Length: 0\r\n\r\n")
+    await wait_for(lambda: far.relayed == 1)
+    (tmp_path / "near.keys").write_text(NEW)
+    assert near_id.refresh()
+    near.server.recheck_peers()
+    response = await client.read_response()
+    assert (response.status, response.error) == (502, "PC03")
+
+
 def test_keys_of_another_configuration_are_taken_up() -> None:
     identity = with_keys("n1", OLD)
     identity.adopt(GossipConfig(keys=(OLD,)))
@@ -191,6 +213,15 @@ async def test_without_a_key_only_loopback_is_connected_to(world: World) -> None
     near.server._pool.peers.close_idle()
     response = await near.get()
     assert "without a cluster key requests only go to nodes on loopback" in response.json["message"]
+
+
+async def test_without_a_key_only_loopback_is_let_in(world: World) -> None:
+    _, far = await near_and_far(world, with_keys("near"), with_keys("far"))
+    ours, theirs = socket.socketpair()
+    with theirs:
+        far.server._peer_listener._admit(ours, "192.0.2.1")
+        assert theirs.recv(1) == b""
+    assert far.server.peer_metrics.strangers == {"no_key": 1}
 
 
 async def test_stranger_that_says_nothing_is_cut(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,20 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
+from proxy.core.peer_frames import (
+    CLEAN,
+    DATA,
+    ENDED,
+    GOODBYE,
+    KEPT,
+    OPENED,
+    REFUSED,
+    Order,
+    encode_frame,
+    encode_hello,
+    encode_open,
+    encode_release,
+)
 from tests.fakes.machine import OK, Connection, Request
 from tests.proxy.edge import wait_for
 from tests.proxy.peer_edge import NOWHERE, PeerNode, World
@@ -143,6 +157,39 @@ async def test_replay_comes_back_to_the_node_that_has_the_body(world: World) -> 
     assert far.relayed == 2
 
 
+async def test_replay_that_reaches_nobody_through_a_node_falls_back(world: World) -> None:
+    near, _ = await near_and_far(world)
+
+    def answer(request: Request) -> bytes:
+        asks = b"HTTP/1.1 200 OK\r\nfly-replay: instance=m0;fallback=prefer_self\r\nContent-Length: 0\r\n\r\n"
+        return OK if request.values(b"fly-replay-failed") else asks
+
+    machine = await world.machine("m1", answer=answer)
+    world.put_machine("m0", "far", "127.0.0.1:1")
+    assert (await near.get(b"/", b"fly-force-instance-id: m1")).status == 200
+    assert b"instance=m0" in machine.requests[1].values(b"fly-replay-failed")[0]
+
+
+@pytest.mark.parametrize("parts", [(b"0123456789",), (b"01234", b"56789")])
+async def test_body_that_is_not_kept_is_not_sent_before_its_machine_is_reached(
+    world: World, parts: tuple[bytes, ...]
+) -> None:
+    near, _ = await near_and_far(world, replay_body_bytes_max=2)
+    machine = await world.machine()
+    world.put_machine("m0", "far", "127.0.0.1:1")
+    client = await near.client()
+    assert (await client.get(b"/", b"fly-force-instance-id: m1")).status == 200
+    client.send(
+        b"POST / HTTP/1.1\r\nHost: app.test\r\nfly-prefer-instance-id: m0\r\nContent-Length: 10\r\n\r\n"
+    )
+    for part in parts:
+        client.send(part)
+        await wait_for(lambda: near.peers["far"][0] >= 2)
+    assert (await client.read_response()).status == 200
+    assert machine.requests[1].body == b"0123456789"
+    assert near.table.machine("m0").failures
+
+
 async def test_upgraded_connections_pass_both_ways_and_end_with_either_side(world: World) -> None:
     near, far = await near_and_far(world)
     ended = asyncio.Event()
@@ -230,6 +277,115 @@ async def test_what_is_not_safe_to_send_twice_is_not(world: World) -> None:
     assert len(first.connections) + len(second.connections) == 1
 
 
+async def test_request_that_kills_its_machine_does_not_go_round(world: World) -> None:
+    near, _ = await near_and_far(world)
+    await world.machine("m2", app="other")
+    client = await near.client()
+    client.send(b"GET / HTTP/1.1\r\nHost: other.test\r\n\r\n")
+    assert (await client.read_response()).status == 200
+
+    async def behave(connection: Connection) -> None:
+        await connection.read_request()
+
+    machine = await world.machine("m1", behave=behave)
+    # The connection between the nodes was used before, but that to the machine is new.
+    assert (await client.get()).status == 502
+    assert len(machine.connections) == 1
+
+
+async def speak_as(world: World, node: str, *answers: bytes) -> tuple[asyncio.Server, list[bytes]]:
+    """Have somebody stand in for a node, who gives one answer to each OPEN; return what it gets."""
+    got = [b""]
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(encode_hello(node))
+        left = list(answers)
+        while data := await reader.read(65_536):
+            got[0] += data
+            # OPEN is the only frame with these words.
+            if b"fresh" in data or b"kept" in data:
+                writer.write(left.pop(0))
+        writer.close()
+
+    server = await asyncio.start_server(speak, "127.0.0.1", 0)
+    world.nodes[node].peering_port = server.sockets[0].getsockname()[1]
+    world.tell(node)
+    return server, got
+
+
+async def test_what_comes_late_belongs_to_nobody(world: World) -> None:
+    near, _ = await near_and_far(world)
+    await world.machine()
+    opened, late = encode_frame(OPENED, KEPT), encode_frame(DATA, b"HTTP/1.1 200 Late\r\n\r\n")
+    answer = encode_frame(DATA, OK)
+    server, got = await speak_as(
+        world, "far", opened + answer, late + encode_frame(ENDED, CLEAN) + opened + answer
+    )
+    client = await near.client()
+    for _ in range(2):
+        response = await client.get()
+        assert (response.status, response.body) == (200, b"ok")
+    assert near.peers["far"][:2] == (2, 1)
+    await wait_for(lambda: got[0].count(encode_release(len(OK))) == 2)
+    server.close()
+
+
+async def test_request_on_a_kept_connection_that_went_silent_goes_elsewhere(world: World) -> None:
+    near, _ = await near_and_far(world, connect_timeout_s=0.05)
+    await world.node("third", "gru")
+    await world.machine()
+    await world.machine("m3", owner="third")
+    server, _ = await speak_as(world, "far", encode_frame(OPENED, KEPT) + encode_frame(DATA, OK), b"", b"")
+    client = await near.client()
+    for _ in range(2):
+        assert (await client.get(b"/", b"fly-prefer-instance-id: m1")).status == 200
+    assert near.peers["far"] == (2, 1, {"lost": 1})
+    assert near.peers["third"] == (1, 1, {})
+    assert not near.server._pool.peers._nodes.is_due("far", asyncio.get_running_loop().time())
+    server.close()
+
+
+@pytest.mark.parametrize("app", ["app", "other"])
+async def test_node_refuses_what_it_does_not_know_and_everything_once_it_leaves(
+    world: World, app: str
+) -> None:
+    _, far = await near_and_far(world)
+    machine = await world.machine()
+    world.put_app("other")
+    order = encode_open(Order("m1", app, 0, machine.port, 1, 1_000, fresh=False))
+    reader, writer = await asyncio.open_connection("127.0.0.1", far.peering_port)
+    await reader.readexactly(len(encode_hello("far")))
+    if app == "app":
+        draining = asyncio.create_task(far.server.drain(10))
+        assert await reader.readexactly(5) == encode_frame(GOODBYE, b"")
+    writer.write(order + encode_frame(DATA, b"GET / HTTP/1.1\r\n"))
+    kind, *_ = await reader.readexactly(5)
+    assert kind == REFUSED
+    assert not machine.connections
+    writer.close()
+    if app == "app":
+        assert await draining
+
+
+@pytest.mark.parametrize(("missed", "connections"), [(0, 1), (1, 2)])
+async def test_connection_of_a_machine_is_kept_when_all_that_came_was_taken(
+    world: World, missed: int, connections: int
+) -> None:
+    _, far = await near_and_far(world)
+    machine = await world.machine()
+    order = encode_open(Order("m1", "app", 0, machine.port, 1, 1_000, fresh=False))
+    request = b"GET / HTTP/1.1\r\nHost: app.test\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", far.peering_port)
+    await reader.readexactly(len(encode_hello("far")))
+    for _ in range(2):
+        writer.write(order + encode_frame(DATA, request))
+        await reader.readuntil(OK)
+        writer.write(encode_release(len(OK) - missed))
+    await wait_for(lambda: len(machine.requests) == 2)
+    assert len(machine.connections) == connections
+    writer.close()
+
+
 async def test_node_that_is_gone_is_left_for_another_of_the_region(world: World) -> None:
     near, far = await near_and_far(world)
     await world.node("other", "syd")
@@ -294,6 +450,31 @@ async def test_silent_node_costs_no_more_than_its_time_and_then_none(world: Worl
     response = await near.get()
     assert "node far: it did not answer a moment ago" in response.json["message"]
     server.close()
+
+
+async def test_node_that_speaks_nonsense_gives_an_error(world: World) -> None:
+    near, _ = await near_and_far(world)
+    await world.machine()
+    server, _ = await speak_as(world, "far", encode_frame(OPENED, KEPT) + encode_frame(99, b""))
+    assert (await near.get()).status == 502
+    assert near.peers["far"][2].keys() == {"lost"}
+    server.close()
+
+
+async def test_node_with_too_many_connections_takes_no_more(world: World) -> None:
+    far = await world.node("far", "syd", connections_max=1)
+    near = await world.node("near", "ams", machine_networks=NOWHERE)
+    await world.machine()
+    assert (await far.get()).status == 200
+    response = await near.get()
+    assert "node far: it closed the connection" in response.json["message"]
+    far.clients[0].close()
+    await wait_for(lambda: not far.server._clients)
+    assert (await near.get()).status == 200
+    for upstream in list(near.server._pool.connections):
+        upstream.close()
+    await wait_for(lambda: not far.server._peer_sessions)
+    assert (await far.get()).status == 200
 
 
 async def test_another_node_at_the_address_is_not_taken_for_the_one_meant(world: World) -> None:
@@ -387,6 +568,7 @@ async def test_proxy_header_reaches_the_machine_and_its_connection_is_not_kept(w
         assert (await client.get()).status == 200
     assert len(machine.connections) == 2
     assert near.peers == {"far": (2, 1, {})}
+    await wait_for(lambda: all(connection.closed for connection in machine.connections))
 
 
 async def test_slow_client_stops_the_machine_through_both_nodes(world: World) -> None:
