@@ -43,6 +43,7 @@ from routing.machine_tls import parse_machine_tls
 from routing.options import PAGE_CHARS_MAX, parse_headers
 from routing.peering import NETWORKS_MAX
 from routing.replay_options import TTL_S_MAX, TTL_S_MIN, parse_replay_options
+from routing.stickiness import parse_sticky
 
 if typing.TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -390,6 +391,8 @@ class AppConfig(_Section, frozen=True):
     replay_cache: tuple[ReplayCacheConfig, ...] = ()
     compression: CompressionConfig | bool = False
     reach: Literal["", "direct", "auto", "node"] = ""
+    sticky: dict[str, bool | str] = {}
+    slow_start_ms: NotNegative = 0
 
     def __post_init__(self) -> None:
         _check("name", check_app_name, self.name)
@@ -402,10 +405,11 @@ class AppConfig(_Section, frozen=True):
             if self.internal_port is None and parse_address(machine.address)[1] is None:
                 problem = f"`{machine.address}` names no port, and the app has no internal_port"
                 raise ValueOfKeyError(f"machines[{i}].address", problem)
-        try:
-            parse_headers(self.response_headers)
-        except ValueError as error:
-            raise ValueOfKeyError("response_headers", str(error)) from None
+        for key, parse in (("response_headers", parse_headers), ("sticky", parse_sticky)):
+            try:
+                parse(getattr(self, key))
+            except ValueError as error:
+                raise ValueOfKeyError(key, str(error)) from None
         for key in ("replay_from", "replay_cache"):
             try:
                 parse_replay_options({key: msgspec.to_builtins(getattr(self, key))})

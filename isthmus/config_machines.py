@@ -18,7 +18,8 @@ from isthmus.config_values import (
     check_identifier,
     parse_listen,
 )
-from routing.catalog import parse_address
+from routing.catalog import WEIGHT_MAX, parse_address
+from routing.types import WEIGHT_USUAL
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,6 +98,7 @@ class MachineConfig(_Section, frozen=True):
     address: str
     id: str = ""
     region: str = ""
+    weight: Annotated[int, Meta(ge=1, le=WEIGHT_MAX)] = WEIGHT_USUAL
     driver: str = ""
     command: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
     env: dict[str, str] = {}

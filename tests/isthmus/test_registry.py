@@ -21,6 +21,7 @@ from isthmus.config import (
 from isthmus.registry import NewMachine, Registry, RegistryError
 from routing.compression import LEVELS
 from routing.options import parse_options
+from routing.stickiness import Sticky
 from routing.table import RoutingTable
 from tests.fakes.database import FakeDatabase
 
@@ -595,3 +596,16 @@ async def test_what_an_app_says_of_compression_reaches_routing(
         assert options.compression.gzip_level == level
     await registry.add_app(AppConfig(name="web"))
     assert database.rows("SELECT options FROM services") == [("{}",)]
+
+
+async def test_how_an_app_is_balanced_reaches_routing(registry: Registry, database: FakeDatabase) -> None:
+    machines = (MachineConfig(address="10.0.0.1:80", id="m1", weight=250),)
+    await registry.add_app(
+        AppConfig(name="web", machines=machines, sticky={"cookie": "at", "set": True}, slow_start_ms=5_000)
+    )
+    assert database.rows("SELECT weight FROM machines") == [(250,)]
+    ((text,),) = database.rows("SELECT options FROM services")
+    options = parse_options(text)
+    assert options is not None
+    assert options.sticky == Sticky(cookie=b"at", sets=True)
+    assert options.slow_start_s == 5.0
