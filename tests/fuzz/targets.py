@@ -67,7 +67,7 @@ def cut(data: bytes, seed: int) -> list[bytes]:
 def fuzz_requests(data: bytes) -> None:
     """A client's bytes through the connection: machines get what both parsers agree on, however it is cut."""
     seed, stream = data[:1], data[1:]
-    whole, pieces = World(), World()
+    whole, pieces = World(table="whole"), World(table="pieces")
     whole.send(stream)
     pieces.send(*cut(stream, seed[0] if seed else 1))
     for world in (whole, pieces):

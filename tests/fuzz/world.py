@@ -8,6 +8,7 @@ moves it. Machines read with h11, so what the proxy makes of a request is judged
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -137,11 +138,11 @@ class Machine:
 
     def take(self) -> None:
         """Read what the proxy wrote since, and answer complete requests."""
-        fresh = bytes(self.transport.written[self.read :])
-        if not fresh or self.world.tunnelled:
+        written = self.transport.written
+        if len(written) == self.read or self.world.tunnelled:
             return
-        self.read += len(fresh)
-        self.parser.receive_data(fresh)
+        self.parser.receive_data(bytes(written[self.read :]))
+        self.read = len(written)
         while True:
             event = self.parser.next_event()
             if isinstance(event, h11.Request):
@@ -181,7 +182,9 @@ class Machine:
 class World:
     """One client connection, and as many machine connections as it takes; the connector of the plane."""
 
-    def __init__(self, answer: Callable[[], list[bytes]] = lambda: [OK], *, hangs_up: bool = False) -> None:
+    def __init__(
+        self, answer: Callable[[], list[bytes]] = lambda: [OK], *, hangs_up: bool = False, table: str = ""
+    ) -> None:
         self.answer = answer
         self.hangs_up = hangs_up
         self.now = 100.0
@@ -194,7 +197,9 @@ class World:
         self.connections: set[Upstream] = set()
         self.idle: list[Upstream] = []
         self.metrics = ProxyMetrics()
-        self.table = make_table()
+        self.table = make_table(table)
+        for target in self.table.targets():
+            target.failures, target.ejected_until = 0, 0.0
         queue = Queue(16, self.metrics)
         self.plane = Plane(
             settings=SETTINGS,
@@ -298,7 +303,9 @@ class World:
         assert all(target.in_flight == 0 for target in self.table.targets())
 
 
-def make_table() -> RoutingTable:
+@functools.cache  # making it takes longer than most inputs
+def make_table(name: str) -> RoutingTable:
+    """Return a routing table for one world at a time."""
     table = RoutingTable("n1")
     for app in ("app", "other"):
         table.apply("apps", (app,), (app, "default", ""))
