@@ -320,6 +320,21 @@ def test_what_is_put_in_comes_out_at_once_in_any_pieces(pieces: list[bytes], cod
     assert encoder.bytes_in == sum(map(len, pieces))
 
 
+@pytest.mark.parametrize("coding", CODINGS)
+def test_answers_that_are_compressed_at_the_same_time_are_apart(coding: str) -> None:
+    def decode_both(first: Encoder, second: Encoder) -> list[bytes]:
+        decoders = [DECODERS[coding](), DECODERS[coding]()]
+        out = [b"", b""]
+        for n in range(20):
+            for i, encoder in enumerate((first, second)):
+                out[i] += decoders[i](encoder.encode(b"%d of %d\n" % (n, i), n == 19))
+        return out
+
+    expected = [b"".join(b"%d of %d\n" % (n, i) for n in range(20)) for i in range(2)]
+    for _ in range(3):
+        assert decode_both(Encoder(coding, USUAL), Encoder(coding, USUAL)) == expected
+
+
 async def test_what_a_client_leaves_unread_frees_its_encoder(edge: Edge) -> None:
     async def behave(connection: Connection) -> None:
         await connection.read_request()
