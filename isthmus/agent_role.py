@@ -173,7 +173,8 @@ class AgentRole:
         own = {*config.listeners.values(), config.admin.listen, gossip}
         await self._subscriptions.start()
         registry = self._registry = Registry(self._agent, config.node, config.region, own, config.drivers)
-        views = Views(config, self._agent, self._table, self._feed, lambda: self._control.lifecycle)
+        lifecycle, last_probes = (lambda: self._control.lifecycle), self._checker.last_probes
+        views = Views(config, self._agent, self._table, self._feed, lifecycle, last_probes)
         self._admin = AdminServer(
             config.admin,
             views,

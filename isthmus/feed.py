@@ -9,7 +9,7 @@ the next agent will count anew; worker to agent: `["follow", worker, seq]` first
 `["samples", worker, [[name, labels, value], …]]` now and then. What is known of loads and distances comes and
 goes beside the table: `["loads", [[machine, in flight], …]]` from a worker, and from the agent the three
 messages of `Hints`, all of them to a worker that has just come. `["start", machine]` from a worker names a
-machine that requests wait for.
+machine that requests wait for, `["failing", [[machine, failures, seconds], …]]` those that it leaves out.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from proxy.metrics import Sample
+    from routing.health import Failing
     from routing.loads import Busy
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 1.0
 class Hints(Protocol):
     """The worker's side of what is told beside the table."""
 
-    busy: Busy  # what is told to the agent
+    busy: Busy  # what is told to the agent, and the next
+    failing: Failing
 
     def set_siblings(self, counts: Iterable[tuple[str, int]]) -> None:
         """`["siblings", counts]`: what the other workers of this node have in flight at these machines."""
@@ -122,6 +124,8 @@ class FeedServer:
         self._on_samples = on_samples
         self._interested = interested
         self._on_gone = on_gone
+        # What each worker leaves out now: machine, failures in a row, seconds that are left of it.
+        self.failing: dict[str, tuple[tuple[str, int, float], ...]] = {}
         # Called with a machine that requests wait for; may be replaced.
         self.on_start: Callable[[str], None] = lambda _: None
         self.last_seq = last_seq
@@ -225,6 +229,7 @@ class FeedServer:
         finally:
             worker = self._followers.pop(writer, None)
             if worker is not None and worker not in self._followers.values():
+                self.failing.pop(worker, None)
                 self._on_gone(worker)
                 if self._interested is not None:
                     self._interested.drop_worker(worker)
@@ -240,6 +245,8 @@ class FeedServer:
             case ("loads", tuple(counts)) if writer in self._followers:
                 if self._interested is not None:
                     self._interested.handle_counts(self._followers[writer], counts)
+            case ("failing", tuple(machines)) if writer in self._followers:
+                self.failing[self._followers[writer]] = machines
             case ("start", str(machine)):
                 self.on_start(machine)
             case ("samples", str(worker), tuple(samples)):
@@ -276,6 +283,7 @@ class FeedFollower:
         self._hints = hints
         self._path = path
         self._worker = worker
+        self._told_failing = False  # whether the agent has a list of ours that is not empty
         self._load = load
         self._apply = apply
         self._samples = samples
@@ -368,6 +376,10 @@ class FeedFollower:
         """Tell the agent, if it is there, what has been counted up to now."""
         if self._writer is not None:
             self._writer.write(_pack(["samples", self._worker, list(self._samples())]))
+            failing = self._hints.failing.collect(asyncio.get_running_loop().time())
+            if failing or self._told_failing:
+                self._writer.write(_pack(["failing", failing]))
+            self._told_failing = bool(failing)
 
     def ask(self, message: list[Any]) -> bool:
         """Send the agent a message; False when it is away."""

@@ -228,22 +228,27 @@ class Registry:
             ]
         )
 
-    async def change_machine(self, machine: str, action: str) -> None:
-        """Apply one of ACTIONS to a machine; one with a driver is in its new state when its owner says so."""
+    async def change_machine(self, machine: str, action: str) -> str:
+        """Apply one of ACTIONS to a machine.
+
+        Returns the node that is asked to carry it out, for one with a driver; empty when it is done.
+        """
         await self._require("machines", "id", machine, "machine")
         if action in _CORDONS:
             cordon = "UPDATE machines SET cordoned = ? WHERE id = ?"
             await self._database.execute([(cordon, (_CORDONS[action], machine))])
-            return
+            return ""
         state = _STATES[action]
-        sql = "SELECT driver FROM machines WHERE id = ?"
-        if (await self._database.query(sql, (machine,))).rows[0][0]:
+        sql = "SELECT driver, node FROM machines WHERE id = ?"
+        driver, owner = (await self._database.query(sql, (machine,))).rows[0]
+        if driver:
             await self._database.execute([put_goal(machine, state, self._node, "command")])
-        elif state == "suspended":
+            return str(owner)
+        if state == "suspended":
             raise RegistryError(f"nothing can suspend `{machine}`: it has no driver; stop it")
-        else:
-            change = f"UPDATE machines SET state = ?, since_ms = {_NOW_MS} WHERE id = ? AND state != ?"  # noqa: S608 — our own words
-            await self._database.execute([(change, (state, machine, state))])
+        change = f"UPDATE machines SET state = ?, since_ms = {_NOW_MS} WHERE id = ? AND state != ?"  # noqa: S608 — our own words
+        await self._database.execute([(change, (state, machine, state))])
+        return ""
 
     async def _require(self, table: str, column: str, value: str, what: str) -> None:
         sql = f"SELECT 1 FROM {table} WHERE {column} = ?"  # noqa: S608 — both names are ours

@@ -288,3 +288,5 @@ class WorkerRole:
                 yield from self._certificates.samples()
         yield "isthmus_feed_connected", (), float(self._follower.connected)
         yield "isthmus_routing_rows_rejected", (), float(len(self._table.rejected))
+        failing = self._table.failing.collect(asyncio.get_running_loop().time())
+        yield "isthmus_machines_ejected", (), float(sum(left_s > 0 for _, _, left_s in failing))

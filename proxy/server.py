@@ -276,7 +276,7 @@ class Server:
         return partial(Downstream, self._plane, forwarding, port, self._clients)
 
     def offer_room(self) -> None:
-        """A machine may have come, or be there again: whoever waits looks before the sweeper has them look."""
+        """A machine may have come: whoever waits looks before the sweeper has them look."""
         if self._plane is not None:
             self._plane.queue.handle_deadline()
 

@@ -37,6 +37,29 @@ def record_success(target: Target) -> None:
         target.ejected_until = 0.0
 
 
+class Failing:
+    """The machines that have failed and not worked since, for people to see."""
+
+    __slots__ = ("_targets",)
+
+    def __init__(self) -> None:
+        self._targets: dict[str, Target] = {}
+
+    def record(self, target: Target, now: float) -> None:
+        """Eject a machine as `record_failure` does, and remember it."""
+        record_failure(target, now)
+        self._targets[target.id] = target
+
+    def collect(self, now: float) -> list[tuple[str, int, float]]:
+        """Return (machine, failures in a row, seconds for which it is left out); forget who works again."""
+        for machine in [m for m, target in self._targets.items() if not target.failures or target.removed]:
+            del self._targets[machine]
+        return [
+            (machine, target.failures, max(0.0, target.ejected_until - now))
+            for machine, target in self._targets.items()
+        ]
+
+
 def compute_ejection_s(failures_before: int) -> float:
     """Return EJECTION_FIRST_S * 2 ** failures_before, at most EJECTION_MAX_S."""
     return min(EJECTION_FIRST_S * 2.0 ** min(failures_before, _DOUBLINGS_MAX), EJECTION_MAX_S)

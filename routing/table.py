@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from .catalog import TABLES, RowError, parse_row
 from .geo import AREAS, Regions
+from .health import Failing
 from .hosts import HostIndex
 from .loads import Busy
 from .peering import Ways
@@ -151,6 +152,7 @@ class RoutingTable:
         self._checks: dict[str, dict[str, CheckRow]] = {}  # by machine, then name; also of absent machines
         self._loads: dict[str, dict[str, int]] = {}  # by machine, then node; also of absent machines
         self.busy = Busy()
+        self.failing = Failing()
         self._siblings: dict[str, int] = {}  # what other workers of this node have, by machine; never zero
         self._relayed: dict[
             str, int

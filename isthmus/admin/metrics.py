@@ -35,6 +35,7 @@ OWN_METRICS: Mapping[str, tuple[str, str]] = {
     "isthmus_feed_connected": ("gauge", "Workers that follow the agent's change feed"),
     "isthmus_feed_followers": ("gauge", "Followers as the agent counts them"),
     "isthmus_loads_rows_written_total": ("counter", "Rows of the table of loads that this node wrote"),
+    "isthmus_machines_ejected": ("gauge", "Machines that workers leave out after failures, once for each"),
     "isthmus_routing_rows_rejected": ("gauge", "Rows of the table that workers could not use"),
 }
 

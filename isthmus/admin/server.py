@@ -138,6 +138,7 @@ class AdminServer:
             web.get("/v1/nodes", _show(views.nodes)),
             web.get("/v1/apps", _show(views.apps)),
             web.get("/v1/machines", _show(views.machines)),
+            web.get("/v1/checks", _show(views.checks)),
             web.get("/v1/routes", _show(views.routes)),
             web.get("/v1/regions", _show(views.regions)),
             web.get("/v1/overview", _show(views.overview)),
@@ -194,8 +195,8 @@ class AdminServer:
         machine, action = request.match_info["machine"], request.match_info["action"]
         if action not in ACTIONS:
             return _json({"error": f"`{action}` is no action; there are {', '.join(ACTIONS)}"}, 404)
-        await self._registry.change_machine(machine, action)
-        return _json({"machine": machine, "done": action})
+        asked = await self._registry.change_machine(machine, action)
+        return _json({"machine": machine, "done": action, "asked": asked})
 
 
 def _show(view: Callable[[], Any]) -> Callable[[web.Request], Awaitable[web.Response]]:

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import msgspec
 
 from isthmus import __version__, compiled
+from isthmus.admin.machine_views import describe_checks, describe_machines
 from isthmus.config import format_address
 from isthmus.reloading import Lifecycle
 from routing.balancer import ANYWHERE
 from routing.explain import Verdict, describe, judge
-from routing.types import CheckRow, HostnameRow, MachineRow, NodeRow
+from routing.types import HostnameRow, MachineRow, NodeRow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from isthmus.checking.checker import LastProbe
     from isthmus.config import Config
     from isthmus.feed import FeedServer
     from replication.agent import Agent
@@ -62,9 +64,11 @@ class Views:
         table: RoutingTable,
         feed: FeedServer,
         lifecycle: Callable[[], Lifecycle] = Lifecycle,
+        last_probes: Callable[[], Mapping[tuple[str, str], LastProbe]] = dict,
     ) -> None:
         self._config = config
         self._lifecycle = lifecycle
+        self._last_probes = last_probes
         self._agent = agent
         self._table = table
         self._feed = feed
@@ -126,26 +130,12 @@ class Views:
 
     def machines(self) -> Rows:
         """Return every machine with its checks and the balancer's verdict."""
-        fates = self._fates()
-        checks: dict[str, Rows] = {}
-        for check in sorted(self._rows(CheckRow, "checks"), key=lambda check: check.name):
-            shown = {"name": check.name, "status": check.status.value, "output": check.output}
-            checks.setdefault(check.machine, []).append({**shown, "updated_ms": check.updated_ms})
-        in_order = sorted(self._rows(MachineRow, "machines"), key=lambda m: (m.app, m.region, m.id))
-        return [
-            {
-                "machine": machine.id,
-                "app": machine.app,
-                "region": machine.region,
-                "node": machine.node,
-                "address": _address(machine),
-                "state": machine.state.value,
-                "cordoned": machine.cordoned,
-                "checks": checks.get(machine.id, []),
-                **fates.get(machine.id, _NO_SERVICE)._asdict(),
-            }
-            for machine in in_order
-        ]
+        failing = self._feed.failing if self._feed is not None else {}
+        return describe_machines(self._table, self._fates(), _NO_SERVICE, failing)
+
+    def checks(self) -> Rows:
+        """Return every check with its last result."""
+        return describe_checks(self._table, self._last_probes(), time.time_ns() // 1_000_000)
 
     def routes(self) -> Rows:
         """Return every way in with the machines that requests may go to now, nearest region first."""

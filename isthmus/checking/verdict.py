@@ -20,7 +20,7 @@ SUCCESSES_NEEDED_MAX: Final = 30
 
 
 def compute_successes_needed(successes: int, falls: int) -> int:
-    """Return successes * 2 ** (falls - FALLS_FREE), at most SUCCESSES_NEEDED_MAX unless more were asked for."""
+    """Return successes * 2 ** (falls - FALLS_FREE), at most SUCCESSES_NEEDED_MAX or `successes`."""
     doubled = successes << min(max(0, falls - FALLS_FREE), 8)
     return max(successes, min(doubled, SUCCESSES_NEEDED_MAX))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from isthmus.client import ClientError, add_client_flags, make_client, quote
 from routing.options import PROXY_PROTOCOLS
+from routing.scaling import AUTOSTOPS, NAMES
 
 # As in the configuration.
 HANDLERS = {"tls,http": ["tls", "http"], "tls": ["tls"], "none": []}
@@ -81,6 +82,21 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="what is done to connections: HTTP, as usual; TLS ended and bytes passed on; nothing at all",
     )
     parser.add_argument(
+        "--autostart",
+        action=argparse.BooleanOptionalAction,
+        help="have requests start machines with a driver",
+    )
+    parser.add_argument(
+        "--autostop", choices=AUTOSTOPS, help="what is done with machines with a driver that nobody needs"
+    )
+    parser.add_argument(
+        "--min-machines-running",
+        metavar="N",
+        type=int,
+        help="so many in the primary region are never stopped",
+    )
+    parser.add_argument("--primary-region", metavar="CODE", help="where that minimum counts")
+    parser.add_argument(
         "--maintenance", metavar="FILE", help="answer all requests with 503 and this page, HTML or text"
     )
 
@@ -104,6 +120,7 @@ def _read_options(args: argparse.Namespace) -> dict[str, Any]:
         options["handlers"] = HANDLERS[args.handlers]
     if args.compression is not None:
         options["compression"] = args.compression
+    options |= {name: getattr(args, name) for name in NAMES if getattr(args, name) is not None}
     if args.maintenance:
         try:
             options["maintenance"] = Path(args.maintenance).read_text("utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +63,24 @@ def _route_rows(route: dict[str, Any]) -> Iterable[Cells]:
 
 def _machine_rows(machine: dict[str, Any]) -> Iterable[Cells]:
     checks = ", ".join(f"{check['name']} {check['status']}" for check in machine["checks"]) or "-"
-    state = machine["state"] + (" cordoned" if machine["cordoned"] else "")
+    goal, failing = machine["goal"], machine["failing"]
+    state = machine["state"]
+    if goal is not None and goal["state"] != state:
+        state += f" (to be {goal['state']})"
+    state += " cordoned" if machine["cordoned"] else ""
+    verdict = machine["verdict"] + (f"; {machine['problem']}" if machine["problem"] else "")
+    if failing is not None:
+        verdict += f"; {failing['failures']} failures in a row, left out by {failing['workers']} workers here"
     keys = ("machine", "app", "region", "node", "address")
-    yield (*(machine[key] for key in keys), state, checks, machine["verdict"])
+    yield (*(machine[key] for key in keys), state, _since(machine["since_ms"]), checks, verdict)
+
+
+def _check_rows(check: dict[str, Any]) -> Iterable[Cells]:
+    when, output = _since(check["updated_ms"]), check["output"]
+    if check["last_ms_ago"] is not None:
+        when, output = _ago(check["last_ms_ago"]), check["last_output"]
+    keys = ("machine", "name", "status")
+    yield (*(check[key] for key in keys), _since(check["since_ms"]), check["node"], when, output)
 
 
 def _node_rows(node: dict[str, Any]) -> Iterable[Cells]:
@@ -86,7 +102,17 @@ def _app_rows(app: dict[str, Any]) -> Iterable[Cells]:
 
 
 def _ago(ms: float | None) -> str:
-    return "never" if ms is None else f"{ms / 1000:.1f} s ago"
+    if ms is None:
+        return "never"
+    for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000)):
+        if ms >= 2 * size:
+            return f"{ms / size:.0f} {unit} ago"
+    return f"{ms / 1000:.1f} s ago"
+
+
+def _since(at_ms: int) -> str:
+    """Return how long ago a time of a row was, by the clock of this machine."""
+    return _ago(max(0.0, time.time() * 1000 - at_ms)) if at_ms else "-"
 
 
 _LISTINGS: dict[str, tuple[str, Cells, Callable[[dict[str, Any]], Iterable[Cells]]]] = {
@@ -97,8 +123,13 @@ _LISTINGS: dict[str, tuple[str, Cells, Callable[[dict[str, Any]], Iterable[Cells
     ),
     "machines": (
         "show every machine",
-        ("MACHINE", "APP", "REGION", "NODE", "ADDRESS", "STATE", "CHECKS", "VERDICT"),
+        ("MACHINE", "APP", "REGION", "NODE", "ADDRESS", "STATE", "SINCE", "CHECKS", "VERDICT"),
         _machine_rows,
+    ),
+    "checks": (
+        "show every check with its last output",
+        ("MACHINE", "CHECK", "STATUS", "SINCE", "BY", "WHEN", "OUTPUT"),
+        _check_rows,
     ),
     "nodes": (
         "show every node",

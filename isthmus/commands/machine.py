@@ -1,4 +1,4 @@
-"""`isthmus machine add|remove|start|stop|cordon|uncordon`: the instances of apps."""
+"""`isthmus machine add|remove|start|stop|suspend|drain|cordon|uncordon`: the instances of apps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     import argparse
 
 _ACTIONS = {
-    "start": "take requests again",
-    "stop": "take no more requests",
+    "start": "take requests; one with a driver is started",
+    "stop": "finish what is in flight and take no more requests; one with a driver is stopped",
+    "suspend": "as stop, but its driver keeps what it has in memory",
+    "drain": "finish what is in flight and take no more requests; it goes on running",
     "cordon": "take no new requests, stay as it is otherwise",
     "uncordon": "take new requests again",
 }
@@ -20,7 +22,7 @@ _ACTIONS = {
 def add_parser(verbs: Any) -> None:
     """Add `machine` with its actions."""
     parser: argparse.ArgumentParser = verbs.add_parser(
-        "machine", help="add, remove, start, stop or cordon a machine"
+        "machine", help="add, remove, start, stop, suspend, drain or cordon a machine"
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
@@ -29,6 +31,7 @@ def add_parser(verbs: Any) -> None:
     add.add_argument("address", metavar="HOST:PORT")
     add.add_argument("--id", metavar="ID", help="its id (made from node, app and address)")
     add.add_argument("--region", metavar="CODE", help="where it is (the node's region)")
+    add.add_argument("--driver", metavar="NAME", help="what of the node's drivers starts and stops it")
     add.add_argument("--weight", metavar="N", type=int, help="its share of requests (usual: 100)")
     add_client_flags(add)
     add.set_defaults(run=run_add)
@@ -48,7 +51,8 @@ def add_parser(verbs: Any) -> None:
 def run_add(args: argparse.Namespace) -> int:
     """Add the machine."""
     body = {"app": args.app, "address": args.address}
-    body.update({key: getattr(args, key) for key in ("id", "region", "weight") if getattr(args, key)})
+    keys = ("id", "region", "driver", "weight")
+    body.update({key: getattr(args, key) for key in keys if getattr(args, key)})
     print(f"machine {make_client(args).post('/v1/machines', body)['machine']}")
     return 0
 
@@ -61,7 +65,10 @@ def run_remove(args: argparse.Namespace) -> int:
 
 
 def run_change(args: argparse.Namespace) -> int:
-    """Start, stop, cordon or uncordon the machine."""
-    make_client(args).post(f"/v1/machines/{quote(args.machine)}/{args.action}")
-    print(f"machine {args.machine}: {args.action}")
+    """Do one of _ACTIONS; one that a driver has to carry out is only under way then."""
+    answer = make_client(args).post(f"/v1/machines/{quote(args.machine)}/{args.action}")
+    rest = (
+        f" (asked of {answer['asked']}; `isthmus machines` shows when it is done)" if answer["asked"] else ""
+    )
+    print(f"machine {args.machine}: {args.action}{rest}")
     return 0

@@ -15,7 +15,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from routing.balancer import ANYWHERE, AT_LIMIT, Refusal, Want
-from routing.health import record_failure, record_success
+from routing.health import record_success
 from routing.replay import Replay, ReplayError
 
 from .adapting import adapt_response
@@ -317,7 +317,7 @@ class Exchange:
         self.plane.metrics.count_connect_failure(code)
         if self.target is not None:
             # Only failed connections count: a reset may be what this one request does to any machine.
-            record_failure(self.target, self.plane.now())
+            self.plane.table.failing.record(self.target, self.plane.now())
             self.plane.metrics.machine(self.target).failures += 1
         if self.phase is not _DONE:
             self._retry_elsewhere(code, detail)

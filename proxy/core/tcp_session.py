@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from routing.balancer import AT_LIMIT, Refusal
-from routing.health import record_failure, record_success
+from routing.health import record_success
 
 from .access_line import Entry
 from .errors import ERRORS, MAINTENANCE, RETRIES_EXHAUSTED
@@ -174,7 +174,7 @@ class TcpSession:
         """The connection asked for could not be made: the next machine, at once."""
         self.plane.metrics.count_connect_failure(code)
         if self.target is not None:
-            record_failure(self.target, self.plane.now())
+            self.plane.table.failing.record(self.target, self.plane.now())
             self.plane.metrics.machine(self.target).failures += 1
             self._retry_elsewhere()
 

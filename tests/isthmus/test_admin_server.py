@@ -132,7 +132,10 @@ async def test_machine_taken_out_is_shown_and_not_routed_until_it_is_back(
     admin: Admin, action: str, undo: str, verdict: str
 ) -> None:
     await with_web(admin)
-    assert await admin.ask("POST", f"/v1/machines/m1/{action}") == (200, {"machine": "m1", "done": action})
+    assert await admin.ask("POST", f"/v1/machines/m1/{action}") == (
+        200,
+        {"machine": "m1", "done": action, "asked": ""},
+    )
 
     async def is_out() -> bool:
         return await admin.routed() == {"m2"}
@@ -179,7 +182,13 @@ async def test_overview_is_all_views_at_once(admin: Admin) -> None:
 async def test_row_that_cannot_be_used_is_shown_with_its_reason(admin: Admin, role: AgentRole) -> None:
     await with_web(admin)
     await role._agent.execute(
-        [("INSERT INTO machines (id, app, node, region, address) VALUES ('bad', 'web', 'n1', 'ams', '??')", ())]
+        [
+            (
+                "INSERT INTO machines (id, app, node, region, address)"
+                " VALUES ('bad', 'web', 'n1', 'ams', '??')",
+                (),
+            )
+        ]
     )
 
     async def rejected() -> Any:

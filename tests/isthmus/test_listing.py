@@ -95,8 +95,37 @@ async def test_machines_show_state_checks_and_verdict(isthmus: Command, role: Ag
         return printed if "critical" in printed else ""
 
     _, m1, m2 = (await eventually("check is shown", machines)).splitlines()
-    assert " ".join(m1.split()) == "m1 web ams n1 127.0.0.1:1 started port critical unhealthy: port critical"
-    assert " ".join(m2.split()) == "m2 web gru n1 [::1]:1 started cordoned - cordoned"
+    assert (
+        " ".join(m1.split()) == "m1 web ams n1 127.0.0.1:1 started - port critical unhealthy: port critical"
+    )
+    assert " ".join(m2.split()) == "m2 web gru n1 [::1]:1 started cordoned - - cordoned"
+
+
+async def test_machines_show_where_they_are_to_go_and_what_is_in_the_way(
+    isthmus: Command, role: AgentRole
+) -> None:
+    goal = "INSERT INTO goals (machine, state) VALUES ('m1', 'started')"
+    change = (
+        "UPDATE machines SET driver = 'far', state = 'stopped', problem = 'exited with 3' WHERE id = 'm1'"
+    )
+    await role._agent.execute([(goal, ()), (change, ())])
+    role._feed.failing = {"worker-0/1": (("m2", 3, 2.5),), "worker-1/2": (("m2", 1, 0.0),)}
+    _, m1, m2 = (await isthmus("machines")).splitlines()
+    assert "stopped (to be started)" in m1
+    assert m1.endswith("not started: stopped; exited with 3")
+    assert m2.endswith("; 3 failures in a row, left out by 1 workers here")
+
+
+async def test_checks_show_status_and_last_output(isthmus: Command, role: AgentRole) -> None:
+    result = (
+        "INSERT INTO checks (machine, name, node, status, output, updated_ms)"
+        " VALUES ('m1', 'port', 'n2', 'critical', '503: no', 1)"
+    )
+    await role._agent.execute([(result, ())])
+    header, line = words(await isthmus("checks"))
+    assert header == ["MACHINE", "CHECK", "STATUS", "SINCE", "BY", "WHEN", "OUTPUT"]
+    assert line[:5] == ["m1", "port", "critical", "-", "n2"]
+    assert line[-3:] == ["ago", "503:", "no"]
 
 
 async def test_nodes_show_this_one_as_itself(isthmus: Command) -> None:
