@@ -80,6 +80,7 @@ class Lane:
         self.machine = machine
         self.port = 0
         self.raw: bytes | None = None  # what the machine answers to all but the probe; None: 200
+        self.answers = b""  # all that the client got of the last case
 
     async def serve(self, connection: Connection) -> None:
         """Answer as the case wants it, with a word that tells the probe's answer from all others."""
