@@ -80,7 +80,7 @@ def test_takes_the_less_loaded_of_two_random_machines() -> None:
     table = world(("a", "ams"), ("b", "ams"), ("c", "ams"))
     loads = {"a": 3, "b": 2, "c": 1}
     for machine, load in loads.items():
-        the_target(table, machine).trend = load
+        the_target(table, machine).in_flight = load
     service = the_service(table)
     picks = {
         (0.0, 0.0): "b",

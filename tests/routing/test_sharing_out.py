@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from routing.balancer import WARM_LEAST, Balancer, Refusal, Want
+from routing.balancer import OWN_GAIN, TREND_GAIN, WARM_LEAST, Balancer, Refusal, Want
 from routing.options import parse_options
 from routing.table import TREND_STEP, RoutingTable
 from tests.routing.rows import drop, put, row, table_with
@@ -173,3 +173,17 @@ def test_sticky_is_read() -> None:
     assert options.sticky is not None
     assert options.sticky.header == b"x-user"
     assert parse_options('{"sticky": {}}').sticky is None  # type: ignore[union-attr]
+
+
+def test_more_elsewhere_is_a_reason_for_less_and_not_for_nothing() -> None:
+    table = world(2)
+    one, other = table.machine("m0"), table.machine("m1")
+    assert one is not None
+    assert other is not None
+    one.trend, other.trend = 10, 12
+    assert shares(table)["m0"] == pytest.approx(0.5 + TREND_GAIN * 2 / 22, abs=0.03)
+    other.trend = 40
+    assert shares(table) == {"m0": 1.0}
+    one.trend = other.trend = 10
+    other.in_flight = 1
+    assert shares(table)["m0"] == pytest.approx(0.5 + OWN_GAIN / 21, abs=0.03)
