@@ -74,6 +74,7 @@ class PeerUpstream(Upstream):
         self._seeker: Seeker | None = None  # who is told of OPENED, from `open` to then
         self._used = False  # it has had a session before
         self._received = 0  # bytes of DATA in this session
+        self._answer_by = NEVER  # when OPENED or REFUSED has to be here
         self._awaited = False  # the request was sent before the session was open
         self._ended = False  # the other node has ended the session, and the connection is as good as new
         self._leaving = False  # it takes no more sessions
@@ -89,7 +90,7 @@ class PeerUpstream(Upstream):
         self._announced = False
         self._reusable = True
         self._counts.requests += 1
-        self.deadline = deadline
+        self.deadline = self._answer_by = deadline
         self.transport.write(encode_open(order))
         announcement = seeker.announcement()
         if announcement:
@@ -100,10 +101,8 @@ class PeerUpstream(Upstream):
 
     def begin(self, exchange: Exchange) -> None:
         """Deliver what comes from now on to this exchange."""
-        deadline = self.deadline
         super().begin(exchange)
-        if self._session is Session.OPENING:
-            self.deadline = deadline
+        self._keep_deadline()
 
     def write(self, data: Data) -> None:
         """Send bytes for the machine."""
@@ -141,6 +140,11 @@ class PeerUpstream(Upstream):
         """Close the connection; who uses it is told that it is lost."""
         if self.transport is not None:
             self.transport.abort()
+
+    def _keep_deadline(self) -> None:
+        """Let no other wait take the place of that for the answer to OPEN."""
+        if self._session is Session.OPENING:
+            self.deadline = self._answer_by
 
     def _recycle(self) -> None:
         self._session = Session.NONE
@@ -185,6 +189,16 @@ class PeerUpstream(Upstream):
         super().connection_made(transport)
         self._counts.connections += 1
         self._counts.opened += 1
+
+    def pause_writing(self) -> None:
+        """The other node does not read."""
+        super().pause_writing()
+        self._keep_deadline()
+
+    def resume_writing(self) -> None:
+        """The other node reads again."""
+        super().resume_writing()
+        self._keep_deadline()
 
     def handle_deadline(self) -> None:
         """A wait took too long."""

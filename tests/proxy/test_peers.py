@@ -330,15 +330,18 @@ async def test_what_comes_late_belongs_to_nobody(world: World) -> None:
     server.close()
 
 
-async def test_request_on_a_kept_connection_that_went_silent_goes_elsewhere(world: World) -> None:
+@pytest.mark.parametrize("size", [0, 600_000])
+async def test_request_on_a_kept_connection_that_went_silent_goes_elsewhere(world: World, size: int) -> None:
     near, _ = await near_and_far(world, connect_timeout_s=0.05)
     await world.node("third", "gru")
     await world.machine()
     await world.machine("m3", owner="third")
     server, _ = await speak_as(world, "far", encode_frame(OPENED, KEPT) + encode_frame(DATA, OK), b"", b"")
     client = await near.client()
-    for _ in range(2):
-        assert (await client.get(b"/", b"fly-prefer-instance-id: m1")).status == 200
+    for body in (b"", bytes(size)):
+        head = b"PUT / HTTP/1.1\r\nHost: app.test\r\nfly-prefer-instance-id: m1\r\nContent-Length: %d\r\n\r\n"
+        client.send(head % len(body) + body)
+        assert (await client.read_response()).status == 200
     assert near.peers["far"] == (2, 1, {"lost": 1})
     assert near.peers["third"] == (1, 1, {})
     assert not near.server._pool.peers._nodes.is_due("far", asyncio.get_running_loop().time())
