@@ -28,8 +28,8 @@ from .core.peer_frames import (
     FrameError,
     FrameReader,
     Order,
+    encode_data,
     encode_frame,
-    encode_header,
     encode_hello,
     encode_refusal,
     parse_open,
@@ -244,7 +244,7 @@ class PeerSession(asyncio.Protocol):
         """Pass on bytes of the machine."""
         if self._transport is not None:
             self._sent += len(data)
-            self._transport.writelines((encode_header(DATA, len(data)), data))
+            self._transport.writelines(encode_data(data))
 
     def pause_reading(self) -> None:
         """Stop reading what the machine is to get."""

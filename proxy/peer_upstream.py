@@ -24,7 +24,7 @@ from .core.peer_frames import (
     FrameError,
     FrameReader,
     Order,
-    encode_header,
+    encode_data,
     encode_open,
     encode_release,
     parse_hello,
@@ -72,6 +72,7 @@ class PeerUpstream(Upstream):
         self._frames = FrameReader()
         self._session = Session.NONE
         self._seeker: Seeker | None = None  # who is told of OPENED, from `open` to then
+        self._unsent = b""  # an OPEN that leaves with the first bytes behind it
         self._used = False  # it has had a session before
         self._received = 0  # bytes of DATA in this session
         self._answer_by = NEVER  # when OPENED or REFUSED has to be here
@@ -91,11 +92,14 @@ class PeerUpstream(Upstream):
         self._reusable = True
         self._counts.requests += 1
         self.deadline = self._answer_by = deadline
-        self.transport.write(encode_open(order))
+        self._unsent = encode_open(order)
         announcement = seeker.announcement()
         if announcement:
             self.announce(announcement)
-        self._seeker = None if eager else seeker
+        if not eager:
+            self._seeker = seeker
+            self.transport.write(self._unsent)
+            self._unsent = b""
 
     # What an exchange calls
 
@@ -107,7 +111,12 @@ class PeerUpstream(Upstream):
     def write(self, data: Data) -> None:
         """Send bytes for the machine."""
         if self.transport is not None and self._session is not Session.NONE and data:
-            self.transport.writelines((encode_header(DATA, len(data)), data))
+            pieces = encode_data(data)
+            if self._unsent:
+                # One record of TLS, and one system call, for both.
+                pieces = (self._unsent + pieces[0], *pieces[1:])
+                self._unsent = b""
+            self.transport.writelines(pieces)
 
     def await_response(self) -> None:
         """The request is sent: the machine has a limited time, once it has been reached."""

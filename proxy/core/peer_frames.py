@@ -24,6 +24,8 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
+from .framing import COPIED_BYTES_MAX, Data
+
 HELLO: Final = 1
 OPEN: Final = 2
 OPENED: Final = 3
@@ -73,6 +75,12 @@ def encode_frame(kind: int, payload: bytes) -> bytes:
 def encode_header(kind: int, length: int) -> bytes:
     """Return what goes before a payload of this length."""
     return bytes((kind,)) + length.to_bytes(4, "big")
+
+
+def encode_data(data: Data) -> tuple[Data, ...]:
+    """Return a frame in pieces: one, unless copying costs more than a piece more does."""
+    header = encode_header(DATA, len(data))
+    return (header + data,) if len(data) <= COPIED_BYTES_MAX else (header, data)
 
 
 def encode_hello(node: str) -> bytes:
