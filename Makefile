@@ -22,7 +22,7 @@ help:
 	@echo "make check   lint, types, import contracts"
 	@echo "make bench   CPU per request beside nginx, HAProxy, Envoy and Caddy; make bench-replication: beside cr-sqlite"
 	@echo "make bench-idle  what 10,000 connections cost that wait for their next request"
-	@echo "make bench-routing  a table of a million machines; how requests spread over machines"
+	@echo "make bench-routing  a table of a million machines; how requests spread over machines; 5,000 checks"
 	@echo "make bench-simulated  a thousand simulated nodes; an hour without a region"
 	@echo "make soak    simulate many clusters with faults; SEEDS=1000 says how many"
 	@echo "make chaos   kill -9 a writer at random moments and look at what it left; KILLS=1000 says how often"
@@ -79,6 +79,7 @@ bench-replication: $(STAMP)
 
 bench-routing: setup
 	@$(BIN)/python -m bench.routing
+	@$(BIN)/python -m bench.checks
 
 bench-simulated: $(STAMP)
 	@$(BIN)/python -m bench.replication.simulated --seeds $(SIMULATED_SEEDS)

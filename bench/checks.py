@@ -32,7 +32,7 @@ class Machine(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, _data: bytes) -> None:
         self._transport.write(ANSWER)
         self._transport.close()
 
@@ -44,7 +44,7 @@ async def serve() -> None:
 
 
 class Database:
-    """Takes writes and counts them: what a write costs is measured elsewhere, and a steady fleet makes none."""
+    """Takes writes and counts them: a steady fleet makes none."""
 
     def __init__(self) -> None:
         self.counted: Counter[str] = Counter()
@@ -53,7 +53,7 @@ class Database:
         self.counted["rows"] += len(statements)
         self.counted["transactions"] += 1
 
-    async def query(self, sql: str, params: object = ()) -> None:
+    async def query(self, *_: object) -> None:
         raise AssertionError("checks read the table in memory")
 
 
@@ -102,7 +102,8 @@ async def measure(port: int, count: int, interval_s: float, run_s: float, kind: 
     await checker.stop()
     assert passing["passing"] == count, passing
     assert database.counted["rows"] == written == count, "a steady fleet writes nothing"
-    cells = (f"{count:,} {kind} checks, each {interval_s:g} s", f"{rate:,.0f}/s", f"{share / rate * 1e6:.0f} us")
+    name = f"{count:,} {kind} checks, each {interval_s:g} s"
+    cells = (name, f"{rate:,.0f}/s", f"{share / rate * 1e6:.0f} us")
     print_table(
         ("checks", "probes", "each", "of a core", "target", ""),
         [(*cells, f"{share:.1%}", f"≤ {show_number(CORE_SHARE.limit * 100)} %", CORE_SHARE.compare(share))],

@@ -19,7 +19,14 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from isthmus.config_machines import PROCESS, CheckConfig, DriverConfig, MachineConfig, MachinesConfig
+from isthmus.config_machines import (
+    PROCESS,
+    SHUT_DOWN_DRAIN_S,
+    CheckConfig,
+    DriverConfig,
+    MachineConfig,
+    MachinesConfig,
+)
 from isthmus.config_values import (
     NotNegative,
     Positive,
@@ -585,6 +592,13 @@ class Config(_Section, frozen=True):
             for i, tcp in enumerate(self.tcp)
         )
         return msgspec.structs.replace(self, **sections)
+
+    @property
+    def machines_stop_s(self) -> float:
+        """How long the processes of this node may take to end, once others have heard of it."""
+        machines = [machine for app in self.apps for machine in app.machines]
+        kills_ms = [machine.kill_timeout_ms for machine in machines if machine.command]
+        return SHUT_DOWN_DRAIN_S + max(kills_ms) / 1000 if kills_ms else 0.0
 
     @property
     def database(self) -> Path:

@@ -90,6 +90,8 @@ def parse_statuses(said: Sequence[int | str]) -> tuple[tuple[int, int], ...]:
 # The driver of machines that have a command.
 PROCESS = "process"
 FLY_API = "https://api.machines.dev"
+# When the node stops, others have so long to hear that its machines do, and to finish what they have there.
+SHUT_DOWN_DRAIN_S = 2.0
 
 
 class MachineConfig(_Section, frozen=True):

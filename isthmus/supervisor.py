@@ -294,7 +294,8 @@ class Supervisor:
             running = [c.process for c in self._all() if c.role == role and c.process is not None]
             for process in running:
                 process.send_signal(signal.SIGTERM)
-            bound = STOP_GRACE_S + (self._reloader.used.proxy.drain_ms / 1000 if role == "worker" else 0)
+            used = self._reloader.used
+            bound = STOP_GRACE_S + (used.proxy.drain_ms / 1000 if role == "worker" else used.machines_stop_s)
             waits = [asyncio.create_task(process.wait()) for process in running]
             if waits:
                 _, late = await asyncio.wait(waits, timeout=bound)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from isthmus.checking.definition import Definition, read_definitions
 from isthmus.checking.probe import Outcome, Prober
-from isthmus.config_machines import PROCESS, CheckConfig
+from isthmus.config_machines import PROCESS, SHUT_DOWN_DRAIN_S, CheckConfig
 from isthmus.machines.driver import Driver, DriverError, Machine
 from isthmus.machines.kept import Kept
 from isthmus.machines.life import Step, plan_step
@@ -38,8 +38,6 @@ METRICS: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 TICK_S: Final = 0.1
-# When the node stops, others have so long to hear that its machines do, and to finish what they have there.
-SHUT_DOWN_DRAIN_S: Final = 2.0
 RETRY_WRITE_S: Final = 1.0
 
 _WRITE: Final = "UPDATE machines SET state = ?, since_ms = ?, problem = ? WHERE id = ? AND node = ?"

@@ -181,15 +181,8 @@ async def test_overview_is_all_views_at_once(admin: Admin) -> None:
 
 async def test_row_that_cannot_be_used_is_shown_with_its_reason(admin: Admin, role: AgentRole) -> None:
     await with_web(admin)
-    await role._agent.execute(
-        [
-            (
-                "INSERT INTO machines (id, app, node, region, address)"
-                " VALUES ('bad', 'web', 'n1', 'ams', '??')",
-                (),
-            )
-        ]
-    )
+    bad = "INSERT INTO machines (id, app, node, region, address) VALUES ('bad', 'web', 'n1', 'ams', '??')"
+    await role._agent.execute([(bad, ())])
 
     async def rejected() -> Any:
         return (await admin.get("/v1/status"))["rejected_rows"]

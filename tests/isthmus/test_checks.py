@@ -6,7 +6,7 @@ import random
 import sqlite3
 import ssl
 import time
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -506,3 +506,40 @@ async def test_machine_is_probed_over_tls_where_its_service_has_it(
         await settle(database, ("m1", "http-0", "critical"))
     assert output(database).startswith("its certificate was not accepted")
     await machine.stop()
+
+
+async def test_of_several_nodes_one_takes_over_and_gives_back(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three nodes that share a table, as far as this test goes; one of them is gone for a while."""
+    monkeypatch.setattr("isthmus.checking.watchers.GONE_AFTER_S", 0.1)
+    monkeypatch.setattr("isthmus.checking.checker.PRESENCE_S", 0.01)
+    database = TableDatabase()
+    members = {"n1": "ams", "n2": "ams", "n3": "ams"}
+    put(database, machine.address, FAST)
+
+    def prober() -> list[tuple[Any, ...]]:
+        return database.rows("SELECT node, status FROM checks")
+
+    async with AsyncExitStack() as stack:
+        checkers = [await stack.enter_async_context(checking(database, members, node)) for node in members]
+        database.on_commit = lambda commit: [checker.handle_commit(commit) for checker in checkers]
+        owner, *others = checkers
+        await eventually("the owner probes", lambda: prober() == [("n1", "passing")])
+        assert [running(checker) for checker in others] == [{}, {}]
+
+        await owner.stop()
+        del members["n1"]
+        await machine.stop()
+        await eventually(
+            "one of the others finds it dead",
+            lambda: prober() in ([("n2", "critical")], [("n3", "critical")]),
+        )
+        assert sum(bool(running(checker)) for checker in others) == 1
+
+        await machine.start()
+        members["n1"] = "ams"
+        await stack.enter_async_context(checking(database, members, "n1"))
+        await eventually("the owner probes again", lambda: prober() == [("n1", "passing")])
+        await eventually("the others do not", lambda: not any(running(checker) for checker in others))
+    database.close()
