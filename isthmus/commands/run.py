@@ -27,6 +27,7 @@ _SETTINGS = {
     "tls_certificates": "tls.certificates",
     "admin_listen": "admin.listen",
     "gossip_listen": "gossip.listen",
+    "peering_listen": "peering.listen",
     "advertise": "gossip.advertise",
     "join": "gossip.join",
     "node": "node",
@@ -60,6 +61,11 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument(
         "--gossip-listen", metavar="HOST:PORT", help="where other nodes connect (127.0.0.1:8472)"
+    )
+    parser.add_argument(
+        "--peering-listen",
+        metavar="HOST:PORT",
+        help="where other nodes send requests for machines of this one",
     )
     parser.add_argument(
         "--advertise", metavar="HOST:PORT", help="gossip address to tell others, if not the one above"
