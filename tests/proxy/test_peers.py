@@ -555,7 +555,7 @@ async def test_machine_that_the_other_node_does_not_know_got_nothing(world: Worl
 
 
 async def test_proxy_header_reaches_the_machine_and_its_connection_is_not_kept(world: World) -> None:
-    near, _ = await near_and_far(world)
+    near, far = await near_and_far(world)
 
     async def behave(connection: Connection) -> None:
         line = await connection.read_until(b"\r\n")
@@ -571,7 +571,8 @@ async def test_proxy_header_reaches_the_machine_and_its_connection_is_not_kept(w
         assert (await client.get()).status == 200
     assert len(machine.connections) == 2
     assert near.peers == {"far": (2, 1, {})}
-    await wait_for(lambda: all(connection.closed for connection in machine.connections))
+    await wait_for(lambda: not far.server.peer_metrics.relaying)
+    assert not far.server._pool._idle
 
 
 async def test_slow_client_stops_the_machine_through_both_nodes(world: World) -> None:
