@@ -1,12 +1,13 @@
-"""The replicated tables of one node: those that routing reads, and those that its operator declared.
+"""The replicated tables of one node: those of isthmus itself, and those that its operator declared.
 
 Decides where the latter are kept: in the database itself, where `isthmus db schema apply` puts them in the
-transaction that makes them. Knows nothing of plans. Invariant: a schema that is returned has all of routing's
-tables, as routing reads them.
+transaction that makes them. Knows nothing of plans. Invariant: a schema that is returned has all of isthmus's
+tables, as routing and isthmus read them.
 """
 
 from __future__ import annotations
 
+import importlib.resources
 import sqlite3
 from contextlib import closing
 from typing import TYPE_CHECKING
@@ -23,19 +24,25 @@ BUSY_TIMEOUT_S = 10.0
 
 
 def combine_schema(declared: str) -> Schema:
-    """Return routing's tables and those of a schema file. Raises SchemaError, with the line of the file."""
+    """Return isthmus's tables and those of a schema file. Raises SchemaError, with the line of the file."""
     own = Schema.parse(declared)
-    routing = Schema.parse(load_schema_sql())
-    taken = routing.tables.keys() & (own.tables.keys() | {name for name, _ in own.dropped})
+    built_in = Schema.parse(load_built_in_sql())
+    taken = built_in.tables.keys() & (own.tables.keys() | {name for name, _ in own.dropped})
     for table in own.tables.values():
-        taken |= routing.tables.keys() & set(table.former_names)
+        taken |= built_in.tables.keys() & set(table.former_names)
     if taken:
         raise SchemaError(f"table {min(taken)} is one of isthmus's own")
-    return Schema.parse(f"{load_schema_sql()}\n;\n{declared}")
+    return Schema.parse(f"{load_built_in_sql()}\n;\n{declared}")
+
+
+def load_built_in_sql() -> str:
+    """Return the text of the tables that every node has: routing's, and those that isthmus adds."""
+    own = importlib.resources.files("isthmus").joinpath("schema.sql").read_text(encoding="utf-8")
+    return f"{load_schema_sql()}\n{own}"
 
 
 def load_schema(database: Path) -> Schema:
-    """Return the schema that a node opens its database with; that of a new one is routing's. Blocks."""
+    """Return the schema that a node opens its database with; that of a new one is isthmus's. Blocks."""
     if not database.exists():
         return combine_schema("")
     uri = f"{database.absolute().as_uri()}?mode=ro"

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 APP_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?")
 IDENTIFIER: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,62}[A-Za-z0-9])?")
 REGION_CODE: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?")
+# A tag, or the name of an image with one. It ends up in paths and commands: nothing in it leads upwards.
+RELEASE: Final = re.compile(r"[A-Za-z0-9](?!.*\.\.)[A-Za-z0-9._:/@+-]{0,254}")
 _LABEL: Final = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _LABELS: Final = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 _NUMERIC_LABEL: Final = re.compile(r"(?:[0-9]+|0x[0-9a-f]*)")
@@ -352,6 +354,7 @@ def _parse_machine(row: Row) -> MachineRow:
         since_ms=_integer(row[9], "since_ms", 0) if len(row) > 9 else 0,
         problem=_text(row[10], "problem", TEXT_CHARS_MAX) if len(row) > 10 else "",
         weight=_integer(row[11], "weight", 1, WEIGHT_MAX) if len(row) > 11 else WEIGHT_USUAL,
+        version=_integer(row[12], "version", 0) if len(row) > 12 else 0,
     )
 
 
@@ -365,7 +368,14 @@ def _parse_goal(row: Row) -> GoalRow:
         asked_by=_text(row[2], "asked_by"),
         reason=_text(row[3], "reason"),
         asked_ms=_integer(row[4], "asked_ms", 0),
+        version=_integer(row[5], "version", 0) if len(row) > 5 and row[5] is not None else None,
+        release=_release(row[6]) if len(row) > 6 else "",
     )
+
+
+def _release(value: SqlValue) -> str:
+    """Return what a release is called; empty for none."""
+    return "" if value == "" else _matching(value, "release", RELEASE)
 
 
 def _parse_check(row: Row) -> CheckRow:
@@ -407,8 +417,8 @@ TABLES: Final[dict[str, TableSpec]] = {
     "apps": TableSpec(3, 1, _parse_app),
     "hostnames": TableSpec(4, 2, _parse_hostname),
     "services": TableSpec(8, 2, _parse_service, added=1),
-    "machines": TableSpec(8, 1, _parse_machine, added=4),
-    "goals": TableSpec(5, 1, _parse_goal),
+    "machines": TableSpec(8, 1, _parse_machine, added=5),
+    "goals": TableSpec(5, 1, _parse_goal, added=2),
     "checks": TableSpec(6, 2, _parse_check, added=1),
     "loads": TableSpec(4, 2, _parse_load),
 }

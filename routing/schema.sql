@@ -63,7 +63,8 @@ CREATE TABLE machines (
     driver TEXT NOT NULL DEFAULT '',         -- what its node starts and stops it with; '': nothing does
     since_ms INTEGER NOT NULL DEFAULT 0,     -- when it came into its state
     problem TEXT NOT NULL DEFAULT '',        -- why it is not in the state that it should be in
-    weight INTEGER NOT NULL DEFAULT 100      -- 200: twice the requests of a machine with 100
+    weight INTEGER NOT NULL DEFAULT 100,     -- 200: twice the requests of a machine with 100
+    version INTEGER NOT NULL DEFAULT 0       -- of the release that its driver last started it with; 0: none
 );
 
 -- What somebody wants of a machine with a driver. Written by whoever wants it, carried out by its owner.
@@ -72,7 +73,9 @@ CREATE TABLE goals (
     state TEXT NOT NULL,                     -- started, stopped, suspended, draining
     asked_by TEXT NOT NULL DEFAULT '',       -- a node
     reason TEXT NOT NULL DEFAULT '',         -- command, request, load, idle
-    asked_ms INTEGER NOT NULL DEFAULT 0
+    asked_ms INTEGER NOT NULL DEFAULT 0,
+    version INTEGER,                         -- of the release that it is to run; NULL: whichever it has
+    release TEXT NOT NULL DEFAULT ''         -- what that release is called: a tag, an image
 );
 
 -- The last result of a probe, written when it changes.

@@ -85,6 +85,7 @@ class Target:
         "since_ms",
         "state",
         "trend",
+        "version",
         "warm_since",
         "watched",
         "weight",
@@ -106,6 +107,7 @@ class Target:
         self.since_ms: int
         self.problem: str
         self.weight: int
+        self.version: int  # of the release that its driver last started it with; 0: none
         self._take(row)
         self.checks: Mapping[str, CheckRow] = NO_CHECKS
         self.foreign = False  # another node owns it; set by the table
@@ -161,6 +163,7 @@ class Target:
             since_ms=self.since_ms,
             problem=self.problem,
             weight=self.weight,
+            version=self.version,
         )
 
     def _take(self, row: MachineRow) -> None:
@@ -174,6 +177,7 @@ class Target:
         self.since_ms = row.since_ms
         self.problem = row.problem
         self.weight = row.weight
+        self.version = row.version
 
     def update(self, row: MachineRow) -> None:
         """Take over a changed row of the same machine, except for app and region, which `attach` sets."""

@@ -122,6 +122,7 @@ class MachineRow:
     since_ms: int = 0
     problem: str = ""
     weight: int = WEIGHT_USUAL
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,8 @@ class GoalRow:
     asked_by: str
     reason: str
     asked_ms: int
+    version: int | None = None  # None: whichever it has
+    release: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
-"""A database with the routing tables that is replicated nowhere, and records what is asked of it."""
+"""A database with the tables of isthmus that is replicated nowhere, and records what is asked of it."""
 
 from __future__ import annotations
 
 import sqlite3
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from routing.catalog import load_schema_sql
+from isthmus.declared import load_built_in_sql
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,7 @@ class FakeDatabase:
 
     def __init__(self) -> None:
         self.connection = sqlite3.connect(":memory:", isolation_level=None)
-        self.connection.executescript(load_schema_sql())
+        self.connection.executescript(load_built_in_sql())
         self.transactions: list[list[Statement]] = []
         self.queries: list[str] = []
         self.failures: list[Exception] = []

@@ -46,11 +46,20 @@ _COLUMNS: dict[str, tuple[int, dict[str, SqlValue]]] = {
             "since_ms": 0,
             "problem": "",
             "weight": 100,
+            "version": 0,
         },
     ),
     "goals": (
         1,
-        {"machine": "m1", "state": "started", "asked_by": "n1", "reason": "command", "asked_ms": 0},
+        {
+            "machine": "m1",
+            "state": "started",
+            "asked_by": "n1",
+            "reason": "command",
+            "asked_ms": 0,
+            "version": None,
+            "release": "",
+        },
     ),
     "checks": (
         2,

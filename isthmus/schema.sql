@@ -1,0 +1,19 @@
+-- What isthmus itself keeps beside the routing table. No worker reads it. Times are milliseconds since the
+-- epoch.
+
+-- One deploy of an app, and how far it is. Written by the node that conducts it.
+CREATE TABLE releases (
+    app TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    created_ms INTEGER NOT NULL DEFAULT 0,
+    created_by TEXT NOT NULL DEFAULT '',     -- who asked for it
+    node TEXT NOT NULL DEFAULT '',           -- who conducts it
+    release TEXT NOT NULL DEFAULT '',        -- what is deployed: a tag, an image
+    strategy TEXT NOT NULL DEFAULT '',       -- rolling, canary, bluegreen
+    status TEXT NOT NULL DEFAULT '',         -- running, rolling back, complete, rolled back, failed, abandoned
+    problem TEXT NOT NULL DEFAULT '',        -- why it is not complete
+    finished_ms INTEGER NOT NULL DEFAULT 0,  -- 0: it goes on
+    machines TEXT NOT NULL DEFAULT '[]',     -- JSON list: those that serve once it is complete
+    course TEXT NOT NULL DEFAULT '{}',       -- JSON object: what is done in which order, and where it is
+    PRIMARY KEY (app, version)
+);
