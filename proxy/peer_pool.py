@@ -21,7 +21,7 @@ from .reach import ForbiddenError, resolve
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from routing.peering import Relay, Ways
     from routing.table import Service
@@ -115,7 +115,7 @@ class PeerPool:
                 self._probe(name, address)
         return address, way
 
-    def take(self, relays: list[Relay]) -> PeerUpstream | None:
+    def take(self, relays: Sequence[Relay]) -> PeerUpstream | None:
         """Return an idle connection to one of the nodes, the first of them if it can be."""
         for relay in relays:
             idle = self._idle.get(relay.node, [])
@@ -182,22 +182,22 @@ class PeerPool:
 
     # Connections to nodes
 
-    def find_relays(self, target: Target, passed: int) -> list[Relay]:
+    def find_relays(self, target: Target, passed: int) -> Sequence[Relay]:
         """Return the nodes to go through, those that did not answer last."""
         relays = self.ways.relays(target, passed)
         if len(relays) > 1:
-            relays.sort(key=lambda relay: self._nodes.knows(relay.node))
+            return sorted(relays, key=lambda relay: self._nodes.knows(relay.node))
         return relays
 
     def compute_deadline(self, timeout_s: float) -> float:
         """Return until when a node has to answer that may take so long to reach a machine."""
         return self._now() + timeout_s + ANSWER_SLACK_S
 
-    def begin_connecting(self, relays: list[Relay], through: _Through) -> None:
+    def begin_connecting(self, relays: Sequence[Relay], through: _Through) -> None:
         """Connect to the first of the nodes that answers, and begin a session there."""
         self._pool.run(self._begin(relays, through))
 
-    async def _begin(self, relays: list[Relay], through: _Through) -> None:
+    async def _begin(self, relays: Sequence[Relay], through: _Through) -> None:
         seeker = through.seeker
         error: OSError | ForbiddenError = OSError(0, "no node passes requests on to it")
         where = through.where

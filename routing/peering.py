@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Of one node: more is no description of a network but a list of machines.
 NETWORKS_MAX: Final = 64
-# Hosts whose answers are kept; emptied when full.
+# Hosts, and owners, whose answers are kept; emptied when full.
 _MEMO_MAX: Final = 65_536
 
 
@@ -79,7 +79,7 @@ def parse_networks(values: object) -> tuple[ipaddress.IPv4Network | ipaddress.IP
 class Ways:
     """What is known of all other nodes. The table calls `put`."""
 
-    __slots__ = ("_memo", "_nodes", "_own_node", "active")
+    __slots__ = ("_memo", "_nodes", "_own_node", "_relays", "active")
 
     def __init__(self, own_node: str) -> None:
         # Some node says something of itself; while none does, nobody has to ask anything here.
@@ -87,12 +87,14 @@ class Ways:
         self._own_node = own_node
         self._nodes: dict[str, tuple[str, Peering]] = {}  # by name, with the region
         self._memo: dict[tuple[str, str], Way] = {}  # by owner and host, where the app says nothing
+        self._relays: dict[tuple[str, str], tuple[Relay, ...]] = {}  # by owner and region
 
     def put(self, node: str, row: NodeRow | None) -> None:
         """Take over the row of a node, or that it has none."""
         if node == self._own_node:
             return
         self._memo.clear()
+        self._relays.clear()
         if row is None or row.peering is None:
             self._nodes.pop(node, None)
         else:
@@ -111,7 +113,7 @@ class Ways:
             if len(self._memo) >= _MEMO_MAX:
                 self._memo.clear()
             way = self._memo[key] = self._find(target)
-        if passed and (way is Way.AUTO or not self._nodes[target.node][1].host):
+        if passed and not (way is Way.NODE and self._nodes[target.node][1].host):
             return Way.DIRECT  # the node that was chosen to pass it on is the last one
         return way
 
@@ -140,18 +142,27 @@ class Ways:
         through = f"through node {relays[0].node}"
         return f"{through} while it cannot be connected to" if way is Way.AUTO else through
 
-    def relays(self, target: Target, passed: int = 0) -> list[Relay]:
+    def relays(self, target: Target, passed: int = 0) -> tuple[Relay, ...]:
         """Return the nodes to go through: the owner, then others in the machine's region.
 
         Once a node has passed a request on, only the owner is left: so no request goes round.
         """
+        key = target.node, "" if passed else target.region
+        found = self._relays.get(key)
+        if found is None:
+            if len(self._relays) >= _MEMO_MAX:
+                self._relays.clear()
+            found = self._relays[key] = self._find_relays(*key)
+        return found
+
+    def _find_relays(self, owner: str, of_region: str) -> tuple[Relay, ...]:
         found = [
             Relay(node, peering.host, peering.port)
             for node, (region, peering) in self._nodes.items()
-            if peering.host and (node == target.node or (region == target.region and not passed))
+            if peering.host and (node == owner or region == of_region)
         ]
-        found.sort(key=lambda relay: (relay.node != target.node, relay.node))
-        return found
+        found.sort(key=lambda relay: (relay.node != owner, relay.node))
+        return tuple(found)
 
 
 def parse_peering(text: str, parse_address: Callable[[str], tuple[str, int | None]]) -> Peering | None:

@@ -48,7 +48,7 @@ def test_loopback_of_another_node_is_reached_through_it(address: str) -> None:
     table = table_of(address)
     put_node(table, "n2", address="10.0.0.2:9")
     assert find(table) is Way.NODE
-    assert table.ways.relays(table.machine("m1")) == [Relay("n2", "10.0.0.2", 9)]
+    assert table.ways.relays(table.machine("m1")) == (Relay("n2", "10.0.0.2", 9),)
 
 
 def test_loopback_stays_direct_when_its_owner_passes_nothing_on() -> None:
@@ -97,6 +97,14 @@ def test_a_node_passes_on_by_itself_what_its_owner_takes_nowhere() -> None:
     assert find(table, passed=1) is Way.DIRECT
 
 
+def test_a_node_passes_on_by_itself_what_an_owner_that_says_nothing_has() -> None:
+    table = table_of("10.1.2.3:80")
+    put_node(table, "n3", address="10.0.0.3:9")
+    assert find(table, Way.NODE) is Way.NODE
+    assert names(table) == ["n3"]
+    assert find(table, Way.NODE, passed=1) is Way.DIRECT
+
+
 def test_owner_is_the_first_relay_and_the_region_of_the_machine_has_the_others() -> None:
     table = table_of("10.1.2.3:80", region="gru")
     put_node(table, "n4", "gru", address="10.0.0.4:9")
@@ -106,6 +114,8 @@ def test_owner_is_the_first_relay_and_the_region_of_the_machine_has_the_others()
     put_node(table, "n1", "gru", address="10.0.0.1:9")
     assert names(table) == ["n2", "n3", "n4"]
     assert names(table, passed=1) == ["n2"]
+    drop(table, "nodes", id="n2")
+    assert names(table) == ["n3", "n4"]
 
 
 @pytest.mark.parametrize(
