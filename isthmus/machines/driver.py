@@ -21,6 +21,7 @@ class Machine(NamedTuple):
     region: str
     host: str
     port: int | None
+    release: str = ""  # what its next start is to run; empty: whatever it has
 
 
 class Driver(Protocol):

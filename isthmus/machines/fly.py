@@ -34,7 +34,12 @@ class FlyDriver:
         self._base = (config.url or FLY_API).rstrip("/")
 
     async def start(self, machine: Machine) -> None:
-        """Start or resume it."""
+        """Start or resume it; with another image first, if it is to have one. That starts it too."""
+        if machine.release:
+            config = (await self._call("GET", machine, "")).get("config")
+            if isinstance(config, dict) and config.get("image") != machine.release:
+                await self._call("POST", machine, "", {"config": {**config, "image": machine.release}})
+                return
         await self._call("POST", machine, "start")
 
     async def stop(self, machine: Machine) -> None:
@@ -72,14 +77,17 @@ class FlyDriver:
         except TimeoutError:
             raise DriverError(f"it was not {state} within {self._config.timeout_ms} ms") from None
 
-    async def _call(self, method: str, machine: Machine, action: str) -> dict[str, Any]:
+    async def _call(
+        self, method: str, machine: Machine, action: str, body: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         app = self._config.app or machine.app
         path = f"/v1/apps/{quote(app, safe='')}/machines/{quote(machine.id, safe='')}"
         url = f"{self._base}{path}/{action}".rstrip("/")
+        payload = b"" if body is None else orjson.dumps(body)
         headers = {"Authorization": f"Bearer {self._config.token}", "Content-Type": "application/json"}
-        status, answer = await ask(method, url, self._config.timeout_ms, b"", headers)
+        status, answer = await ask(method, url, self._config.timeout_ms, payload, headers)
         if not 200 <= status < 300:
-            what = action or "a look at it"
+            what = action or ("a look at it" if body is None else "another image")
             raise DriverError(f"the Machines API answers {what} with {explain_refusal(status, answer)}")
         try:
             found = orjson.loads(answer or b"{}")

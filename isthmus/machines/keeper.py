@@ -40,7 +40,9 @@ METRICS: Final[Mapping[str, tuple[str, str]]] = {
 TICK_S: Final = 0.1
 RETRY_WRITE_S: Final = 1.0
 
-_WRITE: Final = "UPDATE machines SET state = ?, since_ms = ?, problem = ? WHERE id = ? AND node = ?"
+_WRITE: Final = (
+    "UPDATE machines SET state = ?, since_ms = ?, problem = ?, version = ? WHERE id = ? AND node = ?"
+)
 _RESTING: Final = frozenset((MachineState.STOPPED, MachineState.SUSPENDED))
 
 
@@ -134,10 +136,12 @@ class Keeper:
                 if kept is not None:
                     self._leave(self._kept.pop(machine))
             elif kept is None or kept.driver is not driver:
-                self._kept[machine] = Kept(_describe(self._table, target), driver, target.state, self._now())
+                described = _describe(self._table, target)
+                self._kept[machine] = Kept(described, driver, target.state, self._now(), target.version)
             else:
-                kept.machine = _describe(self._table, target)
-                if (target.state, target.problem) != kept.written:
+                release = kept.machine.release
+                kept.machine = _describe(self._table, target)._replace(release=release)
+                if (target.state, target.problem, target.version) != kept.written:
                     kept.written = None  # somebody else has written the row: it is put right
 
     def _leave(self, kept: Kept) -> None:
@@ -185,9 +189,9 @@ class Keeper:
         for kept in self._kept.values():
             if self._load(kept):
                 kept.busy_at = now
-            if kept.task is None and now >= kept.not_before:
+            if kept.task is None and (now >= kept.not_before or self._is_outdated(kept)):
                 self._advance(kept, now)
-        if self._writing is None and any(k.written != (k.state, k.problem) for k in self._kept.values()):
+        if self._writing is None and any(kept.written != kept.says for kept in self._kept.values()):
             self._writing = self._spawn(self._write_states())
 
     def _advance(self, kept: Kept, now: float) -> None:
@@ -199,6 +203,8 @@ class Keeper:
             if self._goal(kept) is MachineState.STARTED:
                 self._goals.put(kept.machine.id, MachineState.STOPPED, "ended")
             return
+        if kept.state is MachineState.STOPPED:
+            self._take_release(kept)
         settings = self._settings
         step = plan_step(
             self._goal(kept),
@@ -253,8 +259,23 @@ class Keeper:
         """Return what it is to be; a machine without a goal is to stay as it is."""
         goal = self._goals.find(kept.machine.id)
         if goal is not None:
-            return goal.state
+            # What runs another release has to be stopped, whatever it is to be then.
+            return MachineState.STOPPED if self._is_outdated(kept) else goal.state
         return MachineState.STARTED if kept.state is MachineState.STARTING else kept.state
+
+    def _is_outdated(self, kept: Kept) -> bool:
+        """True when it is to run another release than it does."""
+        goal = self._goals.find(kept.machine.id)
+        return goal is not None and goal.version not in {None, kept.version}
+
+    def _take_release(self, kept: Kept) -> None:
+        """Have its next start be that of the release which it is to run; what failed was another one."""
+        goal = self._goals.find(kept.machine.id)
+        if goal is None or goal.version is None:
+            return
+        if goal.version != kept.version:
+            kept.version, kept.failures, kept.problem, kept.not_before = goal.version, 0, "", self._now()
+        kept.machine = kept.machine._replace(release=goal.release)
 
     def _load(self, kept: Kept) -> int:
         target = self._table.machine(kept.machine.id)
@@ -266,12 +287,12 @@ class Keeper:
         try:
             now, now_ms = self._now(), self._clock_ms()
             statements: list[Statement] = []
-            writing = [kept for kept in self._kept.values() if kept.written != (kept.state, kept.problem)]
-            says = [(kept, (kept.state, kept.problem)) for kept in writing]
+            writing = [kept for kept in self._kept.values() if kept.written != kept.says]
+            says = [(kept, kept.says) for kept in writing]
             for kept in writing:
                 since_ms = now_ms - int((now - kept.since) * 1000)
-                row = (kept.state.value, since_ms, kept.problem, kept.machine.id, self._node)
-                statements.append((_WRITE, row))
+                says_now = (kept.state.value, since_ms, kept.problem, kept.version)
+                statements.append((_WRITE, (*says_now, kept.machine.id, self._node)))
             if statements:
                 await self._database.execute(statements)
             for kept, said in says:

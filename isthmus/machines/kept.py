@@ -34,20 +34,28 @@ class Kept:
     `task` is set while a step is under way, `found` once the driver was asked what is true.
     """
 
-    def __init__(self, machine: Machine, driver: Driver, state: MachineState, now: float) -> None:
+    def __init__(
+        self, machine: Machine, driver: Driver, state: MachineState, now: float, version: int = 0
+    ) -> None:
         self.machine = machine
         self.driver = driver
         self.state = state
         self.since = now  # of the state
         self.problem = ""
+        self.version = version  # of the release that it was last started with
         self.found = False
         self.task: asyncio.Task[None] | None = None
         self.busy_at = now  # when it last had something in flight
         self.failures = 0  # in a row
         self.not_before = now  # after a failure
         self.next_poll = now
-        self.written: tuple[MachineState, str] | None = None
+        self.written: tuple[MachineState, str, int] | None = None
         self.wants_down = False  # it has ended, and is not to be started again
+
+    @property
+    def says(self) -> tuple[MachineState, str, int]:
+        """What its row should say."""
+        return self.state, self.problem, self.version
 
     def come(self, state: MachineState, now: float, problem: str = "") -> None:
         """Be in a state."""

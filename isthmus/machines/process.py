@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 LOOK_S: Final = 0.02
 _ENDED: Final = frozenset((b"Z", b"X"))
 _STOPPED: Final = b"T"
+# In a command or directory of the configuration it stands for what is deployed.
+RELEASE_MARK: Final = "{release}"
 # After SIGKILL; only one that hangs in the kernel takes longer.
 GONE_S: Final = 5.0
 
@@ -128,6 +130,7 @@ class ProcessDriver:
         config = self.configs.get(machine.id)
         if config is None:
             raise DriverError("this node's configuration has no command for it")
+        config = _fill_in(config, machine)
         output = Output(machine.id, self._directory / f"{machine.id}.out")
         try:
             output.open()
@@ -222,6 +225,8 @@ def _spawn(config: MachineConfig, machine: Machine, output: Output) -> subproces
     about = {"FLY_APP_NAME": machine.app, "FLY_MACHINE_ID": machine.id, "FLY_REGION": machine.region}
     if machine.port is not None:
         about["PORT"] = str(machine.port)
+    if machine.release:
+        about["RELEASE"] = machine.release
     writer = output.open_for_machine()
     try:
         return subprocess.Popen(  # noqa: S603 — from this node's own configuration file
@@ -235,3 +240,21 @@ def _spawn(config: MachineConfig, machine: Machine, output: Output) -> subproces
         )
     finally:
         os.close(writer)
+
+
+def _fill_in(config: MachineConfig, machine: Machine) -> MachineConfig:
+    """Put the release of a machine where the configuration wants it.
+
+    Who may write to the table chooses among what is there below that place, and cannot leave it.
+    """
+    if not any(RELEASE_MARK in text for text in (*config.command, config.directory)):
+        return config
+    if not machine.release:
+        raise DriverError(f"its command wants a release: `isthmus deploy {machine.app} TAG` gives it one")
+    if "/" in machine.release:
+        raise DriverError(f"`{machine.release}` is no release for processes of a node: it has a /")
+    return msgspec.structs.replace(
+        config,
+        command=tuple(text.replace(RELEASE_MARK, machine.release) for text in config.command),
+        directory=config.directory.replace(RELEASE_MARK, machine.release),
+    )

@@ -50,7 +50,7 @@ def explain_refusal(status: int, answer: bytes) -> str:
 
 
 class WebhookDriver:
-    """Posts `{"action", "machine", "app", "region", "address", "node"}` for start, stop and suspend.
+    """Posts `{"action", "machine", "app", "region", "address", "node", "release"}`: start, stop, suspend.
 
     2xx: it is done, or will be. 501 to a suspend: stop it in place of that. Anything else is a failure.
     """
@@ -94,6 +94,7 @@ class WebhookDriver:
                 "region": machine.region,
                 "address": address,
                 "node": self._node,
+                "release": machine.release,
             }
         )
         at_s = int(time.time())

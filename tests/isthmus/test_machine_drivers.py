@@ -7,6 +7,7 @@ import hmac
 import time
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 from aiohttp import web
 
@@ -31,6 +32,7 @@ class Fake:
         self.states: dict[str, str] = {}  # of machines, at the Machines API
         self.slow: dict[str, int] = {}  # looks until a machine is in its state
         self.url = ""
+        self.config: dict[str, Any] = {"image": "web:1", "env": {"A": "b"}}  # of the machine, at the API
 
     async def handle(self, request: web.Request) -> web.Response:
         self.asked.append((request.method, request.path, request.headers, await request.read()))
@@ -48,7 +50,10 @@ class Fake:
             if self.slow.get(machine, 0) > 0:
                 self.slow[machine] -= 1
                 return web.json_response({"id": machine, "state": "stopping"})
-            return web.json_response({"id": machine, "state": self.states[machine]})
+            if request.method == "POST":
+                self.config = orjson.loads(self.asked[-1][3])["config"]
+                self.states[machine] = "started"
+            return web.json_response({"id": machine, "state": self.states[machine], "config": self.config})
         if self.status != 200:
             return web.json_response({"error": self.text}, status=self.status)
         self.states[machine] = {"start": "started", "stop": "stopped", "suspend": "suspended"}[action[0]]
@@ -91,7 +96,8 @@ async def test_webhook_gets_a_signed_post_that_says_what_to_do(fake: Fake) -> No
     assert fake.lines == ["POST /hook"] * 3
     _, _, headers, body = fake.asked[0]
     assert body == (
-        b'{"action":"start","machine":"m1","app":"web","region":"ams","address":"10.0.0.1:80","node":"n1"}'
+        b'{"action":"start","machine":"m1","app":"web","region":"ams","address":"10.0.0.1:80","node":"n1",'
+        b'"release":""}'
     )
     at_s = headers["isthmus-timestamp"]
     assert abs(time.time() - int(at_s)) < 60
@@ -196,3 +202,13 @@ async def test_api_that_answers_with_no_json_is_a_failure(fake: Fake) -> None:
     driver = FlyDriver(DriverConfig(type="fly", url=f"{fake.url}/hook?", token="t"))
     with pytest.raises(DriverError, match="not JSON"):
         await driver.is_running(MACHINE)
+
+
+async def test_machines_api_is_told_of_another_image_only_where_it_is_another(fake: Fake) -> None:
+    driver = fly(fake)
+    fake.states["m1"] = "stopped"
+    await driver.start(MACHINE._replace(release="web:1"))
+    assert fake.lines[-1] == "POST /v1/apps/web/machines/m1/start"
+    await driver.start(MACHINE._replace(release="web:2"))
+    assert fake.lines[-1] == "POST /v1/apps/web/machines/m1"
+    assert fake.config == {"image": "web:2", "env": {"A": "b"}}

@@ -14,6 +14,7 @@ from isthmus.machines.driver import DriverError, Machine
 from isthmus.machines.goals import Goals
 from isthmus.machines.keeper import Keeper
 from isthmus.machines.scaler import Scaler
+from routing.types import MachineState
 from tests.fakes.table import TableDatabase
 from tests.isthmus.waiting import eventually
 
@@ -30,12 +31,14 @@ class FakeDriver:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.releases: list[str] = []  # of each start
         self.running: dict[str, bool | None] = {}
         self.failures: list[DriverError] = []
         self.again = True
 
     async def start(self, machine: Machine) -> None:
         self._call("start", machine)
+        self.releases.append(machine.release)
         self.running[machine.id] = True
 
     async def stop(self, machine: Machine) -> None:
@@ -132,6 +135,12 @@ class World:
         self.database.put("loads", machine=machine, node=node, in_flight=count)
         self.database.table.set_present(sorted(self.present))
 
+    def release(self, version: int, release: str = "", state: str = "started") -> None:
+        self.database.put("goals", machine="m1", state=state, version=version, release=release)
+
+    def version(self) -> int:
+        return int(self.database.rows("SELECT version FROM machines WHERE id = 'm1'")[0][0])
+
     def state(self, machine: str = "m1") -> str:
         return str(self.database.rows("SELECT state FROM machines WHERE id = ?", machine)[0][0])
 
@@ -203,6 +212,58 @@ async def test_goal_that_changes_is_followed_at_any_time(world: World) -> None:
     await world.settle("started")
     calls = ["start m1", "stop m1", "start m1", "suspend m1", "start m1"]
     assert world.driver.calls == calls
+
+
+async def test_machine_that_is_to_run_another_release_is_drained_stopped_and_started_with_it(
+    world: World,
+) -> None:
+    world.machine(goal="started")
+    world.load(1)
+    await world.start(drain_ms=60_000)
+    await world.settle("started")
+    world.release(2, "v2")
+    await world.settle("draining")
+    assert world.version() == 0
+    world.load(0)
+    world.keeper._kept["m1"].since -= 10.0
+    await eventually("the new release", lambda: (world.state(), world.version()) == ("started", 2))
+    assert world.driver.calls == ["start m1", "stop m1", "start m1"]
+    assert world.driver.releases == ["", "v2"]
+
+
+async def test_release_is_taken_up_without_a_start_by_what_rests(world: World) -> None:
+    world.machine(goal="stopped")
+    await world.start()
+    world.release(2, "v2", "stopped")
+    await eventually("the version", lambda: world.version() == 2)
+    world.release(2, "v2", "suspended")
+    assert world.driver.calls == []
+
+
+async def test_memory_of_an_old_release_is_not_woken(world: World) -> None:
+    world.machine(goal="suspended", state="suspended")
+    await world.start()
+    world.release(2, "v2", "started")
+    await eventually("the new release", lambda: (world.state(), world.version()) == ("started", 2))
+    assert world.driver.calls == ["stop m1", "start m1"]
+
+
+async def test_release_that_does_not_start_is_left_without_its_pause(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.machines.life.RETRY_S_FIRST", 3_600.0)
+    monkeypatch.setattr("isthmus.machines.life.RETRY_S_MAX", 3_600.0)
+    world.machine(goal="started")
+    await world.start()
+    await world.settle("started")
+    world.driver.failures = [DriverError("no such image")]
+    world.keeper._kept["m1"].state = MachineState.STOPPED
+    world.release(2, "v2")
+    await eventually("the failure", lambda: world.problem() == "no such image")
+    assert (world.state(), world.version()) == ("stopped", 2)
+    world.release(1, "v1")
+    await eventually("the old release", lambda: (world.state(), world.version()) == ("started", 1))
+    assert world.problem() == ""
 
 
 async def test_machine_is_drained_of_what_all_nodes_have_there_before_it_is_stopped(world: World) -> None:

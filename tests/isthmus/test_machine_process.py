@@ -70,6 +70,21 @@ async def test_command_runs_with_its_variables_and_what_it_says_is_logged(
     assert not is_there(pid)
 
 
+async def test_command_has_the_release_where_it_wants_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with driving(tmp_path, "echo {release} $RELEASE; exec sleep 60") as driver:
+        for machine, problem in (
+            (MACHINE, "wants a release"),
+            (MACHINE._replace(release="../v2"), "it has a /"),
+        ):
+            with pytest.raises(DriverError, match=problem):
+                await driver.start(machine)
+        await driver.start(MACHINE._replace(release="v2"))
+        await eventually("its output", lambda: said(caplog) == ["v2 v2"])
+
+
 async def test_stop_reaches_all_that_it_has_started(tmp_path: Path) -> None:
     async with driving(tmp_path, f"sleep 60 & echo $! > {tmp_path}/child; wait") as driver:
         await driver.start(MACHINE)
