@@ -372,14 +372,20 @@ class Balancer:
 
     def _plan(self, service: Service, regions: tuple[str, ...]) -> tuple[Bucket, ...]:
         """Return the tiers to look through, in order; cached until regions of the app come or go."""
-        plans = service.owner.plans
+        app = service.owner
+        if not regions and app.home_region == self._region:
+            return app.home
         # A table may serve several balancers, so our region is part of the key.
-        key = (self._region, regions) if regions else self._region
-        plan = plans.get(key)
+        key = (self._region, regions)
+        plan = app.plans.get(key)
         if plan is None:
-            if len(plans) >= PLANS_MAX:
-                plans.clear()
-            plan = plans[key] = self._compute_plan(service.owner.buckets, regions or ("any",))
+            plan = self._compute_plan(app.buckets, regions or ("any",))
+            if not regions and not app.home_region:
+                app.home_region, app.home = self._region, plan
+            elif 0 < len(app.plans) < PLANS_MAX:
+                app.plans[key] = plan
+            else:
+                app.plans = {key: plan}
         return plan
 
     def _compute_plan(self, buckets: dict[str, Bucket], regions: tuple[str, ...]) -> tuple[Bucket, ...]:

@@ -50,18 +50,32 @@ MACHINES: Final = "machines"
 TREND_STEP: Final = 0.02
 
 
+# Stands for the orders of an app that nobody has asked for; nothing is put in.
+_NO_PLANS: Final[dict[object, tuple[Bucket, ...]]] = {}
+
+
 class App:
     """What is known under one app name, with or without its row."""
 
-    __slots__ = ("buckets", "name", "plans", "row", "services")
+    __slots__ = ("buckets", "home", "home_region", "name", "only", "plans", "row", "services")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.row: AppRow | None = None  # None while only other rows speak of it; then nothing routes to it
         self.services: dict[int, Service] = {}  # by public port
         self.buckets: dict[str, Bucket] = {}  # by region; only regions with machines
-        # Orders of buckets as balancers worked them out; emptied when a region comes, goes or moves.
-        self.plans: dict[object, tuple[Bucket, ...]] = {}
+        # Set where it is all of `services` and takes any port: one look less into memory for most requests.
+        self.only: Service | None = None
+        # Orders of buckets as balancers worked them out: that of the first region that asked, for requests
+        # that say nothing of regions, and all others. Emptied when a region comes, goes or moves.
+        self.home: tuple[Bucket, ...] = ()
+        self.home_region = ""
+        self.plans: dict[object, tuple[Bucket, ...]] = _NO_PLANS
+
+    def forget_plans(self) -> None:
+        """Forget in which order to look through regions."""
+        self.home_region = ""
+        self.plans = _NO_PLANS
 
     def is_unused(self) -> bool:
         """True when no row speaks of this app any more."""
@@ -314,6 +328,7 @@ class RoutingTable:
             app.services[port].update(new)
         else:
             app.services[port] = Service(new, app)
+        app.only = app.services.get(ANY_PORT) if len(app.services) == 1 else None
 
     def _index_region(self, code: str, new: Entity | None) -> None:
         if isinstance(new, RegionRow):
@@ -325,7 +340,7 @@ class RoutingTable:
     def _forget_orders(self) -> None:
         # Rare, and the only change that is O(apps): all orders of distance may be wrong now.
         for app in self._apps.values():
-            app.plans.clear()
+            app.forget_plans()
 
     def _index_machine(self, machine: str, old: Entity | None, new: Entity | None) -> None:
         self._count_region(old, new)
@@ -357,7 +372,7 @@ class RoutingTable:
         bucket = app.buckets.get(region)
         if bucket is None:
             bucket = app.buckets[region] = Bucket(region)
-            app.plans.clear()
+            app.forget_plans()
         target.attach(app.name, bucket)
 
     def _detach(self, target: Target) -> None:
@@ -365,7 +380,7 @@ class RoutingTable:
         target.detach()
         if bucket is not None and not bucket:
             del app.buckets[bucket.region]
-            app.plans.clear()
+            app.forget_plans()
             self._forget_if_unused(app)
 
     def _index_check(self, machine: str, name: str, new: Entity | None) -> None:
@@ -446,6 +461,8 @@ class RoutingTable:
         entry = self._apps.get(app)
         if entry is None or entry.row is None:
             return None
+        if entry.only is not None:
+            return entry.only
         services = entry.services
         return services.get(port) or services.get(ANY_PORT)
 
