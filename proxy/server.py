@@ -103,7 +103,6 @@ class Server:
         host: str = "127.0.0.1",
         port: int = 0,
         *,
-        reuse_port: bool = False,
         sock: socket.socket | None = None,
         public_port: int | None = None,
         https_port: int = HTTPS_PORT,
@@ -143,7 +142,7 @@ class Server:
             )
         else:
             self._listener = await loop.create_server(
-                accept, host, port, backlog=_BACKLOG, reuse_port=reuse_port or None, start_serving=False
+                accept, host, port, backlog=_BACKLOG, start_serving=False
             )
         self._sockets = [_duplicate(listening) for listening in self._listener.sockets]
         self.port = self._sockets[0].getsockname()[1]
