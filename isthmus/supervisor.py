@@ -425,10 +425,13 @@ class Supervisor:
             started = child.stands_by if child.role == "agent" else child.ready
             problem = problem or await self._await_start(child, started)
         if problem:
-            for child in self._candidates:
-                child.is_retiring = True
-                child.send_signal(signal.SIGKILL)
-            self._candidates = []
+            given_up, self._candidates = self._candidates, []
+            self._leaving += given_up
+            for child in given_up:
+                # A worker that serves has connections by now, which are no worse than others.
+                self._retire(child, fresh.proxy.upgrade_drain_ms / 1000 if child.ready.is_set() else 0.0)
+                if not child.ready.is_set():
+                    child.send_signal(signal.SIGKILL)
             claimed.close(self._claim)
         return problem
 
@@ -446,6 +449,8 @@ class Supervisor:
         for child in self._children:
             child.trial = None
         self._leaving += former
+        for child in former:
+            child.is_retiring = True
         # Two agents on one database would not do: the new one starts when the old one has ended.
         self._retire(former[0], 0.0)
         if former[0].process is not None:

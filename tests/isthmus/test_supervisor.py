@@ -163,12 +163,37 @@ async def test_successors_that_do_not_come_up_are_given_up(
         assert problem == "agent dies when it starts; its log above says why"
         assert [child.process.pid for child in node.supervisor._children] == before
         assert not node.supervisor._candidates
+        await eventually("nobody else is left", lambda: not node.supervisor._leaving)
         # And then a good one takes over from those that went on.
         await node.supervisor._succeed()
         lifecycle = (await ask(node.info.admin, "/v1/status"))["lifecycle"]
         assert (lifecycle["generation"], lifecycle["upgrade_problem"]) == (2, "")
         after = [child.process.pid for child in node.supervisor._children]
         assert not set(before) & set(after)
+
+
+async def test_worker_of_successors_that_are_given_up_ends_what_it_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(config(tmp_path, workers=1)) as node:
+        supervisor = node.supervisor
+        waited: list[Any] = []
+
+        async def refuse(child: Any, started: asyncio.Event) -> str:
+            """Let the worker serve, and then find the agent wanting."""
+            await eventually("it starts", started.is_set)
+            waited.append(child)
+            return "the agent is no good" if child.role == "agent" else ""
+
+        async with supervisor._changing:
+            with monkeypatch.context() as patch:
+                patch.setattr(supervisor, "_await_start", refuse)
+                patch.setattr(supervisor_module, "_wanted", lambda _: [("worker", 0), ("agent", 0)])
+                assert await supervisor._try_candidates() == "the agent is no good"
+        worker, agent = waited
+        await eventually("they are gone", lambda: not supervisor._leaving)
+        assert (worker.process, agent.process) == (None, None)
+        assert (await ask(node.info.admin, "/v1/status"))["lifecycle"]["generation"] == 1
 
 
 async def test_refusal_of_a_child_ends_the_node_with_its_sentence(tmp_path: Path) -> None:
