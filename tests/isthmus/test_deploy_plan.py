@@ -1,0 +1,57 @@
+"""In which batches machines give way."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.deploys.plan import Batch, Strategy, compute_batch_size, plan_batches
+
+ROLLING, CANARY, BLUEGREEN = Strategy.ROLLING, Strategy.CANARY, Strategy.BLUEGREEN
+
+
+def shown(batches: tuple[Batch, ...]) -> list[str]:
+    return [f"{''.join(batch.old)}>{''.join(batch.new)}" for batch in batches]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "old", "new", "max_unavailable", "expected"),
+    [
+        (ROLLING, "abc", "xyz", 0.33, ["a>x", "b>y", "c>z"]),
+        (ROLLING, "abcdef", "abcdef", 0.34, ["ab>ab", "cd>cd", "ef>ef"]),
+        (ROLLING, "abcde", "abcde", 2, ["ab>ab", "cd>cd", "e>e"]),
+        (ROLLING, "a", "xyz", 1, [">x", ">y", "a>z"]),
+        (ROLLING, "abc", "x", 1, ["abc>x"]),
+        (ROLLING, "", "x", 1, [">x"]),
+        (CANARY, "abcd", "abcd", 0.99, ["a>a", "bcd>bcd"]),
+        (CANARY, "a", "a", 1, ["a>a"]),
+        (CANARY, "abcd", "wxyz", 2, ["a>w", "bc>xy", "d>z"]),
+        (BLUEGREEN, "abc", "xyz", 1, ["abc>xyz"]),
+    ],
+)
+def test_batches(strategy: Strategy, old: str, new: str, max_unavailable: float, expected: list[str]) -> None:
+    assert shown(plan_batches(strategy, old, new, max_unavailable)) == expected
+
+
+@pytest.mark.parametrize(
+    ("machines", "max_unavailable", "size"), [(3, 0.33, 1), (9, 0.33, 2), (9, 4, 4), (2, 4, 2), (1, 0.0, 1)]
+)
+def test_share_is_rounded_down_and_never_none(machines: int, max_unavailable: float, size: int) -> None:
+    assert compute_batch_size(machines, max_unavailable) == size
+
+
+@given(
+    st.sampled_from(Strategy), st.integers(0, 30), st.integers(1, 30), st.floats(0.01, 40.0, allow_nan=False)
+)
+def test_each_machine_is_in_one_batch_and_old_ones_never_go_ahead(
+    strategy: Strategy, old_count: int, new_count: int, max_unavailable: float
+) -> None:
+    old, new = [f"o{i}" for i in range(old_count)], [f"n{i}" for i in range(new_count)]
+    batches = plan_batches(strategy, old, new, max_unavailable)
+    assert [machine for batch in batches for machine in batch.old] == old
+    assert [machine for batch in batches for machine in batch.new] == new
+    gone = come = 0
+    for batch in batches:
+        gone, come = gone + len(batch.old), come + len(batch.new)
+        assert gone * new_count <= come * old_count
