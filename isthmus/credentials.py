@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isthmus.config import ConfigError, decode_key
+from proxy.core.explain_proof import derive_key
 from replication.seal import KEYS_MAX
 from replication.tls import StreamTls, TlsError, TlsFiles
 
@@ -102,6 +103,12 @@ def read_ring(config: GossipConfig) -> tuple[bytes, ...]:
 def compute_id(key: bytes) -> str:
     """Return a short name for a key that tells nothing of it."""
     return hashlib.sha256(b"isthmus key id" + key).hexdigest()[:8]
+
+
+def compute_explain_keys(ring: tuple[bytes, ...], token: str) -> tuple[bytes, ...]:
+    """Return the keys by which requests are explained: those of the cluster, else that of the admin API."""
+    secrets = ring or ((token.encode(),) if token else ())
+    return tuple(derive_key(secret) for secret in secrets)
 
 
 def read_keys(file: Path) -> tuple[bytes, ...]:

@@ -53,6 +53,11 @@ class PeerIdentity:
         except TlsError as error:
             raise ConfigError(str(error)) from None
 
+    @property
+    def keys(self) -> tuple[bytes, ...]:
+        """The keys of the ring, as they were read last."""
+        return self._keys
+
     def contexts(self) -> tuple[ssl.SSLContext, ssl.SSLContext] | None:
         """Return what to speak as the one connected to and as the one who connects; None: in the clear.
 

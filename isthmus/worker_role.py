@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from isthmus import __version__
 from isthmus.config import Config, ConfigError, parse_listen
+from isthmus.credentials import compute_explain_keys
 from isthmus.feed import FeedFollower
 from isthmus.peer_identity import PeerIdentity
 from isthmus.role import RefusedError
@@ -183,6 +184,7 @@ class WorkerRole:
     async def start(self) -> dict[str, str]:
         """Load the table from the file, begin to follow, and serve."""
         raise_files_limit()
+        self._explain_to_operators()
         self._follower.seq = self._routes.load()
         self._tasks.append(asyncio.create_task(self._follower.run()))
         tls = self._config.tls
@@ -214,6 +216,10 @@ class WorkerRole:
     def _refresh_identity(self) -> None:
         if self._identity.refresh():
             self._server.recheck_peers()
+        self._explain_to_operators()
+
+    def _explain_to_operators(self) -> None:
+        self._server.explain_to(compute_explain_keys(self._identity.keys, self._config.admin.token))
 
     def _load_certificates(self) -> Certificates:
         # Importing here keeps cryptography, 10 MB, out of workers without TLS.
@@ -239,8 +245,8 @@ class WorkerRole:
         if self._certificates is not None:
             self._certificates.adopt(config.tls.certificates)
         self._identity.adopt(config.gossip)
-        self._refresh_identity()
         self._config, old, self._access_log = config, self._access_log, log
+        self._refresh_identity()
         if old is not None and old is not log:
             await asyncio.to_thread(old.close)
 

@@ -32,6 +32,8 @@ from .core.errors import (
     render_error,
 )
 from .core.exchange import Exchange
+from .core.explain_proof import take_proof
+from .core.explained_exchange import ExplainedExchange
 from .core.forwarding import INSECURE, read_client
 from .core.framing import Body, BodyError, BodyTooLargeError, ChunkedBody, Data, FixedBody
 from .core.logged_exchange import LoggedExchange, describe_refusal
@@ -434,6 +436,7 @@ class Downstream(asyncio.Protocol, Client):
         service = self._find_service(head)
         if service is None:
             return
+        make = self._exchange_type if head.routing is None else self._find_type(head)
         want = ANYWHERE if head.routing is None else take_wishes(head, service, plane.settings)
         forwarded = self._forwarded
         if self._trusted and head.forwarded is not None:
@@ -442,7 +445,6 @@ class Downstream(asyncio.Protocol, Client):
             return
         if head.minor == 0:
             forwarded = forwarded.replace(b"Via: 1.1 ", b"Via: 1.0 ")
-        make = self._exchange_type
         if make is None:
             exchange = Exchange(plane, self, head, service, want, forwarded)
         else:
@@ -453,6 +455,11 @@ class Downstream(asyncio.Protocol, Client):
             exchange.start(b"", ended=True)
         else:
             self._start_with_body(exchange, self._body)
+
+    def _find_type(self, head: RequestHead) -> type[Exchange] | None:
+        plane = self._plane
+        is_proved = take_proof(head, plane.explain_keys, plane.wall_us() // 1_000_000)
+        return ExplainedExchange if is_proved else self._exchange_type
 
     def _find_service(self, head: RequestHead) -> Service | None:
         """Return who serves the request; None when nobody does, and that was answered."""

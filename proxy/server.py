@@ -79,6 +79,7 @@ class Server:
         self._logs = [] if access_log is None else [access_log]
         self._starter = starter
         self._tracers = [] if tracer is None else [tracer]
+        self._explain_keys: tuple[bytes, ...] = ()
         self._clients: set[Downstream] = set()
         self._announcing: set[AnnouncedConnection] = set()  # accepted, and not yet told whose they are
         self._relays: set[TcpClient] = set()
@@ -134,6 +135,7 @@ class Server:
             tracer=self._tracers[0] if self._tracers else None,
             body_kept_max=self._settings.replay_body_bytes_max,
         )
+        plane.explain_keys = self._explain_keys
         admission.watch(plane, pool.close_idle)
         accept = self._accept
         if sock is not None:
@@ -216,6 +218,12 @@ class Server:
             self._pool.peers.recheck()
         if self._peer_listener is not None:
             self._peer_listener.recheck()
+
+    def explain_to(self, keys: tuple[bytes, ...]) -> None:
+        """Explain requests to those who sign with one of these keys (`core.explain_proof`), from now on."""
+        self._explain_keys = keys
+        if self._plane is not None:
+            self._plane.explain_keys = keys
 
     async def adopt(
         self,

@@ -717,7 +717,14 @@ class Exchange:
         self._leave_machine()
         keep = self.keeps_client() and not self.plane.draining
         self.plane.metrics.count_error(code, self.service.app)
-        data = render_error(
+        data = self._render_failure(code, detail, page, keep=keep)
+        self.bytes_out = count_body(data)
+        self._close_books(int(data[9:12]))
+        self.client.write(data)
+        self.client.finish(keep=keep)
+
+    def _render_failure(self, code: str, detail: str, page: str, *, keep: bool) -> bytes:
+        return render_error(
             code,
             detail,
             self.request_id,
@@ -726,7 +733,3 @@ class Exchange:
             with_body=self.head.method != b"HEAD",
             page=page,
         )
-        self.bytes_out = count_body(data)
-        self._close_books(int(data[9:12]))
-        self.client.write(data)
-        self.client.finish(keep=keep)

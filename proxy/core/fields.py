@@ -54,6 +54,7 @@ _REQUEST: Final[dict[bytes, int]] = {
     b"fly-prefer-instance-id": ROUTING,
     b"fly-force-instance-id": ROUTING,
     b"flyio-debug": ROUTING,
+    b"isthmus-explain": ROUTING,
     # The only other field of that prefix that belongs to clients.
     b"fly-replay-cache-control": PASS,
 }
@@ -72,6 +73,7 @@ _RESPONSE: Final[dict[bytes, int]] = {
     b"fly-replay-cache-allow-bypass": REPLAY_CACHE,
     b"fly-request-id": DROP,
     b"fly-proxy-error": DROP,
+    b"isthmus-trace": DROP,
     b"keep-alive": DROP,
     b"proxy-connection": DROP,
     b"proxy-authenticate": DROP,

@@ -217,6 +217,7 @@ class Plane:
         "body_kept_max",
         "connector",
         "draining",
+        "explain_keys",
         "metrics",
         "now",
         "queue",
@@ -265,6 +266,7 @@ class Plane:
         self.tracer = tracer
         self.replay_cache = ReplayCache(settings.replay_cache_entries_max, metrics)
         self.retries = RetryBudgets(settings, metrics, now())
+        self.explain_keys: tuple[bytes, ...] = ()  # of those whose requests are explained to them
         self.draining = False  # set once, when the worker is told to stop
         self.shedding = False  # while memory is so short that requests are refused
 

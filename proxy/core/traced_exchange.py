@@ -37,6 +37,7 @@ _METHODS: Final = frozenset(
 )
 # Of what a client sent: bounds what waits for a slow collector.
 _CHARS_MAX: Final = 1_024
+_UNTRACED: Final = TraceContext(b"", b"", 0)
 
 Attributes: TypeAlias = "dict[str, str | int | bool]"
 
@@ -90,17 +91,18 @@ class TracedExchange(LoggedExchange):
     ) -> None:
         super().__init__(plane, client, head, service, want, forwarded)
         tracer = plane.tracer
-        assert tracer is not None
-        self.tracer: SpanSink = tracer
-        parent, self.state, head.lines = split_context(head.lines, believed=tracer.believes_clients)
-        if parent is None:
-            self.parent_id = b""
-            self.context = tracer.ids.begin()
-        else:
-            self.parent_id = parent.span_id
-            self.context = parent
-            if parent.is_sampled:
-                self.context = parent._replace(span_id=tracer.ids.next_span())
+        self.tracer: SpanSink | None = tracer  # None: nothing is traced, as in the base
+        self.parent_id = self.state = b""
+        self.context = _UNTRACED
+        if tracer is not None:
+            parent, self.state, head.lines = split_context(head.lines, believed=tracer.believes_clients)
+            if parent is None:
+                self.context = tracer.ids.begin()
+            else:
+                self.parent_id = parent.span_id
+                self.context = parent
+                if parent.is_sampled:
+                    self.context = parent._replace(span_id=tracer.ids.next_span())
         self.attempt: Attempt | None = None  # the running one of a recorded trace
         self.attempts_made = 0
         self.served_by: Target | None = None  # the last machine that was tried
@@ -110,13 +112,16 @@ class TracedExchange(LoggedExchange):
     # Attempts
 
     def _reach(self, choice: Target) -> None:
-        if self.context.is_sampled:
-            context = self.context._replace(span_id=self.tracer.ids.next_span())
+        tracer = self.tracer
+        if tracer is not None and self.context.is_sampled:
+            context = self.context._replace(span_id=tracer.ids.next_span())
             self.attempt = Attempt(choice, context, self._tell_us(), self.replay_source)
             self.served_by = choice
         super()._reach(choice)
 
     def _render_request(self) -> bytes:
+        if self.tracer is None:
+            return super()._render_request()
         extra = self.extra
         context = self.context if self.attempt is None else self.attempt.context
         self.extra = extra + render_traceparent(context)
@@ -187,7 +192,7 @@ class TracedExchange(LoggedExchange):
 
     def _close_books(self, status: int) -> None:
         super()._close_books(status)
-        if self.context.is_sampled:
+        if self.tracer is not None and self.context.is_sampled:
             self.spans.append(self._describe(status))
             self.tracer.add_spans(self.spans)
 
