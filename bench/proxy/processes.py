@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0  # a table of a million machines takes its time
 STOP_TIMEOUT_S = 15.0
 TICKS = os.sysconf("SC_CLK_TCK")
 
