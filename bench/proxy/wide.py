@@ -23,7 +23,7 @@ from routing.balancer import Balancer
 from routing.table import RoutingTable
 from routing.types import Pk, Row
 
-MACHINES = (1, 1_000_000)
+MACHINES = (1, 10_000, 1_000_000)
 MACHINES_PER_APP = 10
 BUSY_APPS = 1_000
 REGIONS = ("ams", "fra", "iad", "gru", "syd", "nrt", "jnb", "lax")
