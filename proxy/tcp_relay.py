@@ -16,8 +16,9 @@ import struct
 from typing import TYPE_CHECKING, Final, cast
 
 from .admission import MEMORY
+from .core.phase import Phase
 from .core.proxy_protocol import render_announcement
-from .core.tcp_session import Phase, TcpSession
+from .core.tcp_session import TcpSession
 from .sweeper import NEVER
 
 if TYPE_CHECKING:

@@ -11,15 +11,13 @@ counted exactly while the exchange holds the target.
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from routing.balancer import ANYWHERE, AT_LIMIT, Refusal, Want
+from routing.balancer import AT_LIMIT, Refusal, Want
 from routing.health import record_success
 from routing.replay import Replay, ReplayError
 
 from .adapting import adapt_response
-from .debug_line import render_debug
 from .errors import (
     BAD_RESPONSE,
     BODY_TOO_LARGE,
@@ -34,6 +32,8 @@ from .errors import (
     render_error,
 )
 from .framing import COPIED_BYTES_MAX, LAST_CHUNK, encode_chunk
+from .phase import DONE, QUEUED, REACHING, READING_REPLAY, RELAYING, WAITING
+from .rendering import render_informational, render_request, render_response, render_switch
 from .replays import Replays
 from .request_head import IDEMPOTENT, WITH_BODY
 from .response_head import SWITCHING_PROTOCOLS
@@ -51,28 +51,9 @@ if TYPE_CHECKING:
     from .response_head import ResponseHead
 
 
-class Phase(Enum):
-    """Where an exchange stands."""
-
-    REACHING = 1  # choosing and connecting
-    QUEUED = 6  # every machine that would do is at its hard limit
-    WAITING = 2  # sent, or being sent; no final head yet
-    RELAYING = 3  # the head of the answer was passed on
-    READING_REPLAY = 4  # collecting a JSON instruction
-    DONE = 5
-
-
-_REACHING: Final = Phase.REACHING
-_QUEUED: Final = Phase.QUEUED
-_WAITING: Final = Phase.WAITING
-_RELAYING: Final = Phase.RELAYING
-_READING_REPLAY: Final = Phase.READING_REPLAY
-_DONE: Final = Phase.DONE
-
 # nginx's, for the log and the counters: nobody gets to see it.
 _CLIENT_GONE: Final = 499
 _UNLIMITED: Final = float("inf")
-_VIA: Final = b"Via: 1.1 isthmus\r\n"
 
 
 class Exchange:
@@ -121,7 +102,7 @@ class Exchange:
         self.service = service
         self.want = want
         self.forwarded = forwarded
-        self.phase = _REACHING
+        self.phase = REACHING
         self.started = plane.now()
         self.started_us = plane.wall_us()
         self.request_id = plane.request_ids.next(self.started_us // 1000)
@@ -197,14 +178,14 @@ class Exchange:
 
     def handle_client_lost(self, code: str = "") -> None:
         """The client is gone, or its request will never be complete, as `code` says: stop everything."""
-        if self.phase is not _DONE:
+        if self.phase is not DONE:
             self.plane.metrics.aborted["client"] += 1
             self._leave_machine()
             self._close_books(ERRORS[code][0] if code else _CLIENT_GONE)
 
     def has_answered(self) -> bool:
         """True once a part of the final answer was passed on."""
-        return self.phase is _RELAYING
+        return self.phase is RELAYING
 
     def handle_client_slow(self, slow: bool) -> None:
         """The client's connection has too much to send, or has room again."""
@@ -219,7 +200,7 @@ class Exchange:
     def _attempt(self) -> None:
         plane = self.plane
         now = plane.now()
-        self.phase = _REACHING
+        self.phase = REACHING
         options = self.service.options
         if options is not None and options.maintenance:
             self._fail(MAINTENANCE, "", options.maintenance)
@@ -243,13 +224,13 @@ class Exchange:
         wait_s = self.plane.compute_wait_s(choice)
         if not wait_s or not self.plane.queue.join(self.service.app, self):
             return False
-        self.phase = _QUEUED
+        self.phase = QUEUED
         self.queued_at = now
         self.deadline = now + min(wait_s, self._seconds_left(now))
         return True
 
     def _leave_queue(self) -> None:
-        self.phase = _REACHING
+        self.phase = REACHING
         self.plane.queue.leave(self.service.app, self, self.plane.now() - self.queued_at)
 
     def handle_room(self) -> bool:
@@ -303,8 +284,8 @@ class Exchange:
 
     def handle_connected(self, machine: Machine) -> None:
         """The connection asked for is there."""
-        assert self.target is not None or self.phase is _DONE
-        if self.phase is _DONE:
+        assert self.target is not None or self.phase is DONE
+        if self.phase is DONE:
             machine.release()
             return
         if self.target is not None:
@@ -319,7 +300,7 @@ class Exchange:
             # Only failed connections count: a reset may be what this one request does to any machine.
             self.plane.table.failing.record(self.target, self.plane.now())
             self.plane.metrics.machine(self.target).failures += 1
-        if self.phase is not _DONE:
+        if self.phase is not DONE:
             self._retry_elsewhere(code, detail)
 
     def may_send_early(self) -> bool:
@@ -334,7 +315,7 @@ class Exchange:
 
     def handle_shortage(self, code: str, detail: str) -> None:
         """The connection asked for cannot be made by this node; the machine is not to blame."""
-        if self.phase is not _DONE:
+        if self.phase is not DONE:
             self._fail(code, detail)
 
     def _take_retry(self) -> bool:
@@ -368,7 +349,7 @@ class Exchange:
 
     def _send(self, machine: Machine) -> None:
         self.machine = machine
-        self.phase = _WAITING
+        self.phase = WAITING
         if self.replays is not None:
             self.replays.current = None  # reached: neither its timeout nor its fallback count any more
         self.fresh = False
@@ -394,44 +375,11 @@ class Exchange:
             machine.await_response()
 
     def _render_request(self) -> bytes:
-        """Write the head anew; nothing of it is copied but the lines that were found to be sound."""
-        head = self.head
-        extra = self.extra
-        want, target = self.want, self.target
-        if want is not ANYWHERE and target is not None and want.prefer_instance not in {None, target.id}:
-            extra += b"fly-preferred-instance-unavailable: %b\r\n" % (want.prefer_instance or "").encode(
-                "ascii"
-            )
-        if head.upgrade is not None:
-            extra += b"Connection: Upgrade\r\nUpgrade: %b\r\n" % head.upgrade
-        if head.chunked:
-            extra += b"Transfer-Encoding: chunked\r\n"
-        elif head.content_length >= 0:
-            extra += b"Content-Length: %d\r\n" % head.content_length
-        if head.expects and not self.continued:
-            extra += b"Expect: 100-continue\r\n"
-        lines = b"\r\n".join(head.lines) + b"\r\n" if head.lines else b""
-        return b"".join(
-            (
-                head.method,
-                b" ",
-                head.target,
-                b" HTTP/1.1\r\nHost: ",
-                head.host,
-                b"\r\n",
-                lines,
-                self.forwarded,
-                b"Fly-Request-Id: ",
-                self.request_id,
-                b"\r\nX-Request-Start: t=%d\r\n" % self.started_us,
-                extra,
-                b"\r\n",
-            )
-        )
+        return render_request(self)
 
     def handle_machine_slow(self, slow: bool) -> None:
         """The machine's connection has too much to send, or has room again."""
-        if self.phase is not _DONE and not self.body_ended:
+        if self.phase is not DONE and not self.body_ended:
             if slow:
                 self.client.pause_body()
             else:
@@ -449,8 +397,7 @@ class Exchange:
                 return True
             self.continued = True
         if self.head.minor == 1:
-            lines = b"".join(line + b"\r\n" for line in head.lines)
-            self.client.write(head.status_line + lines + b"\r\n")
+            self.client.write(render_informational(head))
         return True
 
     def handle_response(self, head: ResponseHead, body: Data, ended: bool) -> None:
@@ -461,14 +408,15 @@ class Exchange:
         if head.status == SWITCHING_PROTOCOLS:
             self._switch_protocols(head, bytes(body))
             return
-        self.phase = _RELAYING
+        self.phase = RELAYING
         self.status = head.status
         options = self.service.options
         if options is not None:
             if options.sticky is not None:
                 tell_machine(head, options.sticky, self.want, self.target)
             self.encoder, body = adapt_response(options, self.plane, self.head, head, body, ended)
-        data = self._render_response(head)
+        self._frame_response(head)
+        data = render_response(self, head)
         self.bytes_out = len(body)
         if self.chunk_response:
             data += encode_chunk(body) if body else b""
@@ -481,34 +429,16 @@ class Exchange:
         if ended:
             self._complete()
 
-    def _render_response(self, head: ResponseHead) -> bytes:
+    def _frame_response(self, head: ResponseHead) -> None:
+        """Decide where the body of the answer ends for the client."""
         request = self.head
-        bodiless = head.is_bodiless(to_head=request.method == b"HEAD")
-        framing = b""
-        if head.content_length >= 0:
-            framing = b"Content-Length: %d\r\n" % head.content_length
-        elif not bodiless:
+        if head.content_length < 0 and not head.is_bodiless(to_head=request.method == b"HEAD"):
             if request.minor == 1:
                 self.chunk_response = True
-                framing = b"Transfer-Encoding: chunked\r\n"
             else:
                 request.keep_alive = False  # the end of the connection is the end of the body
         if self.plane.draining:
             request.keep_alive = False
-        if not self.keeps_client():
-            framing += b"Connection: close\r\n"
-        elif request.minor == 0:
-            framing += b"Connection: keep-alive\r\n"
-        if request.routing is not None:
-            framing += render_debug(self)
-        lines = b"\r\n".join(head.lines) + b"\r\n" if head.lines else b""
-        options = self.service.options
-        if options is not None and (options.pristine or options.hides_id):
-            own = b"" if options.pristine else _VIA
-            return b"".join((head.status_line, lines, framing, own, b"\r\n"))
-        return b"".join(
-            (head.status_line, lines, framing, _VIA, b"Fly-Request-Id: ", self.request_id, b"\r\n\r\n")
-        )
 
     def keeps_client(self) -> bool:
         """True when the client's connection may carry another request after this answer."""
@@ -524,7 +454,7 @@ class Exchange:
 
     def handle_response_body(self, data: Data, ended: bool) -> None:
         """Take more of the answer's body, as decoded; `data` may be empty when `ended`."""
-        if self.phase is _READING_REPLAY:
+        if self.phase is READING_REPLAY:
             self._collect_replay(data, ended)
             return
         if self.encoder is not None:
@@ -560,13 +490,9 @@ class Exchange:
             self._leave_machine()
             self._fail(BAD_RESPONSE, "the machine switched to a protocol that was not asked for")
             return
-        lines = b"".join(line + b"\r\n" for line in head.lines)
-        self.client.write(
-            b"%b%bConnection: Upgrade\r\nUpgrade: %b\r\n%bFly-Request-Id: %b\r\n\r\n"
-            % (head.status_line, lines, head.upgrade, _VIA, self.request_id)
-        )
+        self.client.write(render_switch(self, head))
         self.plane.metrics.tunnels += 1
-        self.phase = _RELAYING
+        self.phase = RELAYING
         self.status = SWITCHING_PROTOCOLS
         self.client.start_tunnel(machine, data)
 
@@ -578,23 +504,23 @@ class Exchange:
     def handle_tunnel_closed(self) -> None:
         """The tunnel is over; until now the machine counted as busy with it."""
         self.machine = None
-        if self.phase is not _DONE:
+        if self.phase is not DONE:
             self._close_books(self.status)
 
     def handle_machine_lost(self, code: str, detail: str) -> None:
         """The machine's connection failed, timed out or broke the protocol; it is closed already."""
         machine = self.machine
         self.machine = None
-        if self.phase is _DONE or machine is None:
+        if self.phase is DONE or machine is None:
             return
         if self.target is not None:
             self.plane.metrics.machine(self.target).failures += 1
-        if self.phase is _RELAYING:
+        if self.phase is RELAYING:
             self.plane.metrics.aborted["machine"] += 1
             self._close_books(self.status)
             self.client.abort()
             return
-        unanswered = self.phase is _WAITING and code == UPSTREAM_RESET and not self.informational
+        unanswered = self.phase is WAITING and code == UPSTREAM_RESET and not self.informational
         if unanswered and not self.body_lost and self.head.method in IDEMPOTENT:
             if machine.reused:
                 # Most likely an idle connection that its machine was about to close.
@@ -633,7 +559,7 @@ class Exchange:
             self._release_machine(ended=ended)
             self._replay(self.replays, replay)
         else:
-            self.phase = _READING_REPLAY
+            self.phase = READING_REPLAY
             self._collect_replay(body, ended)
 
     def _collect_replay(self, data: Data, ended: bool) -> None:
@@ -698,9 +624,9 @@ class Exchange:
             self.plane.queue.offer(app)
 
     def _close_books(self, status: int) -> None:
-        if self.phase is _QUEUED:
+        if self.phase is QUEUED:
             self._leave_queue()
-        self.phase = _DONE
+        self.phase = DONE
         self.kept = None
         plane = self.plane
         if self.encoder is not None:

@@ -8,7 +8,6 @@ while the session holds the target.
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from routing.balancer import AT_LIMIT, Refusal
@@ -16,6 +15,7 @@ from routing.health import record_success
 
 from .access_line import Entry
 from .errors import ERRORS, MAINTENANCE, RETRIES_EXHAUSTED
+from .phase import Phase
 
 if TYPE_CHECKING:
     from routing.table import Service
@@ -48,15 +48,6 @@ class RawClient(Protocol):
 
     def announce(self, version: str) -> bytes:
         """Return the PROXY header for this client."""
-
-
-class Phase(Enum):
-    """Where a session stands."""
-
-    REACHING = 1  # choosing and connecting
-    QUEUED = 2  # every machine that would do is at its hard limit
-    RELAYING = 3
-    DONE = 4
 
 
 class TcpSession:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from proxy.core.exchange import Phase
+from proxy.core.phase import Phase
 from proxy.core.queue import OFFERED_MAX, Queue
 from proxy.core.response_head import parse_response_head
 from proxy.metrics import ProxyMetrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from proxy.core.exchange import Phase
+from proxy.core.phase import Phase
 from tests.proxy.test_exchange import GET, OK, World
 
 if TYPE_CHECKING:
