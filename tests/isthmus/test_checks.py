@@ -401,6 +401,7 @@ async def test_result_that_stands_is_not_written_again_after_a_restart(
     before, database.transactions = database.rows("SELECT * FROM checks"), []
     async with checking(database) as checker:
         await eventually("a probe", checker.last_probes)
+        assert checker._to_write == {}
     assert (database.transactions, database.rows("SELECT * FROM checks")) == ([], before)
 
 
@@ -435,6 +436,7 @@ async def test_machines_of_a_node_that_is_gone_are_probed_by_one_of_those_who_ar
         checker._presence.set_members(members, asyncio.get_running_loop().time())
         checker._review_all()
         await eventually("nothing runs", lambda: not running(checker))
+        assert checker._to_write == {}
         assert results(database) == [("m1", "http-0", "passing")]
 
 

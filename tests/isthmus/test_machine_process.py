@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MACHINE = Machine("m1", "web", "ams", "127.0.0.1", 4321)
-SLEEP = "exec sleep 60"
+NAPS = "sleep 60 & wait"  # a shell that waits hears signals at once
 
 
 @asynccontextmanager
@@ -86,11 +86,13 @@ async def test_command_has_the_release_where_it_wants_it(
 
 
 async def test_stop_reaches_all_that_it_has_started(tmp_path: Path) -> None:
-    async with driving(tmp_path, f"sleep 60 & echo $! > {tmp_path}/child; wait") as driver:
+    child_script = f"trap 'echo bye > {tmp_path}/bye; exit' TERM; echo $$ > {tmp_path}/child; {NAPS}"
+    async with driving(tmp_path, f'sh -c "{child_script}" & wait; sleep 0.2') as driver:
         await driver.start(MACHINE)
         child = int(await eventually("a child", lambda: _read(tmp_path / "child")))
         await driver.stop(MACHINE)
         assert await driver.is_running(MACHINE) is False
+        assert _read(tmp_path / "bye") == "bye"
         await eventually("the child's end", lambda: not is_there(child) or _is_zombie(child))
 
 
@@ -105,18 +107,21 @@ async def test_one_that_does_not_listen_is_killed_after_its_time(tmp_path: Path)
 
 
 async def test_suspended_one_sleeps_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    async with driving(tmp_path, SLEEP) as driver:
+    script = f"trap 'echo bye > {tmp_path}/bye; exit' TERM; echo ready > {tmp_path}/ready; {NAPS}"
+    async with driving(tmp_path, script) as driver:
         await driver.start(MACHINE)
+        await eventually("its start", lambda: _read(tmp_path / "ready"))
         pid = pid_of(driver)
         assert await driver.suspend(MACHINE)
         await eventually("it sleeps", lambda: _state(pid) == "T")
         assert await driver.is_running(MACHINE) is False
         await driver.start(MACHINE)
-        await eventually("it goes on", lambda: _state(pid) == "S")
+        await eventually("it goes on", lambda: _state(pid) in {"S", "R"})
         assert (await driver.is_running(MACHINE), pid_of(driver)) == (True, pid)
         assert await driver.suspend(MACHINE)
         await driver.stop(MACHINE)
         assert not is_there(pid)
+        assert _read(tmp_path / "bye") == "bye"
 
 
 @pytest.mark.parametrize(
