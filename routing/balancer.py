@@ -348,10 +348,13 @@ class Balancer:
     def _may_start(self, service: Service, target: Target) -> bool:
         """True when the service has its machines started for requests, and something can start this one.
 
-        One that drains to be stopped may go on; not one that somebody wants to drain.
+        One that drains to be stopped may go on; not one that somebody wants to drain. Only its owner starts
+        it, who has to be there.
         """
         scaling = USUAL if service.options is None else service.options.scaling
         if not (scaling.autostart and target.driver) or target.cordoned:
+            return False
+        if not self._table.is_present(target.node):
             return False
         if target.state is MachineState.DRAINING:
             goal = self._table.rows("goals").get((target.id,))

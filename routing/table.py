@@ -275,6 +275,10 @@ class RoutingTable:
             for machine in self._loads:
                 self._update_remote_load(machine)
 
+    def is_present(self, node: str) -> bool:
+        """True unless the node is known to be gone."""
+        return self._present is None or node in self._present
+
     def set_round_trips(self, origin: str, round_trips: Iterable[tuple[str, float]]) -> None:
         """Take how many milliseconds it is from a region to others."""
         self.regions.set_round_trips(origin, round_trips)

@@ -109,6 +109,15 @@ def test_one_that_drains_to_be_stopped_may_go_on_but_not_one_that_is_to_drain() 
     assert starter.asked == ["m2"]
 
 
+def test_machines_of_a_node_that_is_gone_are_not_waited_for() -> None:
+    world, starter = asleep("m1")
+    world.table.set_present(["n2"])
+    assert world.exchange(GET).phase is Phase.DONE
+    world.table.set_present(["n1", "n2"])
+    assert world.exchange(GET).phase is Phase.QUEUED
+    assert starter.asked == ["m1"]
+
+
 def test_no_machine_is_started_while_one_serves() -> None:
     world, starter = asleep("m1")
     put(world, "m2", "started")
