@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 BUSY_TIMEOUT_S = 10.0
 # What is read from the file at once while requests are served.
 TURNS_AHEAD = 32
-# With so many machines the collector of garbage is kept away from the table: a walk through all of it, now and
+# With so many machines the collector of garbage is kept away from the table: a walk through it, now and
 # then, would hold up requests for longer than anything else does.
 MACHINES_WALKED_MAX = 10_000
 
