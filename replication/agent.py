@@ -30,7 +30,7 @@ from replication.errors import BehindError, ParkedError, RateLimitedError, Repla
 from replication.loop_host import LoopHost
 from replication.metrics import Sample, collect_samples
 from replication.replica import Replica, ReplicaSettings
-from replication.report import MemberView, Parts, describe_parts, view_members
+from replication.report import MemberView, Parts, compute_stable_ms_ago, describe_parts, view_members
 from replication.schema import Schema
 from replication.seal import KeyRing, make_seal
 from replication.settings import AgentSettings, parse_address
@@ -466,6 +466,10 @@ class Agent:
     def members(self) -> list[MemberView]:
         """Return all nodes that this one knows of, itself first."""
         return view_members(self._replica, self._host.now_ms(), self._host.wall_ms())
+
+    def stable_ms_ago(self) -> int | None:
+        """Return how long ago all that was written had reached every member; None while that is not known."""
+        return compute_stable_ms_ago(self._replica, self._host.wall_ms())
 
     def status(self) -> dict[str, Any]:
         """Return what an operator wants to see, fit for JSON."""
