@@ -216,6 +216,16 @@ class Registry:
         await self._database.execute([self._machine_statement(new.app, machine, ""), *goals])
         return machine.id
 
+    async def plan_machines(
+        self, app: str, machines: Iterable[MachineConfig], owner: str
+    ) -> tuple[list[str], list[Statement]]:
+        """Return the ids of new machines of this node, and what adds them; raises RegistryError."""
+        await self._require("apps", "name", app, "app")
+        named = self.name_machines(app, machines)
+        for machine in named:
+            await self._refuse_misfit(app, machine)
+        return [machine.id for machine in named], [self._machine_statement(app, m, owner) for m in named]
+
     async def remove_machine(self, machine: str) -> None:
         """Remove a machine with its checks and loads."""
         await self._require("machines", "id", machine, "machine")

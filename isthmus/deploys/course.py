@@ -28,7 +28,7 @@ _RESTING: Final = frozenset((MachineState.STOPPED, MachineState.SUSPENDED))
 # How long old machines with a driver may take to stop beyond their drain. The new ones serve by then, so it
 # is told, and goes on.
 STOP_S: Final = 60.0
-# A goal that somebody else has written over at the same moment is set again after so long.
+# What somebody else has written over at the same moment is written again after so long.
 INSIST_S: Final = 2.0
 
 
@@ -96,6 +96,7 @@ class Sight(NamedTuple):
     load: int
     rests_by_itself: bool = False  # nobody needs it at the moment
     wanted: int | None = None  # the version that its goal says
+    cordoned: bool = False
 
 
 class Kind(Enum):
@@ -190,6 +191,8 @@ class Course:
                 action = self._prepare(batch, sights)
             case Stage.READY:
                 action = self._await_ready(batch, sights, now, waited)
+            case Stage.KNOWN | Stage.WATCH if self._lost_flip(batch, sights):
+                action = self._insist(Kind.FLIP, batch, now)
             case Stage.KNOWN:
                 action = self._await_known(batch, sights, waited, is_known=is_known)
             case Stage.WATCH:
@@ -224,7 +227,7 @@ class Course:
                 return self._give_up(batch, f"{machine} is gone")
             if self._has_failed(machine, sight):
                 return self._give_up(batch, f"{machine}: {sight.problem}")
-            if not self._is_done(sight):
+            if not self._is_done(sight, batch):
                 waiting.append(f"{machine}: {sight.trouble or 'does not run this release yet'}")
         if not waiting:
             told = "answers" if batch.in_place else "passes its checks and gets requests"
@@ -232,10 +235,7 @@ class Course:
         if waited >= self._settings.ready_s:
             problem = f"not ready after {self._settings.ready_s:g} s: {'; '.join(waiting)}"
             return self._give_up(batch, problem)
-        if now - self._insisted >= INSIST_S and self._was_overwritten(batch, sights):
-            self._insisted = now
-            return Action(Kind.PREPARE, batch, self.position, "", self._status, self.problem)
-        return None
+        return self._insist(Kind.PREPARE, batch, now) if self._lost_goals(batch, sights) else None
 
     def _await_known(
         self, batch: Batch, sights: Mapping[str, Sight], waited: float, *, is_known: bool
@@ -283,10 +283,10 @@ class Course:
 
     # What is seen
 
-    def _is_done(self, sight: Sight) -> bool:
+    def _is_done(self, sight: Sight, batch: Batch) -> bool:
         if sight.has_driver and sight.version != self.version:
             return False
-        return sight.is_ready or sight.rests_by_itself
+        return sight.is_ready or (batch.in_place and sight.rests_by_itself)
 
     def _has_failed(self, machine: str, sight: Sight) -> bool:
         """True when a driver has tried this release, and it has ended."""
@@ -298,7 +298,21 @@ class Course:
             and self._seen.get(machine) != (sight.since_ms, sight.problem)
         )
 
-    def _was_overwritten(self, batch: Batch, sights: Mapping[str, Sight]) -> bool:
+    def _insist(self, kind: Kind, batch: Batch, now: float) -> Action | None:
+        """Do again what the owner of a row has written over, which it did without knowing of it."""
+        if now - self._insisted < INSIST_S:
+            return None
+        self._insisted = now
+        return Action(kind, batch, self.position, "", self._status, self.problem)
+
+    def _lost_flip(self, batch: Batch, sights: Mapping[str, Sight]) -> bool:
+        if batch.in_place:
+            return False
+        new = [sights[machine].cordoned for machine in batch.new if machine in sights]
+        old = [sights[machine].cordoned for machine in batch.old if machine in sights]
+        return any(new) or not all(old)
+
+    def _lost_goals(self, batch: Batch, sights: Mapping[str, Sight]) -> bool:
         return any(
             sight.has_driver and sight.wanted != self.version
             for machine in batch.new

@@ -24,6 +24,13 @@ class Machine(NamedTuple):
     release: str = ""  # what its next start is to run; empty: whatever it has
 
 
+class Made(NamedTuple):
+    """A machine that a driver has made."""
+
+    id: str
+    address: str
+
+
 class Driver(Protocol):
     """Starts and stops machines. Each method may be called again for what is done already."""
 
@@ -40,6 +47,9 @@ class Driver(Protocol):
 
     async def is_running(self, machine: Machine) -> bool | None:
         """Tell whether it runs; None when the driver cannot know. Raises DriverError."""
+
+    async def create(self, like: Machine, region: str) -> Made:
+        """Make one more machine of an app, like one that it has; it need not run yet. Raises DriverError."""
 
     def explain_end(self, machine: Machine) -> tuple[str, bool]:
         """Tell, of a machine that does not run any more by itself, why, and whether to start it again."""

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import orjson
 
 from isthmus.config_machines import FLY_API
-from isthmus.machines.driver import DriverError, Machine
+from isthmus.machines.driver import DriverError, Machine, Made
 from isthmus.machines.webhook import ask, explain_refusal
 
 if TYPE_CHECKING:
@@ -65,6 +65,16 @@ class FlyDriver:
             return True
         return False if state in {"stopped", "suspended", "created", "destroyed", "failed"} else None
 
+    async def create(self, like: Machine, region: str) -> Made:
+        """Make one with the same configuration; its address is the private one."""
+        config = (await self._call("GET", like, "")).get("config")
+        path = f"/v1/apps/{quote(self._config.app or like.app, safe='')}/machines"
+        made = await self._ask("POST", path, "a new machine", {"region": region, "config": config})
+        if not made.get("id") or not made.get("private_ip"):
+            raise DriverError("the Machines API does not say what it has made")
+        host = f"[{made['private_ip']}]"
+        return Made(str(made["id"]), host if like.port is None else f"{host}:{like.port}")
+
     def explain_end(self, machine: Machine) -> tuple[str, bool]:  # noqa: ARG002 — as Driver has it
         """Whoever has stopped it there did not say so here."""
         return "it was stopped elsewhere", True
@@ -82,12 +92,14 @@ class FlyDriver:
     ) -> dict[str, Any]:
         app = self._config.app or machine.app
         path = f"/v1/apps/{quote(app, safe='')}/machines/{quote(machine.id, safe='')}"
-        url = f"{self._base}{path}/{action}".rstrip("/")
+        what = action or ("a look at it" if body is None else "another image")
+        return await self._ask(method, f"{path}/{action}".rstrip("/"), what, body)
+
+    async def _ask(self, method: str, path: str, what: str, body: dict[str, Any] | None) -> dict[str, Any]:
         payload = b"" if body is None else orjson.dumps(body)
         headers = {"Authorization": f"Bearer {self._config.token}", "Content-Type": "application/json"}
-        status, answer = await ask(method, url, self._config.timeout_ms, payload, headers)
+        status, answer = await ask(method, f"{self._base}{path}", self._config.timeout_ms, payload, headers)
         if not 200 <= status < 300:
-            what = action or ("a look at it" if body is None else "another image")
             raise DriverError(f"the Machines API answers {what} with {explain_refusal(status, answer)}")
         try:
             found = orjson.loads(answer or b"{}")

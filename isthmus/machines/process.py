@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from isthmus.config_sources import ENVIRONMENT_PREFIX
-from isthmus.machines.driver import DriverError, Machine
+from isthmus.machines.driver import DriverError, Machine, Made
 from isthmus.machines.output import Output
 
 if TYPE_CHECKING:
@@ -179,6 +179,12 @@ class ProcessDriver:
             return not running.is_suspended
         self._collect(machine.id)
         return False
+
+    async def create(self, like: Machine, region: str) -> Made:  # noqa: ARG002 — as Driver has it
+        """Commands come from the configuration alone."""
+        raise DriverError(
+            f"processes are declared: add [[apps.machines]] to the configuration of a node in {region}"
+        )
 
     def explain_end(self, machine: Machine) -> tuple[str, bool]:
         """Tell what it exited with, and what its restart policy makes of that."""

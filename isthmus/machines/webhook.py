@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import orjson
 
-from isthmus.machines.driver import DriverError, Machine
+from isthmus.machines.driver import DriverError, Machine, Made
 
 if TYPE_CHECKING:
     from isthmus.config_machines import DriverConfig
@@ -50,8 +50,9 @@ def explain_refusal(status: int, answer: bytes) -> str:
 
 
 class WebhookDriver:
-    """Posts `{"action", "machine", "app", "region", "address", "node", "release"}`: start, stop, suspend.
+    """Posts `{"action", "machine", "app", "region", "address", "node", "release"}`.
 
+    Actions are start, stop, suspend and create.
     2xx: it is done, or will be. 501 to a suspend: stop it in place of that. Anything else is a failure.
     """
 
@@ -71,7 +72,7 @@ class WebhookDriver:
 
     async def suspend(self, machine: Machine) -> bool:
         """Have it suspended, or stopped where that is not to be had."""
-        if await self._post("suspend", machine) != 501:
+        if (await self._post("suspend", machine))[0] != 501:
             return True
         await self.stop(machine)
         return False
@@ -80,11 +81,20 @@ class WebhookDriver:
         """A webhook is not asked: it may not know."""
         return None
 
+    async def create(self, like: Machine, region: str) -> Made:
+        """Have one more made; the answer has its id as `machine`, and its `address`."""
+        _, answer = await self._post("create", like._replace(id="", region=region))
+        try:
+            made = orjson.loads(answer)
+            return Made(str(made["machine"]), str(made["address"]))
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            raise DriverError("the webhook does not say what it has made: `machine` and `address`") from None
+
     def explain_end(self, machine: Machine) -> tuple[str, bool]:  # noqa: ARG002 — as Driver has it
         """Nobody says so."""
         return "it ended", True
 
-    async def _post(self, action: str, machine: Machine) -> int:
+    async def _post(self, action: str, machine: Machine) -> tuple[int, bytes]:
         address = machine.host if machine.port is None else f"{machine.host}:{machine.port}"
         body = orjson.dumps(
             {
@@ -106,4 +116,4 @@ class WebhookDriver:
         status, answer = await ask("POST", self._config.url, self._config.timeout_ms, body, headers)
         if not (200 <= status < 300 or (status == 501 and action == "suspend")):
             raise DriverError(f"the webhook refuses to {action} it with {explain_refusal(status, answer)}")
-        return status
+        return status, answer

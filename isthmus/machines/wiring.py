@@ -55,11 +55,12 @@ class Machines:
         self._present = present
         self._processes = ProcessDriver(Path(config.data) / "machines", {})
         self._goals = Goals(table, database, config.node)
+        self._drivers: dict[str, Driver] = {PROCESS: self._processes, **make_drivers(config)}
         self._keeper = Keeper(
             table,
             database,
             prober,
-            {PROCESS: self._processes, **make_drivers(config)},
+            self._drivers,
             self._goals,
             node=config.node,
             settings=config.machines,
@@ -105,6 +106,11 @@ class Machines:
         before, after = self._processes.configs, find_commands(config, registry)
         self._processes.configs = after
         self._keeper.restart([m for m in after if m in before and _is_other(before[m], after[m])])
+
+    @property
+    def drivers(self) -> Mapping[str, Driver]:
+        """What starts and stops machines here, by name."""
+        return self._drivers
 
     def handle_commit(self, commit: Commit) -> None:
         """Look again at the machines that a commit is about."""

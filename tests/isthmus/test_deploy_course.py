@@ -60,6 +60,8 @@ class World:
                 self._run(machine)
         elif action.kind is Kind.FLIP and not batch.in_place:
             self.serving = (self.serving - set(batch.old)) | set(batch.new)
+            for name in self.sights:
+                self.see(name, cordoned=name not in self.serving)
         elif action.kind is Kind.RETIRE:
             for machine in batch.old:
                 state = STOPPED if self.drivers else DRAINING
@@ -258,6 +260,14 @@ def test_goal_that_somebody_wrote_over_is_set_again_and_not_all_the_time() -> No
     action = world.step()
     assert action is not None
     assert (action.kind, action.then) == (Kind.PREPARE, world.course.position)
+
+
+def test_flip_that_an_owner_wrote_over_is_made_again() -> None:
+    world = blue_green()
+    world.run(Stage.WATCH)
+    world.see("g1", cordoned=True)
+    assert world.run()[2] == "flip b1,b2>g1,g2"
+    assert world.end == (Status.COMPLETE, "")
 
 
 def test_rest_waits_for_all_nodes_for_a_while_and_then_says_so() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from isthmus.checking.probe import Outcome
 from isthmus.config_machines import PROCESS, MachinesConfig
-from isthmus.machines.driver import DriverError, Machine
+from isthmus.machines.driver import DriverError, Machine, Made
 from isthmus.machines.goals import Goals
 from isthmus.machines.keeper import Keeper
 from isthmus.machines.scaler import Scaler
@@ -52,6 +52,9 @@ class FakeDriver:
 
     async def is_running(self, machine: Machine) -> bool | None:
         return self.running.get(machine.id, False)
+
+    async def create(self, like: Machine, region: str) -> Made:
+        raise DriverError("not here")
 
     def explain_end(self, machine: Machine) -> tuple[str, bool]:
         return "exited with 3", self.again

@@ -1,0 +1,116 @@
+"""How the machines of a deploy are: what the table says of them, as a course wants to see it.
+
+Decides when a machine is ready, and in which words it is not. Refuses to know what follows from that.
+Invariant: a machine counts as ready only when everything that is to be checked was, and passes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from isthmus.checking.definition import Definition, read_definitions
+from isthmus.config_machines import CheckConfig
+from isthmus.deploys.course import Sight
+from routing.types import CheckRow, CheckStatus, GoalRow, MachineState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from isthmus.checking.probe import Prober
+    from routing.table import RoutingTable
+    from routing.target import Target
+
+_RESTING: Final = frozenset((MachineState.STOPPED, MachineState.SUSPENDED))
+# Why the scaler has a machine rest.
+_IDLE: Final = "idle"
+# Of machines that have neither a driver nor checks, the port is tried so often.
+TRY_S: Final = 0.5
+
+
+class Sights:
+    """Looks at machines, for one node."""
+
+    def __init__(self, table: RoutingTable, prober: Prober) -> None:
+        self._table = table
+        self._prober = prober
+        self._tried: dict[str, tuple[float, str]] = {}  # when a port was tried, and what was wrong
+
+    async def look(self, machines: Iterable[str], *, is_waiting: bool) -> dict[str, Sight]:
+        """Return how these machines are, without those that are gone. Ports are tried while `is_waiting`."""
+        sights = {}
+        for machine in machines:
+            target = self._table.machine(machine)
+            if target is not None:
+                trouble = self._find_trouble(target)
+                if not trouble and not target.driver and not self.has_checks(target.app):
+                    trouble = await self._try_port(target) if is_waiting else ""
+                sights[machine] = self._describe(target, trouble)
+        return sights
+
+    def has_checks(self, app: str) -> bool:
+        """True when any service of an app has checks."""
+        found = self._table.app(app)
+        return found is not None and any(service.checks != "[]" for service in found.services.values())
+
+    def rests(self, target: Target) -> bool:
+        """True for a machine that is stopped because nobody needs it at the moment."""
+        goal = self._goal(target)
+        return target.state in _RESTING and goal is not None and goal.state in _RESTING
+
+    def _goal(self, target: Target) -> GoalRow | None:
+        goal = self._table.rows("goals").get((target.id,))
+        return goal if isinstance(goal, GoalRow) else None
+
+    def _describe(self, target: Target, trouble: str) -> Sight:
+        goal = self._goal(target)
+        return Sight(
+            target.state,
+            target.version,
+            bool(target.driver),
+            not trouble,
+            trouble,
+            target.problem,
+            target.since_ms,
+            target.load,
+            goal is not None and goal.state in _RESTING and (goal.reason == _IDLE or self.rests(target)),
+            None if goal is None else goal.version,
+            target.cordoned,
+        )
+
+    def _find_trouble(self, target: Target) -> str:
+        if target.state is not MachineState.STARTED:
+            return f"{target.state.value}{': ' if target.problem else ''}{target.problem}"
+        try:
+            names = [definition.name for definition in read_definitions(self._table, target)]
+        except ValueError as error:
+            return f"a check cannot be read: {error}"
+        for name in names:
+            check = self._table.rows("checks").get((target.id, name))
+            if not isinstance(check, CheckRow):
+                # Its driver has seen all of them pass before it said that it is started.
+                if not target.driver:
+                    return f"check {name} has no result yet"
+            elif check.status is CheckStatus.CRITICAL:
+                return f"check {name} is critical: {check.output}"
+        return ""
+
+    async def _try_port(self, target: Target) -> str:
+        now = asyncio.get_running_loop().time()
+        at, trouble = self._tried.get(target.id, (0.0, ""))
+        if now - at >= TRY_S:
+            trouble = await self._probe(target)
+            self._tried[target.id] = (now, trouble)
+        return trouble
+
+    async def _probe(self, target: Target) -> str:
+        app = self._table.app(target.app)
+        services = app.services.values() if app is not None else ()
+        port = next(
+            (p for service in services if (p := service.upstream_port(target)) is not None), target.port
+        )
+        if port is None:
+            return "it has no port to look at"
+        check = CheckConfig(type="tcp")
+        outcome = await self._prober.probe(Definition(target.id, "port", target.host, port, None, b"", check))
+        return "" if outcome.passed else outcome.summary
