@@ -11,13 +11,13 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 from replication.core.change import Commit, some
-from replication.core.clock import SiteId
+from replication.core.clock import Clock, SiteId
 from replication.core.limits import ALL, WriteLimits
 from replication.core.member import Address, MemberInfo, is_address_literal
 from replication.core.probe import Rng
@@ -34,6 +34,7 @@ from replication.report import MemberView, Parts, compute_stable_ms_ago, describ
 from replication.schema import Schema
 from replication.seal import KeyRing, make_seal
 from replication.settings import AgentSettings, parse_address
+from replication.staging import Staged
 from replication.store import Store
 from replication.transport import Link, Transport
 
@@ -123,6 +124,7 @@ class Agent:
                 rows_max=settings.query_rows_max,
                 timeout_ms=settings.query_timeout_ms,
                 synchronous=settings.synchronous,
+                staged=settings.staged,
                 on_lost=self._on_lost,
             )
             undo.push_async_callback(self._database.close)
@@ -344,6 +346,18 @@ class Agent:
         self._replica.parked -= was_parked
         return was_parked
 
+    async def read_staged(self) -> Staged:
+        """Return what is held back of the staged tables, and what harm it has done."""
+        return await self._database.run(Store.read_staged)
+
+    async def release_staged(self, clocks: Collection[Clock]) -> None:
+        """Show those who follow what these changesets wrote."""
+        await self._database.commit(lambda store: store.release_staged(clocks), some)
+
+    async def put_strikes(self, strikes: Mapping[Clock, int]) -> None:
+        """Keep over restarts how often changesets that are held back have done harm."""
+        await self._database.run(lambda store: store.put_strikes(strikes))
+
     def _publish(self, commit: Commit) -> None:
         """Take a commit, on the event loop, in order: spread what is ours and tell the application."""
         if commit.seq > self._seq + 1:
@@ -417,7 +431,8 @@ class Agent:
             commit = await self._database.commit(act, some)
             if commit is not None:
                 self.counters["captures"] += 1
-                limits.spend_tables((change.table for change in commit.changes), self._host.now_ms())
+                written = (change.table for change in (*commit.changes, *commit.held))
+                limits.spend_tables(written, self._host.now_ms())
 
     async def _give_way(self, twin: MemberInfo) -> None:
         """Write nothing more as our site, for another node does; raises ReplacedError."""

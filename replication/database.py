@@ -13,7 +13,7 @@ import sqlite3
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -169,6 +169,7 @@ class Database:
         rows_max: int,
         timeout_ms: float,
         synchronous: Synchronous = "normal",
+        staged: Collection[str] | None = None,
         on_lost: Callable[[ReplacedError], None] = lambda _: None,
     ) -> "Database":
         """Open or create the file; raises StoreError, SchemaError.
@@ -176,7 +177,7 @@ class Database:
         `publish` is called on the event loop; so is `on_lost`, once, when nothing may be written any more.
         """
         lock = lock_file(path)
-        writer = _StoreConnection(lambda: Store.open(path, schema, synchronous=synchronous))
+        writer = _StoreConnection(lambda: Store.open(path, schema, synchronous=synchronous, staged=staged))
         try:
             await writer.open()
             try:

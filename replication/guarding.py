@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 from . import sidetables
 from .errors import ReplacedError, SchemaError
 from .identity import read_home
+from .staging import prepare_staging
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from .schema import Schema
 
 # What a WAL keeps of its size when it begins anew; SQLite itself begins anew at 4 MB when no reader is in it.
@@ -52,11 +55,14 @@ def read_state(connection: sqlite3.Connection) -> State | None:
 class FileGuard:
     """Looks after one open file."""
 
-    def __init__(self, connection: sqlite3.Connection, path: str, schema: Schema) -> None:
+    def __init__(
+        self, connection: sqlite3.Connection, path: str, schema: Schema, staged: Collection[str] | None = None
+    ) -> None:
         self.problem = ""  # what is wrong with the tables, so long as others leave them so
         self._connection = connection
         self._path = path
         self._schema = schema
+        self._staged = staged
         self._home = read_home(path)
         self._is_disowned = False
         self._is_overwritten = False  # set with the former, when the WAL belongs to what the file held before
@@ -131,6 +137,8 @@ class FileGuard:
         self._connection.execute("SAVEPOINT restoring")
         try:
             sidetables.migrate(self._connection, self._schema)
+            if self._staged is not None:
+                prepare_staging(self._connection, self._schema, self._staged)
             self.problem = ""
         except SchemaError as error:
             self._connection.execute("ROLLBACK TO restoring")

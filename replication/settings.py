@@ -90,6 +90,8 @@ class AgentSettings:
     # other clients write to the file has the same limits of its own: it is not refused, but leaves later.
     writes_per_s: Mapping[str, float] = field(default_factory=dict)
     origins: OriginSettings = field(default_factory=OriginSettings)
+    # What is written to these tables is held back from those who follow, until it is released.
+    staged: frozenset[str] = frozenset()
     query_rows_max: int = 10_000
     query_timeout_ms: float = 5_000
 

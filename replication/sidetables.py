@@ -24,7 +24,7 @@ from .schema import MergeMode, Schema, TableSchema, quote, read_columns
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 STORAGE_FORMAT: Final = 1
 _BY_PLAN: Final = "that takes a plan"
@@ -72,6 +72,11 @@ def clock_table(name: str) -> str:
 def pending_table(name: str) -> str:
     """Return the quoted name of the table that triggers note writes in."""
     return quote(f"_repl_pending_{name}")
+
+
+def staged_table(name: str) -> str:
+    """Return the quoted name of the table that notes what is held back of a table (see staging.py)."""
+    return quote(f"_repl_staged_{name}")
 
 
 def key(column: str) -> str:
@@ -225,12 +230,14 @@ def _add_columns(
         _check_not_gone(connection, table.name, column)
         try:
             connection.execute(f"ALTER TABLE {quote(table.name)} ADD COLUMN {table.definitions[column]}")
-            has_pending = read_columns(connection, f"_repl_pending_{table.name}")
-            if has_pending and not hidden:
+            for notes in ("pending", "staged"):
+                if hidden or not read_columns(connection, f"_repl_{notes}_{table.name}"):
+                    continue
                 # A note made before the column existed stands for a row that had the default in it.
                 default = connection.execute("SELECT quote(?)", (table.defaults[column],)).fetchone()[0]
                 connection.execute(
-                    f"ALTER TABLE {pending_table(table.name)} ADD COLUMN {old(column)} DEFAULT {default}"
+                    f"ALTER TABLE {quote(f'_repl_{notes}_{table.name}')} "
+                    f"ADD COLUMN {old(column)} DEFAULT {default}"
                 )
         except connection.OperationalError as error:
             raise SchemaError(f"table {table.name}: column {column} cannot be added: {error}") from error
@@ -247,13 +254,18 @@ def create_side_tables(connection: sqlite3.Connection, table: TableSchema) -> No
     else:
         end = f", PRIMARY KEY ({', '.join(map(key, table.pk))})) WITHOUT ROWID"
     connection.execute(f"CREATE TABLE {clock_table(table.name)} ({keys}, {', '.join(RECORD_COLUMNS)}{end}")
+    create_notes(connection, table, pending_table(table.name))
+    connection.execute("INSERT INTO _repl_table VALUES (?, ?)", (table.name, table.mode.value))
+
+
+def create_notes(connection: sqlite3.Connection, table: TableSchema, notes: str) -> None:
+    """Create a table for keys of rows that were written and what they held before, by its quoted name."""
     bare_keys = ", ".join(map(key, table.pk))
     olds = "".join(f", {old(column)}" for column in table.values)
     connection.execute(
-        f"CREATE TABLE {pending_table(table.name)} ({bare_keys}, existed INTEGER NOT NULL{olds}, "
+        f"CREATE TABLE IF NOT EXISTS {notes} ({bare_keys}, existed INTEGER NOT NULL{olds}, "
         f"PRIMARY KEY ({bare_keys})) WITHOUT ROWID"
     )
-    connection.execute("INSERT INTO _repl_table VALUES (?, ?)", (table.name, table.mode.value))
 
 
 def _adopt_rows(connection: sqlite3.Connection, table: TableSchema) -> None:
@@ -265,16 +277,19 @@ def _adopt_rows(connection: sqlite3.Connection, table: TableSchema) -> None:
 
 
 def make_triggers(table: TableSchema) -> dict[str, str]:
-    """Return the triggers that note who writes to a table: name to SQL."""
+    """Return the triggers that note what others write to a table: name to SQL."""
+    return make_notes(table, pending_table(table.name), "_repl", "(SELECT merging FROM _repl_state) = 0")
+
+
+def make_notes(table: TableSchema, pending: str, prefix: str, guard: str) -> dict[str, str]:
+    """Return triggers that note in a table what is written while the guard holds: name to SQL."""
     name = quote(table.name)
-    pending = pending_table(table.name)
     keys = ", ".join(map(key, table.pk))
     images = f"{keys}, existed" + "".join(f", {old(column)}" for column in table.values)
-    guard = "(SELECT merging FROM _repl_state) = 0"
 
-    def image(prefix: str) -> str:
-        of_key = ", ".join(prefix + quote(column) for column in table.pk)
-        return f"{of_key}, 1" + "".join(f", {prefix}{quote(column)}" for column in table.values)
+    def image(row: str) -> str:
+        of_key = ", ".join(row + quote(column) for column in table.pk)
+        return f"{of_key}, 1" + "".join(f", {row}{quote(column)}" for column in table.values)
 
     new_key = ", ".join("NEW." + quote(column) for column in table.pk)
     at_new_key = " AND ".join(f"{quote(column)} = NEW.{quote(column)}" for column in table.pk)
@@ -300,7 +315,7 @@ def make_triggers(table: TableSchema) -> dict[str, str]:
     }
     triggers = {}
     for kind, (event, condition, body) in bodies.items():
-        trigger = f"_repl_{kind}_{table.name}"
+        trigger = f"{prefix}_{kind}_{table.name}"
         triggers[trigger] = (
             f"CREATE TRIGGER {quote(trigger)} {event} ON {name} WHEN {guard}{condition} BEGIN {body} END"
         )
@@ -309,7 +324,12 @@ def make_triggers(table: TableSchema) -> dict[str, str]:
 
 def create_triggers(connection: sqlite3.Connection, table: TableSchema) -> None:
     """Create the triggers that note who writes to a table, or bring them to its columns."""
-    for trigger, sql in make_triggers(table).items():
+    put_triggers(connection, make_triggers(table))
+
+
+def put_triggers(connection: sqlite3.Connection, triggers: Mapping[str, str]) -> None:
+    """Create triggers that are not there, and those again that are different."""
+    for trigger, sql in triggers.items():
         found = connection.execute(
             "SELECT sql FROM sqlite_master WHERE type = 'trigger' AND name = ?", (trigger,)
         ).fetchone()

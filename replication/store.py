@@ -37,16 +37,18 @@ from .ledger import Ledger
 from .parking import ParkedChangeset, Parking
 from .schema_plan import plan_schema
 from .snapshot import compute_digest, stream_snapshot, write_snapshot
+from .staging import Staging, prepare_staging
 from .statements import run_apart, run_statements
 from .tables import Sites, Table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from .core.change import RowChange
-    from .core.clock import Hlc
+    from .core.clock import Clock, Hlc
     from .core.versions import VersionRanges
     from .schema import Schema
+    from .staging import Staged
     from .statements import Statement
 
 # A person with a shell may hold the lock for a while; a program that holds it for five seconds is stuck.
@@ -69,7 +71,14 @@ class ApplyResult:
 class Store:
     """One replica in one SQLite file. Synchronous; calls must not overlap."""
 
-    def __init__(self, connection: sqlite3.Connection, path: str, schema: Schema, max_drift_ms: int) -> None:
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        path: str,
+        schema: Schema,
+        max_drift_ms: int,
+        staged: Collection[str] | None = None,
+    ) -> None:
         self.connection = connection
         # Tables of which what other clients wrote stays uncaptured for now. Set by whoever limits their pace;
         # one that is written to here is taken out.
@@ -80,6 +89,7 @@ class Store:
         self.parking = Parking(connection, self.sites)
         self.log = ChangeLog(connection, self.sites)
         self._path = path
+        self._staged = staged
         self._clock = HybridClock(max_drift_ms=max_drift_ms)
         self.ledger = Ledger(connection, self.sites, self._clock)
         self._use(schema)
@@ -95,19 +105,24 @@ class Store:
         max_drift_ms: int = MAX_DRIFT_MS,
         site: SiteId | None = None,
         synchronous: Synchronous = "normal",
+        staged: Collection[str] | None = None,
     ) -> Store:
         """Open or create a replica and bring it to the schema.
 
-        site is for a new file; without it a random one is made. synchronous is SQLite's. Raises SchemaError
-        when the schema would destroy data, StoreError when the file cannot be used, BusyError when another
-        process holds it.
+        site is for a new file; without it a random one is made. synchronous is SQLite's. What is written to
+        staged tables is held back from those who follow; None leaves that as the file has it.
+
+        Raises SchemaError when the schema would destroy data, StoreError when the file cannot be used,
+        BusyError when another process holds it.
         """
         name = os.fspath(path)
         connection = sqlite3.connect(
             name, isolation_level=None, check_same_thread=False, cached_statements=CACHED_STATEMENTS
         )
         opened = Opened(read_boot(), read_home(name))
-        store = cls.adopt(connection, name, schema, opened, max_drift_ms=max_drift_ms, site=site)
+        store = cls.adopt(
+            connection, name, schema, opened, max_drift_ms=max_drift_ms, site=site, staged=staged
+        )
         connection.execute(f"PRAGMA synchronous = {synchronous}")
         return store
 
@@ -122,6 +137,7 @@ class Store:
         max_drift_ms: int = MAX_DRIFT_MS,
         site: SiteId | None = None,
         make_site: Callable[[], bytes] = lambda: os.urandom(SITE_BYTES),
+        staged: Collection[str] | None = None,
     ) -> Self:
         """Make a replica of an open connection, as `open` does; it is closed if that fails.
 
@@ -136,9 +152,11 @@ class Store:
                 connection.execute("BEGIN IMMEDIATE")
                 prepare_identity(connection, site, opened, make_site)
                 sidetables.migrate(connection, schema)
+                if staged is not None:
+                    prepare_staging(connection, schema, staged)
                 connection.execute("COMMIT")
                 connection.execute("PRAGMA synchronous = NORMAL")
-            return cls(connection, path, schema, max_drift_ms)
+            return cls(connection, path, schema, max_drift_ms, staged)
         except BaseException:
             connection.close()
             raise
@@ -149,7 +167,9 @@ class Store:
         self.tables = {name: Table(connection, table) for name, table in schema.tables.items()}
         self.applier = Applier(connection, schema, self.tables, self.sites, self._clock)
         self._capture = Capture(connection, self.tables, self.sites, self._clock, self.ledger, self.log)
-        self._guard = FileGuard(connection, self._path, schema)
+        self._guard = FileGuard(connection, self._path, schema, self._staged)
+        held_back = {name: schema.tables[name] for name in self._staged or ()}
+        self._staging = Staging(connection, held_back, self.sites)
 
     @property
     def site(self) -> SiteId:
@@ -377,6 +397,23 @@ class Store:
         with self._transaction():
             return self.parking.remove(site, version)
 
+    # What is held back from those who follow
+
+    def read_staged(self) -> Staged:
+        """Return the rows that are held back, and the strikes of the changesets that wrote them."""
+        with self._transaction():
+            return self._staging.read()
+
+    def release_staged(self, clocks: Collection[Clock]) -> Commit | None:
+        """Show the rows that were last written by these changesets; None when there are none any more."""
+        with self._transaction():
+            return self._conclude([], [], released=self._staging.release(clocks))
+
+    def put_strikes(self, strikes: Mapping[Clock, int]) -> None:
+        """Keep how often changesets that are held back have done harm."""
+        with self._transaction():
+            self._staging.put_strikes(strikes)
+
     def change(self, work: Callable[[], list[RowChange]], wall_ms: int | None = None) -> Commit | None:
         """Run what changes rows and clock records themselves, in one transaction and unnoticed by triggers.
 
@@ -533,14 +570,19 @@ class Store:
             return self.ledger.version, hlc
 
     def _conclude(
-        self, rows: list[RowChange], changesets: list[EncodedChangeset], reload: tuple[str, ...] = ()
+        self,
+        rows: list[RowChange],
+        changesets: list[EncodedChangeset],
+        reload: tuple[str, ...] = (),
+        released: Sequence[RowChange] = (),
     ) -> Commit | None:
         """Write counters and ranges; return what the transaction did, if anything."""
-        if not self.ledger.write(has_rows=bool(rows or reload)):
+        shown, held = self._staging.split(rows) if self._staged else (rows, [])
+        if not self.ledger.write(has_rows=bool(rows or reload or released)):
             self._guard.refuse("another state was put into it")
-        if not rows and not reload and not changesets:
+        if not rows and not reload and not changesets and not released:
             return None
-        return Commit(self.seq, tuple(rows), tuple(changesets), reload)
+        return Commit(self.seq, (*shown, *released), tuple(changesets), reload, tuple(held))
 
 
 def _check_whole(own: Sequence[EncodedChangeset]) -> None:

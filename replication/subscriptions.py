@@ -374,7 +374,7 @@ class Subscriptions:
 
     def handle_commit(self, commit: Commit) -> None:
         """Take note of a commit: queries that read what it changed will run again."""
-        touched = {*commit.reload, *(change.table for change in commit.changes)}
+        touched = {*commit.reload, *(change.table for change in (*commit.changes, *commit.held))}
         if not touched:
             return
         self._seq = commit.seq

@@ -127,6 +127,21 @@ def fetch_all(connection: sqlite3.Connection, sql: str, values: Sequence[SqlValu
         connection.text_factory = str
 
 
+def select_noted(schema: TableSchema, notes: str) -> str:
+    """Return SQL for what `Table.read_pending` says of each row that is noted in a table of notes."""
+    row_is_noted = " AND ".join(f"p.{key(column)} = t.{quote(column)}" for column in schema.pk)
+    clock_is_noted = " AND ".join(f"c.{key(column)} = p.{key(column)}" for column in schema.pk)
+    keys = ", ".join(f"p.{key(column)}" for column in schema.pk)
+    records = ", ".join(f"c.{column}" for column in RECORD_COLUMNS)
+    olds = "".join(f", p.{old(column)}" for column in schema.values)
+    news = "".join(f", t.{quote(column)}" for column in schema.values)
+    return (
+        f"SELECT {keys}, p.existed, t.{quote(schema.pk[0])} IS NOT NULL, {records}{olds}{news} "
+        f"FROM {notes} AS p LEFT JOIN {quote(schema.name)} AS t ON {row_is_noted} "
+        f"LEFT JOIN {clock_table(schema.name)} AS c ON {clock_is_noted}"
+    )
+
+
 class Table:
     """The statements of one replicated table, made once."""
 
@@ -160,19 +175,10 @@ class Table:
 
     def _make_reads(self) -> None:
         schema = self.schema
-        row_is_pending = " AND ".join(f"p.{key(column)} = t.{quote(column)}" for column in schema.pk)
-        clock_is_pending = " AND ".join(f"c.{key(column)} = p.{key(column)}" for column in schema.pk)
         clock_is_row = " AND ".join(f"c.{key(column)} = t.{quote(column)}" for column in schema.pk)
-        keys = ", ".join(f"p.{key(column)}" for column in schema.pk)
         records = ", ".join(f"c.{column}" for column in RECORD_COLUMNS)
-        olds = "".join(f", p.{old(column)}" for column in schema.values)
-        news = "".join(f", t.{quote(column)}" for column in schema.values)
         self.has_pending = f"EXISTS (SELECT 1 FROM {self._pending})"
-        self._read_pending = (
-            f"SELECT {keys}, p.existed, t.{quote(schema.pk[0])} IS NOT NULL, {records}{olds}{news} "
-            f"FROM {self._pending} AS p LEFT JOIN {self._name} AS t ON {row_is_pending} "
-            f"LEFT JOIN {self._clock} AS c ON {clock_is_pending}"
-        )
+        self._read_pending = select_noted(schema, self._pending)
         # A row as of the last capture is what its note remembers, or what it is if there is no note. The plus
         # takes the key's type from the comparison: keys in notes have none, and their index needs it so.
         is_noted = " AND ".join(f"p.{key(column)} = +c.{key(column)}" for column in schema.pk)

@@ -46,13 +46,15 @@ class Commit:
     seq grows by one with each commit that changed rows and is persisted; a commit without changes (all
     changesets had lost, or were parked) repeats the last one. changesets are those that this replica did
     not have before: to be passed on. reload names tables of which so many rows changed, in a snapshot, that
-    changes leaves out most of them: who follows these tables reads them again.
+    changes leaves out most of them: who follows these tables reads them again. held are rows that followers
+    are not shown yet.
     """
 
     seq: int
     changes: tuple[RowChange, ...]
     changesets: tuple[EncodedChangeset, ...]
     reload: tuple[str, ...] = ()
+    held: tuple[RowChange, ...] = ()
 
 
 def some(commit: Commit | None) -> tuple[Commit, ...]:
