@@ -12,6 +12,7 @@ import sqlite3
 import time
 from typing import TYPE_CHECKING, Any
 
+from isthmus.admin.explain import ExplainRoutes
 from isthmus.admin.keys import KeyRoutes
 from isthmus.admin.lifecycle import LifecycleRoutes
 from isthmus.admin.metrics import WorkerTotals
@@ -184,6 +185,9 @@ class AgentRole:
             self._subscriptions,
             KeyRoutes(self._credentials),
             LifecycleRoutes(self._control),
+            others=[
+                ExplainRoutes(lambda: self._config, self._table, self._agent, self._feed, self._credentials)
+            ],
         )
         await self._admin.start()
         own.add(self._admin.address)  # the system may have chosen its port

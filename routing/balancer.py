@@ -362,6 +362,10 @@ class Balancer:
                 return False
         return service.upstream_port(target) is not None
 
+    def tiers(self, service: Service, want: Want = ANYWHERE) -> tuple[str, ...]:
+        """Return the regions that are looked through for a request, in order."""
+        return tuple(bucket.region for bucket in self._plan(service, want.regions))
+
     def explain(
         self, service: Service, now: float, want: Want = ANYWHERE, tried: Collection[str] = ()
     ) -> list[tuple[Target, str]]:

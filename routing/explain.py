@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from .types import CheckStatus, MachineState
+from .hosts import normalise_host, normalise_path
+from .types import CheckStatus, HostnameRow, MachineState
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -95,6 +96,22 @@ class RouteExplanation:
     app: str | None
     service: Service | None
     reason: str
+
+
+def find_hostname(table: RoutingTable, host: bytes, path: bytes) -> HostnameRow | None:
+    """Return the row that RoutingTable.find_app goes by, or None; it looks at all of them."""
+    name = normalise_host(host).decode("latin-1")
+    dots = [index for index, char in enumerate(name) if char == "." and index]
+    for wanted in (name, *("*" + name[dot:] for dot in dots), "*") if name else ():
+        rows = table.rows("hostnames").values()
+        of_name = [row for row in rows if isinstance(row, HostnameRow) and row.hostname == wanted]
+        if of_name:
+            # A less specific name never gets a second chance.
+            below = normalise_path(path).removesuffix(b"/") + b"/"
+            prefixes = [(row.path_prefix.removesuffix("/").encode() + b"/", row) for row in of_name]
+            found = [row for prefix, row in prefixes if below.startswith(prefix)]
+            return max(found, key=lambda row: len(row.path_prefix), default=None)
+    return None
 
 
 def explain_route(table: RoutingTable, host: bytes, path: bytes, port: int) -> RouteExplanation:

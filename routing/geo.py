@@ -194,6 +194,14 @@ class Regions:
             return measured
         return RTT_MS_LEAST + self.distance_km(origin, code) * RTT_MS_PER_KM
 
+    def name_source(self, origin: str, code: str) -> str:
+        """Return where `rtt_ms` is from: here, measured, distance or unknown."""
+        if code == origin:
+            return "here"
+        if self.is_measured(origin, code):
+            return "measured"
+        return "distance" if math.isfinite(self.rtt_ms(origin, code)) else "unknown"
+
     def covers(self, name: str, code: str) -> bool:
         """True when the region `code` is what `name` (a code or an area) stands for."""
         if name in (code, ANY):

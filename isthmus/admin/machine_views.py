@@ -39,7 +39,7 @@ def describe_machines(
     checks: dict[str, Rows] = {}
     for check in sorted(_rows(table, "checks", CheckRow), key=lambda check: check.name):
         checks.setdefault(check.machine, []).append(_describe_check(check))
-    passive = _sum_failing(failing)
+    passive = sum_failing(failing)
     in_order = sorted(_rows(table, "machines", MachineRow), key=lambda m: (m.app, m.region, m.id))
     return [
         {
@@ -106,7 +106,7 @@ def _describe_goal(table: RoutingTable, machine: MachineRow) -> dict[str, Any] |
     }
 
 
-def _sum_failing(failing: Mapping[str, Iterable[tuple[str, int, float]]]) -> dict[str, dict[str, Any]]:
+def sum_failing(failing: Mapping[str, Iterable[tuple[str, int, float]]]) -> dict[str, dict[str, Any]]:
     """Return how many workers of this node leave each machine out, and after how many failures in a row."""
     found: dict[str, dict[str, Any]] = {}
     for machines in failing.values():

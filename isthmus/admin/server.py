@@ -85,6 +85,13 @@ class Agent(Replica, Extensible, Protocol):
     """What is needed of the replication agent, by all routes together."""
 
 
+class Routes(Protocol):
+    """Paths that belong together."""
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return the paths."""
+
+
 class AdminServer:
     """Serves one node's admin API. `address` is set by `start`."""
 
@@ -98,6 +105,8 @@ class AdminServer:
         subscriptions: Subscriptions,
         keys: KeyRoutes,
         lifecycle: LifecycleRoutes,
+        *,
+        others: Iterable[Routes] = (),
     ) -> None:
         self._config = config
         self._views = views
@@ -108,6 +117,7 @@ class AdminServer:
         self._subscriptions = SubscriptionRoutes(subscriptions, replica)
         self._keys = keys
         self._lifecycle = lifecycle
+        self._others = tuple(others)
         self._runner: web.AppRunner | None = None
         self.address = config.listen
 
@@ -153,6 +163,7 @@ class AdminServer:
             *self._subscriptions.routes(),
             *self._keys.routes(),
             *self._lifecycle.routes(),
+            *(route for group in self._others for route in group.routes()),
         ]
 
     async def _dashboard(self, _request: web.Request) -> web.Response:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from isthmus.feed import FeedServer
     from replication.agent import Agent
     from replication.report import MemberView
-    from routing.geo import Regions
     from routing.table import RoutingTable
 
 Rows = list[dict[str, Any]]
@@ -177,7 +176,7 @@ class Views:
                 "name": region.name if (region := known.get(code)) is not None else None,
                 "order": order,
                 "rtt_ms": rtt_ms if math.isfinite(rtt_ms := known.rtt_ms(here, code)) else None,
-                "rtt_from": _name_source(known, here, code),
+                "rtt_from": known.name_source(here, code),
                 "nodes": nodes[code],
                 "machines": machines[code],
                 "routable": routable[code],
@@ -212,15 +211,6 @@ class Views:
 
     def _rows(self, kind: type[Row], table: str) -> list[Row]:
         return [row for row in self._table.rows(table).values() if isinstance(row, kind)]
-
-
-def _name_source(regions: Regions, here: str, code: str) -> str:
-    """Return where a round trip is from."""
-    if code == here:
-        return "here"
-    if regions.is_measured(here, code):
-        return "measured"
-    return "distance" if math.isfinite(regions.rtt_ms(here, code)) else "unknown"
 
 
 def _describe_node(name: str, row: NodeRow | None, member: MemberView | None) -> dict[str, Any]:

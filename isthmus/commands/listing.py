@@ -78,13 +78,13 @@ def _machine_rows(machine: dict[str, Any]) -> Iterable[Cells]:
 def _check_rows(check: dict[str, Any]) -> Iterable[Cells]:
     when, output = _since(check["updated_ms"]), check["output"]
     if check["last_ms_ago"] is not None:
-        when, output = _ago(check["last_ms_ago"]), check["last_output"]
+        when, output = format_ago(check["last_ms_ago"]), check["last_output"]
     keys = ("machine", "name", "status")
     yield (*(check[key] for key in keys), _since(check["since_ms"]), check["node"], when, output)
 
 
 def _node_rows(node: dict[str, Any]) -> Iterable[Cells]:
-    heard = "self" if node["self"] else _ago(node["heard_ms_ago"])
+    heard = "self" if node["self"] else format_ago(node["heard_ms_ago"])
     rtt = "-" if node["rtt_ms"] is None else f"{node['rtt_ms']:.1f} ms"
     region, address, software = (node[key] or "-" for key in ("region", "address", "software"))
     yield (node["node"], region, node["state"], heard, rtt, address, software)
@@ -101,7 +101,8 @@ def _app_rows(app: dict[str, Any]) -> Iterable[Cells]:
     yield (app["app"], ", ".join(app["hosts"]) or "-", f"{app['routable']}/{app['machines']}")
 
 
-def _ago(ms: float | None) -> str:
+def format_ago(ms: float | None) -> str:
+    """Return for a person how long ago something was."""
     if ms is None:
         return "never"
     for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000)):
@@ -112,7 +113,7 @@ def _ago(ms: float | None) -> str:
 
 def _since(at_ms: int) -> str:
     """Return how long ago a time of a row was, by the clock of this machine."""
-    return _ago(max(0.0, time.time() * 1000 - at_ms)) if at_ms else "-"
+    return format_ago(max(0.0, time.time() * 1000 - at_ms)) if at_ms else "-"
 
 
 _LISTINGS: dict[str, tuple[str, Cells, Callable[[dict[str, Any]], Iterable[Cells]]]] = {

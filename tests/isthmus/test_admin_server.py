@@ -15,7 +15,9 @@ from isthmus.admin.metrics import find_family, known_metrics
 from isthmus.admin.server import BODY_BYTES_MAX
 from isthmus.agent_role import AgentRole
 from isthmus.config import AdminConfig, Config, GossipConfig, ProxyConfig
+from isthmus.credentials import compute_explain_keys
 from isthmus.role import RefusedError
+from proxy.core.explain_proof import accepts
 from replication.errors import BusyError, ReadOnlyError, StoreError
 from tests.isthmus.waiting import eventually
 
@@ -381,3 +383,42 @@ async def test_idle_connections_do_not_hold_up_the_stop(admin: Admin, role: Agen
         assert await reader.read() == b""
     writer.close()
     await writer.wait_closed()
+
+
+async def test_a_request_is_explained_by_what_the_node_has(admin: Admin) -> None:
+    await with_web(admin)
+    question = {"url": "https://a.web.test/x", "headers": ["fly-prefer-region: gru"], "from": "syd"}
+    status, told = await admin.ask("POST", "/v1/explain", question)
+    assert (status, told["outcome"]["machine"], told["route"]["hostname"]) == (200, "m2", "*.web.test")
+    assert told["staleness_ms"] == {"n1": 0}
+    query = "url=https://a.web.test/x&header=fly-prefer-region:%20gru&from=syd"
+    asked = await admin.get(f"/v1/explain?{query}")
+    assert (asked["question"], asked["outcome"]) == (told["question"], told["outcome"])
+    status, told = await admin.ask("GET", "/v1/explain?url=nonsense://")
+    assert (status, told["error"]) == (400, "`nonsense://` is no URL with http or https and a host")
+
+
+async def test_without_a_key_nothing_proves_who_may_have_requests_explained(admin: Admin) -> None:
+    status, told = await admin.ask("POST", "/v1/explain/proof", {"host": "web.test"})
+    assert (status, "gossip.keys" in told["error"]) == (409, True)
+
+
+async def test_a_proof_is_one_that_workers_of_the_cluster_take(tmp_path: Path) -> None:
+    told = config(tmp_path, AdminConfig(listen="127.0.0.1:0", token="secret"))
+    role = AgentRole(told)
+    addresses = await role.start()
+    headers = {"Authorization": "Bearer secret"}
+    try:
+        async with aiohttp.ClientSession(headers=headers) as session:
+            admin = Admin(session, addresses["admin"])
+            _, proof = await admin.ask("POST", "/v1/explain/proof", {"host": "web.test", "ttl_s": 60})
+            refused, _ = await admin.ask("POST", "/v1/explain/proof", {"host": "web test"})
+    finally:
+        await role.stop()
+    assert (proof["header"], refused) == ("Isthmus-Explain", 400)
+    now_s = proof["expires_ms"] // 1000 - 60
+    keys = compute_explain_keys((), "secret")
+    assert accepts(keys, proof["value"].encode(), b"web.test", now_s)
+    assert not accepts(
+        compute_explain_keys((b"k" * 32,), "secret"), proof["value"].encode(), b"web.test", now_s
+    )
