@@ -30,6 +30,7 @@ class MemberView:
     heard_ms_ago: float | None
     is_self: bool
     staleness_ms: int | None = None  # of our view of what it writes
+    clock_ahead_ms: int | None = None  # of ours; those that are much ahead take others along
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ def view_members(replica: Replica, now_ms: float, wall_ms: int) -> list[MemberVi
                 heard,
                 is_self=False,
                 staleness_ms=replica.freshness.compute_staleness_ms(info.site, wall_ms),
+                clock_ahead_ms=replica.freshness.compute_ahead_ms(info.site),
             )
         )
     return views

@@ -101,6 +101,7 @@ class Freshness:
         self._seen = seen
         self._own: Heartbeat | None = None  # our last beat
         self._origins: dict[SiteId, _Origin] = {}
+        self._ahead_ms: dict[SiteId, int] = {}  # of the roll and of origins: its last beat, when that came
         self._news: dict[SiteId, SiteId | None] = {}  # whose beats are to be passed on, and who sent them
         self._beat_at = math.inf  # set by `start`
         self._flush_at = math.inf  # set while there is news
@@ -117,6 +118,8 @@ class Freshness:
     def set_roll(self, sites: Iterable[SiteId]) -> None:
         """Say who counts beside us: whoever may yet write something, or must get what is written."""
         self._roll = tuple(sorted({*sites} - {self._me}))
+        for gone in self._ahead_ms.keys() - {*self._roll, *self._origins}:
+            del self._ahead_ms[gone]
 
     def _compute_interval_ms(self) -> float:
         settings = self._settings
@@ -180,12 +183,15 @@ class Freshness:
         for beat in beats:
             if compute_ms(beat.hlc) > wall_ms + self._settings.ahead_max_ms:
                 self.counters["beats_ahead"] += 1
+                if beat.site in self._roll:
+                    self._ahead_ms[beat.site] = compute_ms(beat.hlc) - wall_ms
                 continue
             if beat.site == self._me:
                 self.own_hlc_floor = max(self.own_hlc_floor, beat.hlc)
             newest = self._find_newest(beat.site)
             if newest is None or newest.hlc < beat.hlc:
                 if beat.site != self._me and beat.hlc != NEVER and self._keep(beat, now_ms):
+                    self._ahead_ms[beat.site] = compute_ms(beat.hlc) - wall_ms
                     self._tell(beat.site, peer, now_ms)
                 continue
             self.counters["beats_old"] += 1
@@ -227,6 +233,14 @@ class Freshness:
         if origin is None or origin.covered is None:
             return None
         return max(0, wall_ms - compute_ms(origin.covered.hlc))
+
+    def compute_ahead_ms(self, site: SiteId) -> int | None:
+        """Return by how much the clock of a site was ahead of ours at its last beat, None when it never said.
+
+        Below zero it says little: that is also how long the beat took. And a clock that is ahead takes along
+        those that hear of it: of several sites the one that is ahead most is to blame.
+        """
+        return self._ahead_ms.get(site)
 
     def find_complete(self, sites: Iterable[SiteId], hlc: Hlc) -> list[SiteId]:
         """Return those that say that they have all that the roll wrote up to a time.
@@ -294,6 +308,7 @@ class Freshness:
             return False
         forgotten = min(strangers, key=lambda beat: beat.hlc).site
         del self._origins[forgotten]
+        self._ahead_ms.pop(forgotten, None)
         self._news.pop(forgotten, None)
         return True
 

@@ -280,3 +280,25 @@ def test_nothing_is_stable_while_members_have_seen_different_things_of_a_site_th
     assert node.core.compute_stable_hlc() == NEVER
     node.take(beat(A, 0, -1, 0, roll=node.due().roll))
     assert node.core.compute_stable_hlc() == hlc_from_ms(WALL)
+
+
+def test_how_far_a_clock_is_ahead_is_known_whether_or_not_its_beat_is_taken() -> None:
+    node = Node(A, B)
+    assert node.core.compute_ahead_ms(A) is None
+    node.take(beat(A, 1, ago_ms=-2_000))
+    assert node.core.compute_ahead_ms(A) == 2_000
+    node.take(beat(A, 2, ago_ms=-60_000), beat(B, 1, ago_ms=40))
+    assert (node.core.compute_ahead_ms(A), node.core.compute_ahead_ms(B)) == (60_000, -40)
+    assert node.core.counters["beats_ahead"] == 1
+
+
+def test_what_strangers_say_of_the_time_takes_no_memory() -> None:
+    node = Node(A, sites_max=2)
+    node.take(*(beat(site(number), 1, ago_ms=-60_000) for number in range(10, 40)))
+    node.take(*(beat(site(number), 1, ago_ms=-10) for number in range(10, 40)))
+    known = [number for number in range(10, 40) if node.core.compute_ahead_ms(site(number)) is not None]
+    assert len(known) <= 2
+    node.take(beat(A, 1, ago_ms=-60_000))
+    assert node.core.compute_ahead_ms(A) == 60_000
+    node.core.set_roll([])
+    assert node.core.compute_ahead_ms(A) is None
