@@ -12,6 +12,7 @@ import sqlite3
 import time
 from typing import TYPE_CHECKING, Any
 
+from isthmus.admin.deploys import DeployRoutes
 from isthmus.admin.explain import ExplainRoutes
 from isthmus.admin.keys import KeyRoutes
 from isthmus.admin.lifecycle import LifecycleRoutes
@@ -24,6 +25,8 @@ from isthmus.checking.watchers import Presence
 from isthmus.config import Config, ConfigError, format_address, parse_listen
 from isthmus.credentials import Credentials
 from isthmus.declared import load_schema
+from isthmus.deploys.conductor import Conductor
+from isthmus.deploys.spread import Spreader
 from isthmus.feed import FeedServer
 from isthmus.machines.wiring import Machines
 from isthmus.registry import Registry, RegistryError
@@ -138,6 +141,15 @@ class AgentRole:
             clock_ms=_now_ms,
         )
         self._machines = Machines(config, self._table, self._agent, prober, lambda: presence.regions, _now_ms)
+        self._conductor = Conductor(
+            self._table,
+            self._agent,
+            prober,
+            self._is_known,
+            lambda: presence.regions,
+            node=config.node,
+            clock_ms=_now_ms,
+        )
         self._sharing = Sharing(self._agent, self._table, config.node, config.region)
         self._subscriptions = Subscriptions(config.database, schema)
         self._feed: FeedServer | None = None
@@ -174,6 +186,8 @@ class AgentRole:
         own = {*config.listeners.values(), config.admin.listen, gossip}
         await self._subscriptions.start()
         registry = self._registry = Registry(self._agent, config.node, config.region, own, config.drivers)
+        drivers = self._machines.drivers
+        spreader = Spreader(self._table, self._agent, registry, drivers, node=config.node, clock_ms=_now_ms)
         lifecycle, last_probes = (lambda: self._control.lifecycle), self._checker.last_probes
         views = Views(config, self._agent, self._table, self._feed, lifecycle, last_probes)
         self._admin = AdminServer(
@@ -186,7 +200,8 @@ class AgentRole:
             KeyRoutes(self._credentials),
             LifecycleRoutes(self._control),
             others=[
-                ExplainRoutes(lambda: self._config, self._table, self._agent, self._feed, self._credentials)
+                DeployRoutes(self._agent, registry, self._conductor, spreader),
+                ExplainRoutes(lambda: self._config, self._table, self._agent, self._feed, self._credentials),
             ],
         )
         await self._admin.start()
@@ -197,6 +212,7 @@ class AgentRole:
         await self._checker.start()
         self._sharing.start(self._feed)
         await self._machines.start(config, registry)
+        await self._conductor.start()
         return {"admin": self._admin.address, "gossip": gossip}
 
     async def stop(self) -> None:
@@ -208,6 +224,7 @@ class AgentRole:
         await self._stop(leaves=False)
 
     async def _stop(self, *, leaves: bool) -> None:
+        await self._conductor.stop()
         await self._machines.stop(leaves=leaves and not self._is_lost)
         await self._sharing.stop()
         await self._checker.stop()
@@ -265,12 +282,20 @@ class AgentRole:
         rows = self._table.rows("nodes").values()
         return {row.id: row.region for row in rows if isinstance(row, NodeRow) and row.id in present}
 
+    def _is_known(self, since_ms: int) -> bool:
+        """True when all nodes that take part have what was written by then."""
+        if len(self._present_nodes()) <= 1:
+            return True
+        ago = self._agent.stable_ms_ago()
+        return ago is not None and _now_ms() - ago > since_ms
+
     def _samples(self) -> Iterator[Sample]:
         yield from self._totals.samples()
         yield "isthmus_config_reload_failed", (), float(bool(self._control.lifecycle.reload_problem))
         yield from self._agent.samples()
         yield from self._checker.samples()
         yield from self._machines.samples()
+        yield from self._conductor.samples()
         yield from self._sharing.samples()
         yield from self._subscriptions.samples()
         yield from self._credentials.samples()

@@ -11,13 +11,27 @@ from typing import TYPE_CHECKING
 
 from isthmus import __version__
 from isthmus.client import ClientError
-from isthmus.commands import app, db, demo, explain, key, lifecycle, listing, machine, run, simulate
+from isthmus.commands import (
+    app,
+    db,
+    demo,
+    deploy,
+    explain,
+    key,
+    lifecycle,
+    listing,
+    machine,
+    releases,
+    run,
+    scale,
+    simulate,
+)
 from isthmus.config import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_VERBS = (run, lifecycle, app, machine, listing, explain, db, key, demo, simulate)
+_VERBS = (run, lifecycle, app, machine, deploy, releases, scale, listing, explain, db, key, demo, simulate)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ import replication.metrics
 import replication.subscriptions
 from isthmus import credentials
 from isthmus.checking import checker
+from isthmus.deploys import conductor
 from isthmus.machines import wiring
 from proxy.metrics import unfold
 
@@ -50,6 +51,7 @@ def known_metrics() -> dict[str, tuple[str, str]]:
         **replication.subscriptions.METRICS,
         **checker.METRICS,
         **wiring.METRICS,
+        **conductor.METRICS,
         **credentials.METRICS,
         **OWN_METRICS,
     }

@@ -1,7 +1,7 @@
 """How many machines an app has, and where: what has to be started, made and stopped for that.
 
 Decides the numbers, and which machines come and go. Refuses to know what is behind a driver. Invariant:
-nothing is destroyed: machines that are too many are stopped and kept out, and the next wish can have them back.
+nothing is destroyed: machines that are too many are stopped and kept out, and may come back.
 """
 
 from __future__ import annotations

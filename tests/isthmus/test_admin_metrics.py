@@ -14,6 +14,7 @@ import replication.subscriptions
 from isthmus import credentials
 from isthmus.admin.metrics import GONE_MAX, OWN_METRICS, WorkerTotals, expose, known_metrics
 from isthmus.checking import checker
+from isthmus.deploys import conductor
 from isthmus.machines import wiring
 from proxy.metrics import ProxyMetrics
 
@@ -151,6 +152,7 @@ def test_no_two_parts_describe_the_same_metric() -> None:
         replication.subscriptions.METRICS,
         checker.METRICS,
         wiring.METRICS,
+        conductor.METRICS,
         credentials.METRICS,
         OWN_METRICS,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from isthmus.admin.deploys import DeployRoutes
 from isthmus.admin.explain import ExplainRoutes
 from isthmus.admin.keys import KeyRoutes
 from isthmus.admin.lifecycle import LifecycleRoutes
@@ -156,7 +157,7 @@ def paths() -> set[str]:
         "subscriptions": None,
         "keys": KeyRoutes(None),
         "lifecycle": LifecycleRoutes(None),
-        "others": [ExplainRoutes(None, None, None, None, None)],
+        "others": [ExplainRoutes(None, None, None, None, None), DeployRoutes(None, None, None, None)],
     }
     server = AdminServer(AdminConfig(), _AnyView(), **parts)
     return {f"{route.method} {route.path}" for route in server._routes()}
