@@ -103,7 +103,7 @@ def make_client(args: argparse.Namespace) -> AdminClient:
     base = args.admin or (None if args.data else os.environ.get("ISTHMUS_ADMIN"))
     if base:
         return AdminClient(base, token)
-    data = args.data or Path(os.environ.get("ISTHMUS_DATA") or default_data_dir(os.environ))
+    data = find_data_dir(args)
     info = read_node_info(data)
     if info is None:
         raise ClientError(
@@ -111,3 +111,8 @@ def make_client(args: argparse.Namespace) -> AdminClient:
             "or say which node to ask with --admin HOST:PORT or --data DIR"
         )
     return AdminClient(info.admin, token)
+
+
+def find_data_dir(args: argparse.Namespace) -> Path:
+    """Return the data directory that the flags or the environment name."""
+    return Path(args.data or os.environ.get("ISTHMUS_DATA") or default_data_dir(os.environ))

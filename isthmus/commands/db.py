@@ -1,4 +1,4 @@
-"""`isthmus db query|exec|schema|backup|restore`: the replicated database itself.
+"""`isthmus db query|exec|schema|backup|restore|drill`: the replicated database itself.
 
 `query` and `exec` ask a running node; `schema` is in db_schema.py. `backup` and `restore` work on the file in
 data directory: a backup is made beside a running node, in a process of its own, and needs none.
@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from isthmus.admin.tokens import WAIT_MS
-from isthmus.client import ClientError, add_client_flags, make_client, quote
+from isthmus.client import ClientError, add_client_flags, find_data_dir, make_client, quote
+from isthmus.commands.db_drill import add_drill_parser
 from isthmus.commands.db_parked import add_parked_parser
 from isthmus.commands.db_schema import add_schema_parser
 from isthmus.commands.listing import format_table
 from isthmus.config import Config
-from isthmus.config_sources import default_data_dir
+from isthmus.exercises import Exercise, note_exercise
 from isthmus.supervisor import lock_data_dir
 from replication.errors import ReplicationError
 
@@ -75,6 +76,8 @@ def add_parser(verbs: Any) -> None:
     )
     _add_file_flags(backup)
     backup.set_defaults(run=run_backup)
+
+    add_drill_parser(actions, _add_file_flags)
 
     restore = actions.add_parser("restore", help="put a backup into the data directory of a stopped node")
     restore.add_argument("backup", metavar="FILE", type=Path, help="what `isthmus db backup` made")
@@ -139,12 +142,13 @@ def run_backup(args: argparse.Namespace) -> int:
     """Make a backup and say what is in it."""
     from replication.backup import make_backup  # noqa: PLC0415 — other verbs start without it
 
-    data = _data_dir(args)
+    data = find_data_dir(args).absolute()
     database = Config(node="backup", data=str(data)).database
     try:
         made = make_backup(database, args.target.absolute(), _now_ms(), keep=args.keep)
     except ReplicationError as error:
         raise ClientError(str(error)) from None
+    note_exercise(data, "backup", Exercise(_now_ms(), str(made.path), made.taken_ms))
     if args.json:
         _print_json(
             {
@@ -167,7 +171,7 @@ def run_restore(args: argparse.Namespace) -> int:
     from replication.backup import restore_backup  # noqa: PLC0415 — other verbs start without it
     from replication.database import lock_file  # noqa: PLC0415 — see above
 
-    config = Config(node="restore", data=str(_data_dir(args)))
+    config = Config(node="restore", data=str(find_data_dir(args).absolute()))
     data_lock = asyncio.run(lock_data_dir(config))
     try:
         agent_lock = lock_file(config.database)
@@ -177,6 +181,8 @@ def run_restore(args: argparse.Namespace) -> int:
             )
         finally:
             os.close(agent_lock)
+        put_back = Exercise(_now_ms(), str(args.backup.absolute()), done.backup.taken_ms)
+        note_exercise(config.database.parent, "restore", put_back)
     except ReplicationError as error:
         raise ClientError(str(error)) from None
     finally:
@@ -261,11 +267,6 @@ def _parse_params(texts: list[str]) -> list[Any] | dict[str, Any]:
 
 def _read_sql(texts: list[str]) -> str:
     return "\n;\n".join(sys.stdin.read() if text == "-" else text for text in texts)
-
-
-def _data_dir(args: argparse.Namespace) -> Path:
-    named: Path | str = args.data or os.environ.get("ISTHMUS_DATA") or default_data_dir(os.environ)
-    return Path(named).absolute()
 
 
 def _show(value: Any) -> str:
