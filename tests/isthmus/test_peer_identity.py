@@ -219,6 +219,7 @@ async def test_without_a_key_only_loopback_is_let_in(world: World) -> None:
     _, far = await near_and_far(world, with_keys("near"), with_keys("far"))
     ours, theirs = socket.socketpair()
     with theirs:
+        theirs.settimeout(5)
         far.server._peer_listener._admit(ours, "192.0.2.1")
         assert theirs.recv(1) == b""
     assert far.server.peer_metrics.strangers == {"no_key": 1}
