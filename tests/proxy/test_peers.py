@@ -262,6 +262,33 @@ async def test_kept_connection_that_the_machine_closed_is_made_anew(world: World
     assert near.peers["far"][1] == 1
 
 
+async def test_machine_has_as_long_to_answer_as_it_has_directly(world: World) -> None:
+    near, _ = await near_and_far(world, response_timeout_s=0.1)
+
+    async def behave(connection: Connection) -> None:
+        await connection.read_request()
+        connection.writer.write(OK)
+        await connection.read_request()
+        await connection.read()
+
+    await world.machine(behave=behave)
+    client = await near.client()
+    assert (await client.get()).status == 200
+    response = await client.get()  # sent before its machine is known to be reached
+    assert (response.status, response.error) == (504, "PC05")
+
+
+async def test_machine_that_is_reached_again_has_not_failed(world: World) -> None:
+    near, _ = await near_and_far(world)
+    machine = await world.machine()
+    target = near.table.machine("m1")
+    assert (await near.get()).status == 200
+    target.failures = 1
+    assert (await near.get()).status == 200
+    assert target.failures == 0
+    assert len(machine.connections) == 1
+
+
 async def test_what_is_not_safe_to_send_twice_is_not(world: World) -> None:
     near, _ = await near_and_far(world)
 
