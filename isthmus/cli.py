@@ -13,6 +13,7 @@ from isthmus import __version__
 from isthmus.client import ClientError
 from isthmus.commands import (
     app,
+    apply,
     db,
     demo,
     deploy,
@@ -25,13 +26,30 @@ from isthmus.commands import (
     run,
     scale,
     simulate,
+    staged,
 )
 from isthmus.config import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_VERBS = (run, lifecycle, app, machine, deploy, releases, scale, listing, explain, db, key, demo, simulate)
+_VERBS = (
+    run,
+    lifecycle,
+    app,
+    apply,
+    machine,
+    deploy,
+    releases,
+    scale,
+    listing,
+    explain,
+    db,
+    staged,
+    key,
+    demo,
+    simulate,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -33,6 +33,7 @@ from routing.types import WEIGHT_USUAL
 Value = None | int | float | str | bytes
 Statement = tuple[str, Sequence[Value]]
 Rows = list[tuple[Any, ...]]
+T = TypeVar("T")
 
 _USUAL_APP = AppConfig(name="usual")
 
@@ -163,15 +164,51 @@ class Registry:
             statements += [_keep_hosts(app, owner), _keep_services(app, owner)]
         return statements
 
-    async def add_app(self, app: AppConfig) -> list[str]:
-        """Create the app or change it to what is given; returns the ids of its machines given here."""
+    async def add_app(self, app: AppConfig, *, exact: bool = False, dry_run: bool = False) -> list[str]:
+        """Create the app or change it to what is given; returns the ids of its machines given here.
+
+        `exact`: services that are not given are removed. `dry_run`: only refuse what would be refused.
+        """
         for host in app.hosts:
             await self._refuse_taken_route(app, host)
         machines = self.name_machines(app.name, app.machines)
         for machine in machines:
             await self._refuse_misfit(app.name, machine)
-        await self._database.execute(self._app_statements(app, ""))
+        statements = self._app_statements(app, "")
+        if exact:
+            ports = [0, *(service.port for service in app.services)]
+            sql = f"DELETE FROM services WHERE app = ? AND port NOT IN ({_marks(ports)})"  # noqa: S608 — only marks
+            statements.append((sql, (app.name, *ports)))
+        if not dry_run:
+            await self._database.execute(statements)
         return [machine.id for machine in machines]
+
+    async def compare_app(self, app: AppConfig) -> tuple[list[dict[str, Any]], list[str]]:
+        """Return what would change if services and hosts were as given, and all hosts of the app then."""
+        names = ", ".join(_COMPARED)
+        sql = f"SELECT port, {names} FROM services WHERE app = ? ORDER BY port"  # noqa: S608 — our own names
+        rows = (await self._database.query(sql, (app.name,))).rows
+        before = {row[0]: _flatten(dict(zip(_COMPARED, row[1:], strict=True))) for row in rows}
+        services: list[AppConfig | ServiceConfig] = [app, *app.services]
+        after = {port: _flatten(fields) for port, fields in (_service_fields(app, s) for s in services)}
+        changes = []
+        for port in sorted(before.keys() | after.keys()):
+            old, new = before.get(port, {}), after.get(port, {})
+            what = f"service on port {port}" if port else "service"
+            changes += [
+                {"what": f"{what}: {key}", "before": old.get(key), "after": new.get(key)}
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key) != new.get(key)
+            ]
+        sql = "SELECT hostname, path_prefix FROM hostnames WHERE app = ? ORDER BY 1, 2"
+        held = [tuple(row) for row in (await self._database.query(sql, (app.name,))).rows]
+        wanted = [(canonical_hostname(host), canonical_prefix(app.path_prefix)) for host in app.hosts]
+        changes += [
+            {"what": f"host {host}{prefix.rstrip('/')}", "before": None, "after": app.name}
+            for host, prefix in wanted
+            if (host, prefix) not in held
+        ]
+        return changes, [host for host, _ in {**dict.fromkeys(held), **dict.fromkeys(wanted)}]
 
     async def set_options(self, app: str, changes: Mapping[str, Any]) -> None:
         """Change options of all services of an app; null takes one back (RFC 7396)."""
@@ -300,11 +337,9 @@ class Registry:
     def _app_statements(self, app: AppConfig, owner: str) -> list[Statement]:
         statements: list[Statement] = [
             ("INSERT INTO apps (name, managed_by) VALUES (?, ?) ON CONFLICT DO NOTHING", (app.name, owner)),
-            _service_statement(app.name, 0, app, encode_checks(app.checks), encode_options(app), owner),
+            _service_statement(app, app, owner),
+            *(_service_statement(app, service, owner) for service in app.services),
         ]
-        for service in app.services:
-            options = encode_service_options(app, service)
-            statements.append(_service_statement(app.name, service.port, service, "[]", options, owner))
         route = (
             "INSERT INTO hostnames (hostname, path_prefix, app, managed_by) VALUES (?, ?, ?, ?)"
             " ON CONFLICT DO UPDATE SET app = excluded.app"
@@ -352,24 +387,52 @@ class Registry:
         )
 
 
-def _service_statement(
-    app: str, port: int, service: AppConfig | ServiceConfig, checks: str, options: str, owner: str
-) -> Statement:
+# The columns of a service that a configuration says.
+_COMPARED = ("internal_port", "concurrency", "soft_limit", "hard_limit", "checks", "options")
+
+
+def _service_fields(app: AppConfig, service: AppConfig | ServiceConfig) -> tuple[int, dict[str, Value]]:
+    """Return the port and the columns of a service; that for all ports is the app itself."""
+    port, checks, options = 0, encode_checks(app.checks), encode_options(app)
+    if isinstance(service, ServiceConfig):
+        port, checks, options = service.port, "[]", encode_service_options(app, service)
     concurrency = "requests" if "http" in service.handlers else "connections"
+    limits = (service.internal_port, concurrency, service.soft_limit, service.hard_limit)
+    return port, dict(zip(_COMPARED, (*limits, checks, options), strict=True))
+
+
+def _service_statement(app: AppConfig, service: AppConfig | ServiceConfig, owner: str) -> Statement:
+    port, fields = _service_fields(app, service)
     return (
         (
-            "INSERT INTO services"
-            " (app, port, internal_port, concurrency, soft_limit, hard_limit, checks, managed_by, options)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
-            " internal_port = excluded.internal_port, concurrency = excluded.concurrency,"
-            " soft_limit = excluded.soft_limit, hard_limit = excluded.hard_limit,"
-            " checks = excluded.checks, options = excluded.options"
+            "INSERT INTO services"  # noqa: S608 — our own names
+            f" (app, port, managed_by, {', '.join(fields)})"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+            + ", ".join(f"{name} = excluded.{name}" for name in fields)
         ),
-        (
-            *(app, port, service.internal_port, concurrency, service.soft_limit, service.hard_limit),
-            *(checks, owner, options),
-        ),
+        (app.name, port, owner, *fields.values()),
     )
+
+
+def _flatten(fields: dict[str, Value]) -> dict[str, Any]:
+    """Return the columns of a service with its options beside them, and its checks by number."""
+    flat: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+    options: dict[str, Any] = _decode(flat.pop("options"), {})
+    checks: list[dict[str, Any]] = _decode(flat.pop("checks"), [])
+    flat |= options
+    for i, check in enumerate(checks):
+        if isinstance(check, dict):
+            flat |= {f"checks[{i}].{key}": value for key, value in check.items()}
+    return flat
+
+
+def _decode(text: object, usual: T) -> T:
+    """Return what JSON in a row says; any client may have written anything."""
+    try:
+        value = msgspec.json.decode(str(text))
+    except msgspec.DecodeError:
+        return usual
+    return value if isinstance(value, type(usual)) else usual
 
 
 def _reaches(address: str, listener: str) -> bool:

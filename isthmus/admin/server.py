@@ -180,8 +180,13 @@ class AdminServer:
 
     async def _add_app(self, request: web.Request) -> web.Response:
         app = await _body(request, AppConfig)
-        machines = await self._registry.add_app(app)
-        return _json({"app": app.name, "machines": machines}, 201)
+        exact, dry_run = (request.query.get(flag) == "1" for flag in ("exact", "dry_run"))
+        changes, hosts = await self._registry.compare_app(app) if exact or dry_run else ([], [])
+        machines = await self._registry.add_app(app, exact=exact, dry_run=dry_run)
+        answer: dict[str, Any] = {"app": app.name, "machines": machines}
+        if exact or dry_run:
+            answer |= {"changes": changes, "hosts": hosts}
+        return _json(answer, 200 if dry_run else 201)
 
     async def _set_options(self, request: web.Request) -> web.Response:
         name = request.match_info["app"]

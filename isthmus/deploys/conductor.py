@@ -169,7 +169,7 @@ class Conductor:
     def samples(self) -> Iterator[Sample]:
         """Yield how many run and have ended."""
         yield "isthmus_deploys_running", (), float(len(self._running))
-        for status, count in self._ended.items():
+        for status, count in (+self._ended).items():
             yield "isthmus_deploys_total", (("status", status),), float(count)
 
     # What an order means
@@ -347,8 +347,8 @@ class Conductor:
         statements = plan_writes(release, action, self._node, now_ms, self._resting(release, action))
         if action.kind is Kind.FINISH:
             statements += await self._plan_end(release, action)
-            self._ended[action.status.value] += 1
         await self._database.execute(statements)
+        self._ended[action.status.value] += action.kind is Kind.FINISH
         conducted.course.arrive(action)
         conducted.written_ms = self._clock_ms()
         if action.told:

@@ -149,6 +149,5 @@ def test_blue_green_flips_to_spares_and_a_rollback_flips_back(node: Node) -> Non
     assert {status for status, _ in answers} == {200}
     assert '"status":"complete"' in back.stdout.splitlines()[-1]
     said = isthmus(node, "releases", "web").stdout
-    assert [line.split()[1:4] for line in said.splitlines()[1:3]] == [["5", "v2", "complete"]] + [
-        ["4", "v1", "complete"]
-    ]
+    shown = [line.split()[1:4] for line in said.splitlines()[1:3]]
+    assert shown == [["5", "v2", "complete"], ["4", "v1", "complete"]]

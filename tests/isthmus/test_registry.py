@@ -609,3 +609,44 @@ async def test_how_an_app_is_balanced_reaches_routing(registry: Registry, databa
     assert options is not None
     assert options.sticky == Sticky(cookie=b"at", sets=True)
     assert options.slow_start_s == 5.0
+
+
+async def test_app_that_is_as_it_should_be_has_no_changes(registry: Registry, database: FakeDatabase) -> None:
+    web = msgspec.structs.replace(
+        app(), soft_limit=5, checks=(CheckConfig(path="/up"),), services=(ServiceConfig(port=5432),)
+    )
+    changes, hosts = await registry.compare_app(web)
+    assert {"what": "service: soft_limit", "before": None, "after": 5} in changes
+    assert {"what": "service: checks[0].path", "before": None, "after": "/up"} in changes
+    assert {"what": "host web.test", "before": None, "after": "web"} in changes
+    assert (hosts, database.transactions) == (["web.test"], [])
+    await registry.add_app(web)
+    assert await registry.compare_app(web) == ([], ["web.test"])
+    other = msgspec.structs.replace(web, soft_limit=6, services=(), hosts=(), force_https=True)
+    changes, hosts = await registry.compare_app(other)
+    assert [change["what"] for change in changes if "port 5432" not in change["what"]] == [
+        "service: force_https",
+        "service: soft_limit",
+    ]
+    assert hosts == ["web.test"]
+
+
+async def test_exact_app_loses_services_that_are_not_given(
+    registry: Registry, database: FakeDatabase
+) -> None:
+    await registry.add_app(msgspec.structs.replace(app(), services=(ServiceConfig(port=5432),)))
+    before = len(database.transactions)
+    await registry.add_app(app(), exact=True, dry_run=True)
+    assert len(database.transactions) == before
+    await registry.add_app(app())
+    assert database.rows("SELECT port FROM services ORDER BY port") == [(0,), (5432,)]
+    await registry.add_app(app(), exact=True)
+    assert database.rows("SELECT port FROM services") == [(0,)]
+
+
+async def test_service_that_somebody_wrote_badly_can_be_compared(
+    registry: Registry, database: FakeDatabase
+) -> None:
+    database.put("services", app="web", options="{", checks="[5]")
+    changes, _ = await registry.compare_app(app())
+    assert [change["what"] for change in changes] == ["host web.test"]
