@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from isthmus.admin.deploys import DeployRoutes
 from isthmus.admin.explain import ExplainRoutes
+from isthmus.admin.facts import FactRoutes
 from isthmus.admin.keys import KeyRoutes
 from isthmus.admin.lifecycle import LifecycleRoutes
 from isthmus.admin.metrics import WorkerTotals
 from isthmus.admin.server import AdminServer
+from isthmus.admin.staging import StagingRoutes
 from isthmus.admin.views import PRESENT, Views
 from isthmus.checking.checker import Checker
 from isthmus.checking.probe import Prober
@@ -34,6 +36,7 @@ from isthmus.reloading import Lifecycle
 from isthmus.role import RefusedError
 from isthmus.route_feed import RouteFeed
 from isthmus.sharing import Sharing
+from isthmus.staging.keeper import STAGED, Keeper
 from proxy.reach import Reach
 from replication.agent import Agent
 from replication.core.limits import ALL, OriginSettings
@@ -72,6 +75,7 @@ def agent_settings(config: Config, credentials: Credentials) -> AgentSettings:
         cluster=gossip.cluster,
         writes_per_s={**limits.table_writes_per_s, ALL: limits.writes_per_s},
         origins=OriginSettings(limits.origin_changesets_per_s, limits.origin_bytes_per_s),
+        staged=STAGED if config.staging.bake_ms else frozenset(),
     )
 
 
@@ -152,6 +156,13 @@ class AgentRole:
         )
         self._sharing = Sharing(self._agent, self._table, config.node, config.region)
         self._subscriptions = Subscriptions(config.database, schema)
+        self._staging = Keeper(
+            self._agent,
+            config.staging,
+            lambda: self._table.node_regions().values(),
+            node=config.node,
+            region=config.region,
+        )
         self._feed: FeedServer | None = None
         self._admin: AdminServer | None = None
         self._registry: Registry | None = None
@@ -182,6 +193,8 @@ class AgentRole:
             config.feed_socket, self._routes.load(), totals.handle_samples, totals.handle_gone, self._sharing
         )
         self._feed.on_start = self._machines.start_for_request
+        self._staging.prepare(self._feed, is_empty=not any(app.row for app in self._table.apps()))
+        self._feed.trials = self._staging
         await self._feed.start()
         own = {*config.listeners.values(), config.admin.listen, gossip}
         await self._subscriptions.start()
@@ -200,13 +213,23 @@ class AgentRole:
             KeyRoutes(self._credentials),
             LifecycleRoutes(self._control),
             others=[
+                StagingRoutes(self._staging, self._agent.members),
                 DeployRoutes(self._agent, registry, self._conductor, spreader),
                 ExplainRoutes(lambda: self._config, self._table, self._agent, self._feed, self._credentials),
+                FactRoutes(
+                    lambda: self._config,
+                    self._table,
+                    self._agent,
+                    lambda: self._control.lifecycle,
+                    self._credentials,
+                    Prober(self._reach),
+                ),
             ],
         )
         await self._admin.start()
         own.add(self._admin.address)  # the system may have chosen its port
         await registry.announce(config, config.proxy.listen, _now_ms())
+        await self._staging.start()
         self._own = [parse_listen(address) for address in own]
         await self._reach.open(self._own)
         await self._checker.start()
@@ -224,6 +247,7 @@ class AgentRole:
         await self._stop(leaves=False)
 
     async def _stop(self, *, leaves: bool) -> None:
+        await self._staging.stop()
         await self._conductor.stop()
         await self._machines.stop(leaves=leaves and not self._is_lost)
         await self._sharing.stop()
@@ -263,7 +287,7 @@ class AgentRole:
         self._on_lost()
 
     def _handle_commit(self, commit: Commit) -> None:
-        if not commit.changes and not commit.reload:
+        if not commit.changes and not commit.reload and not commit.held:
             return  # everything in it had been overwritten already
         if commit.reload:
             self._routes.load()
@@ -275,6 +299,7 @@ class AgentRole:
         self._subscriptions.handle_commit(commit)
         self._checker.handle_commit(commit)
         self._machines.handle_commit(commit)
+        self._staging.handle_commit(commit)
 
     def _present_nodes(self) -> dict[str, str]:
         """Return the region of each node that takes part."""
@@ -297,6 +322,7 @@ class AgentRole:
         yield from self._machines.samples()
         yield from self._conductor.samples()
         yield from self._sharing.samples()
+        yield from self._staging.samples()
         yield from self._subscriptions.samples()
         yield from self._credentials.samples()
         if self._feed is not None:

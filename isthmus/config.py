@@ -302,6 +302,13 @@ class ReplicationConfig(_Section, frozen=True):
     origin_bytes_per_s: NotNegative = 16_777_216
 
 
+class StagingConfig(_Section, frozen=True):
+    """`[staging]`: changes of apps, hostnames, services and regions reach some workers first."""
+
+    bake_ms: Annotated[int, Meta(ge=0, le=86_400_000)] = 0
+    regions: tuple[str, ...] = ()
+
+
 class RegionConfig(_Section, frozen=True):
     """`[regions.<code>]`: a region of your own."""
 
@@ -509,6 +516,7 @@ class Config(_Section, frozen=True):
     gossip: GossipConfig = GossipConfig()
     peering: PeeringConfig = PeeringConfig()
     replication: ReplicationConfig = ReplicationConfig()
+    staging: StagingConfig = StagingConfig()
     log: LogConfig = LogConfig()
     access_log: AccessLogConfig = AccessLogConfig()
     tracing: TracingConfig = TracingConfig()

@@ -10,6 +10,11 @@ the next agent will count anew; worker to agent: `["follow", worker, seq]` first
 goes beside the table: `["loads", [[machine, in flight], …]]` from a worker, and from the agent the three
 messages of `Hints`, all of them to a worker that has just come. `["start", machine]` from a worker names a
 machine that requests wait for, `["failing", [[machine, failures, seconds], …]]` those that it leaves out.
+
+Rows that are held back from all others come to one worker as `["try", token, [[table, pk, row or nil], …]]`,
+and it answers `["tried", token, problem]`; with token 0 there is more of it to come. It ends with
+`["settled"]` when the others have them as well, else with a reload. `["bye"]` is a worker's leave: one that
+is gone without it has died.
 """
 
 from __future__ import annotations
@@ -51,6 +56,9 @@ MESSAGE_BYTES_MAX = 64 << 20
 
 # What a worker names that has to load the file, whatever an agent has published.
 NO_SEQ = -1
+
+# Of an error that is told, for people.
+PROBLEM_CHARS_MAX = 200
 
 SAMPLES_INTERVAL_S = 1.0
 # How late, at most, an agent hears of what a worker has in flight.
@@ -97,6 +105,19 @@ class Followers(Protocol):
         """A worker tells what it has in flight where that has changed."""
 
 
+class Trials(Protocol):
+    """Who has workers try what is held back, on the agent's side."""
+
+    def handle_worker(self, worker: str) -> None:
+        """A worker follows."""
+
+    def handle_gone(self, worker: str, *, is_death: bool) -> None:
+        """A worker follows no more."""
+
+    def handle_tried(self, worker: str, token: int, problem: str) -> None:
+        """A worker has applied what it was to try, or says why it could not."""
+
+
 def _pack(message: list[Any]) -> bytes:
     packed: bytes = msgpack.packb(message)
     return packed
@@ -128,6 +149,7 @@ class FeedServer:
         self.failing: dict[str, tuple[tuple[str, int, float], ...]] = {}
         # Called with a machine that requests wait for; may be replaced.
         self.on_start: Callable[[str], None] = lambda _: None
+        self.trials: Trials | None = None  # may be set before `start`
         self.last_seq = last_seq
         self._recent: deque[tuple[int, bytes]] = deque(maxlen=COMMITS_KEPT)
         self._followers: dict[asyncio.StreamWriter, str] = {}
@@ -188,7 +210,7 @@ class FeedServer:
         for writer in list(self._followers):
             if writer.transport.get_write_buffer_size() > BACKLOG_BYTES_MAX:
                 log.warning("a worker does not read its feed and is cut off")
-                del self._followers[writer]
+                self._forget(writer, is_death=True)
                 writer.transport.abort()
             else:
                 writer.write(packed)
@@ -217,23 +239,33 @@ class FeedServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         unpacker = _unpacker()
+        is_death = True
         try:
             while data := await reader.read(1 << 16):
                 unpacker.feed(data)
                 for message in unpacker:
-                    self._handle(message, writer)
+                    if message == ("bye",):
+                        is_death = False
+                    else:
+                        self._handle(message, writer)
         except ConnectionError:
             pass  # it ended while something was on its way to it
         except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
             log.warning("a worker's feed connection failed", extra={"error": repr(error)})
         finally:
-            worker = self._followers.pop(writer, None)
-            if worker is not None and worker not in self._followers.values():
-                self.failing.pop(worker, None)
-                self._on_gone(worker)
-                if self._interested is not None:
-                    self._interested.drop_worker(worker)
+            self._forget(writer, is_death=is_death)
             writer.close()
+
+    def _forget(self, writer: asyncio.StreamWriter, *, is_death: bool) -> None:
+        worker = self._followers.pop(writer, None)
+        if worker is None or worker in self._followers.values():
+            return
+        self.failing.pop(worker, None)
+        self._on_gone(worker)
+        if self._interested is not None:
+            self._interested.drop_worker(worker)
+        if self.trials is not None:
+            self.trials.handle_gone(worker, is_death=is_death)
 
     def _handle(self, message: Any, writer: asyncio.StreamWriter) -> None:
         match message:
@@ -242,11 +274,16 @@ class FeedServer:
                 writer.writelines(self._catch_up(seq))
                 if self._interested is not None:
                     writer.writelines(map(_pack, self._interested.add_worker(worker)))
+                if self.trials is not None:
+                    self.trials.handle_worker(worker)
             case ("loads", tuple(counts)) if writer in self._followers:
                 if self._interested is not None:
                     self._interested.handle_counts(self._followers[writer], counts)
             case ("failing", tuple(machines)) if writer in self._followers:
                 self.failing[self._followers[writer]] = machines
+            case ("tried", int(token), str(problem)) if writer in self._followers:
+                if self.trials is not None:
+                    self.trials.handle_tried(self._followers[writer], token, problem)
             case ("start", str(machine)):
                 self.on_start(machine)
             case ("samples", str(worker), tuple(samples)):
@@ -284,6 +321,8 @@ class FeedFollower:
         self._path = path
         self._worker = worker
         self._told_failing = False  # whether the agent has a list of ours that is not empty
+        self._problem = ""  # of the trial that goes on
+        self._is_trying = False  # while the table has rows that the file, as it is shown, has not
         self._load = load
         self._apply = apply
         self._samples = samples
@@ -308,7 +347,7 @@ class FeedFollower:
             reporter = asyncio.create_task(self._report(writer))
             teller = asyncio.create_task(self._tell_loads(writer))
             try:
-                writer.write(_pack(["follow", self._worker, self.seq]))
+                writer.write(_pack(["follow", self._worker, NO_SEQ if self._is_trying else self.seq]))
                 await self._follow(reader)
             except Exception as error:  # noqa: BLE001 — whatever the agent says, the worker must follow it again
                 log.warning("the feed failed", extra={"error": repr(error)})
@@ -346,6 +385,11 @@ class FeedFollower:
                             self.seq = seq
                     case ("reload",):
                         self.seq = await self._load()
+                        self._is_trying = False
+                    case ("try", int(token), tuple(changes)):
+                        await self._try(token, changes)
+                    case ("settled",):
+                        self._is_trying = False
                     case ("lost",):
                         self.seq = NO_SEQ
                     case ("siblings", tuple(counts)):
@@ -364,6 +408,21 @@ class FeedFollower:
                 await asyncio.sleep(0)
             for change in changes[start : start + ROWS_A_TURN]:
                 self._apply(RowChange(*change))
+
+    async def _try(self, token: int, changes: Sequence[Any]) -> None:
+        """Apply rows that nobody else has yet, and say so."""
+        self._is_trying = True
+        try:
+            await self._apply_all(changes)
+        except Exception as error:  # noqa: BLE001 - to find out is what the trial is for
+            self._problem = repr(error)[:PROBLEM_CHARS_MAX]
+        if token:
+            self.ask(["tried", token, self._problem])
+            self._problem = ""
+
+    def leave(self) -> None:
+        """Tell the agent that this worker ends as it should."""
+        self.ask(["bye"])
 
     async def _report(self, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):

@@ -1,7 +1,8 @@
 """Replicated changes become routing-table changes.
 
 The only place where both the replicated rows and the RoutingTable are known. Invariant: whatever row comes,
-the table stays usable: a row that cannot be used is counted and named, and the others take effect.
+the table stays usable: a row that cannot be used is counted and named, and the others take effect. Rows that
+are held back (`staging`) are read as they were.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 from isthmus.feed import ROWS_A_TURN
 from replication.schema import Schema
 from replication.sidetables import read_seq
+from replication.staging import select_shown
 from routing.catalog import load_schema_sql
 
 if TYPE_CHECKING:
@@ -116,7 +118,6 @@ class RouteFeed:
 
     def _read_rows(self, connection: sqlite3.Connection) -> Iterator[tuple[str, Pk, Row]]:
         for name, table in self._schema.tables.items():
-            columns = ", ".join(f'"{column}"' for column in table.columns)
             key_at = [table.columns.index(column) for column in table.pk]
-            for row in connection.execute(f'SELECT {columns} FROM "{name}"'):  # noqa: S608 — our own schema's names
+            for row in connection.execute(select_shown(connection, table)):
                 yield name, tuple(row[i] for i in key_at), row

@@ -17,3 +17,17 @@ CREATE TABLE releases (
     course TEXT NOT NULL DEFAULT '{}',       -- JSON object: what is done in which order, and where it is
     PRIMARY KEY (app, version)
 );
+
+-- A changeset that workers of a node did not survive: no node gives it to more workers. Written by that node,
+-- removed by it when the change is gone, or by a person. See docs/staging.md.
+CREATE TABLE quarantines (
+    site TEXT NOT NULL,                      -- who wrote the changeset, in hex
+    hlc INTEGER NOT NULL,                    -- and its hybrid time: together they name it
+    node TEXT NOT NULL,                      -- who accuses it
+    status TEXT NOT NULL DEFAULT 'suspect',  -- suspect: it is tried again; quarantined: it is not
+    reason TEXT NOT NULL DEFAULT '',
+    deaths INTEGER NOT NULL DEFAULT 0,
+    since_ms INTEGER NOT NULL DEFAULT 0,
+    what TEXT NOT NULL DEFAULT '[]',         -- JSON list of rows: table, then key
+    PRIMARY KEY (site, hlc, node)
+);

@@ -274,6 +274,7 @@ class WorkerRole:
 
     async def _end(self) -> None:
         self._follower.report()
+        self._follower.leave()
         await self._server.close()
         if self._access_log is not None:
             await asyncio.to_thread(self._access_log.close)

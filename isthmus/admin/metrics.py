@@ -20,6 +20,7 @@ from isthmus import credentials
 from isthmus.checking import checker
 from isthmus.deploys import conductor
 from isthmus.machines import wiring
+from isthmus.staging import keeper
 from proxy.metrics import unfold
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def known_metrics() -> dict[str, tuple[str, str]]:
         **replication.subscriptions.METRICS,
         **checker.METRICS,
         **wiring.METRICS,
+        **keeper.METRICS,
         **conductor.METRICS,
         **credentials.METRICS,
         **OWN_METRICS,

@@ -16,6 +16,7 @@ from isthmus.admin.keys import KeyRoutes
 from isthmus.admin.lifecycle import LifecycleRoutes
 from isthmus.admin.metrics import known_metrics
 from isthmus.admin.server import AdminServer
+from isthmus.admin.staging import StagingRoutes
 from isthmus.config import (
     AdminConfig,
     AppConfig,
@@ -157,7 +158,11 @@ def paths() -> set[str]:
         "subscriptions": None,
         "keys": KeyRoutes(None),
         "lifecycle": LifecycleRoutes(None),
-        "others": [ExplainRoutes(None, None, None, None, None), DeployRoutes(None, None, None, None)],
+        "others": [
+            ExplainRoutes(None, None, None, None, None),
+            DeployRoutes(None, None, None, None),
+            StagingRoutes(None, list),
+        ],
     }
     server = AdminServer(AdminConfig(), _AnyView(), **parts)
     return {f"{route.method} {route.path}" for route in server._routes()}

@@ -595,3 +595,101 @@ async def test_without_an_agent_a_worker_forgets_what_it_was_told_of_loads(
     await server.stop()
     await eventually("siblings are forgotten at once", lambda: machine.load == 1 + 5)
     await eventually("and other nodes in a while", lambda: machine.load == 1)
+
+
+class Trials:
+    """Records what workers do about trials."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+
+    def handle_worker(self, worker: str) -> None:
+        self.seen.append(("worker", worker))
+
+    def handle_gone(self, worker: str, *, is_death: bool) -> None:
+        self.seen.append(("death" if is_death else "leave", worker))
+
+    def handle_tried(self, worker: str, token: int, problem: str) -> None:
+        self.seen.append(("tried", worker, token, problem))
+
+
+@pytest.fixture
+async def trials(agent: Agent, worker: Worker) -> Trials:
+    """What is recorded of a worker that follows."""
+    trials = agent.server.trials = Trials()
+    worker.start()
+    await eventually("worker follows", lambda: trials.seen == [("worker", "worker-0/1")])
+    trials.seen.clear()
+    return trials
+
+
+ROW = ("apps", ("a",), ("a", "", None))
+
+
+async def test_worker_says_when_it_has_applied_what_it_was_to_try(
+    agent: Agent, worker: Worker, trials: Trials
+) -> None:
+    agent.server.send(["try", 0, [ROW]], "worker-0/1")
+    agent.server.send(["try", 7, [("apps", ("b",), None)]], "worker-0/1")
+    await eventually("an answer", lambda: trials.seen)
+    assert trials.seen == [("tried", "worker-0/1", 7, "")]
+    assert worker.applied == [RowChange(*ROW), RowChange("apps", ("b",), None)]
+    assert worker.seq == 0
+
+
+async def test_error_in_any_part_of_a_trial_is_told_at_its_end(
+    agent: Agent, worker: Worker, trials: Trials
+) -> None:
+    worker.apply_errors = [KeyError("x")]
+    agent.server.send(["try", 0, [ROW]], "worker-0/1")
+    agent.server.send(["try", 1, [ROW]], "worker-0/1")
+    agent.server.send(["try", 2, [ROW]], "worker-0/1")
+    await eventually("two answers", lambda: len(trials.seen) == 2)
+    assert trials.seen == [("tried", "worker-0/1", 1, "KeyError('x')"), ("tried", "worker-0/1", 2, "")]
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_worker_that_takes_its_leave_has_not_died(
+    worker: Worker, trials: Trials, *, leaves: bool
+) -> None:
+    if leaves:
+        worker.follower.leave()
+    await worker.stop()
+    await eventually("it is gone", lambda: trials.seen)
+    assert trials.seen == [("leave" if leaves else "death", "worker-0/1")]
+
+
+async def test_worker_that_is_cut_off_counts_as_dead(
+    agent: Agent, trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "BACKLOG_BYTES_MAX", -1)
+    agent.publish(commit(1))
+    assert trials.seen == [("death", "worker-0/1")]
+
+
+@pytest.mark.parametrize(("last", "loads"), [("settled", []), ("try", [9]), ("reload", [9])])
+async def test_worker_that_loses_its_agent_in_a_trial_loads_the_file(
+    path: Path, last: str, loads: list[int]
+) -> None:
+    agent, worker = Agent(path), Worker(path)
+    trials = agent.server.trials = Trials()
+    await agent.server.start()
+    worker.start()
+    try:
+        await eventually("worker follows", lambda: agent.server.followers)
+        worker.file_seq = 9
+        agent.server.send(["try", 1, [ROW]])
+        if last != "try":
+            agent.server.send([last])
+        await eventually("it has tried", lambda: len(trials.seen) > 1)
+        await eventually("all is read", lambda: last != "reload" or worker.loads)
+        await agent.server.stop()
+        agent = Agent(path, last_seq=9 if last == "reload" else 0)
+        await agent.server.start()
+        await eventually("worker follows again", lambda: agent.server.followers)
+        agent.publish(commit(10 if last != "settled" else 1))
+        await eventually("it is up to date", lambda: worker.seq == agent.server.last_seq or worker.loads)
+        assert worker.loads == loads
+    finally:
+        await worker.stop()
+        await agent.server.stop()

@@ -151,3 +151,16 @@ async def test_reload_ends_where_a_load_does_and_lets_requests_run_meanwhile(
     assert machines_of(table) == sorted(f"new{n}" for n in range(50))
     assert len(seen) > 5, "there were turns between the rows"
     assert min(seen) >= 50, "a request always finds machines"
+
+
+def test_rows_that_are_held_back_are_read_as_they_were(file: Path) -> None:
+    store = Store.open(file, routing_schema())
+    write(store, *WEB)
+    store.close()
+    held = Store.open(file, routing_schema(), staged=("apps", "hostnames", "services"))
+    write(held, ("UPDATE hostnames SET app = 'other'", ()), (PUT_HOST, ("new.test", "web")))
+    table = RoutingTable("n1")
+    RouteFeed(table, file).load()
+    assert machines_of(table) == ["m1"]
+    assert table.find(b"new.test", b"/", 80) is None
+    held.close()
