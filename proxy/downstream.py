@@ -248,6 +248,21 @@ class Downstream(asyncio.Protocol, Client):
         transport.abort()
         return True
 
+    def give_socket(self) -> socket.socket | None:
+        """Return the socket, for bytes of the answer that go past `write`; None while others wait."""
+        transport = self._transport
+        if transport is None or transport.get_write_buffer_size() or not transport.can_write_eof():
+            return None
+        return cast("socket.socket", transport.get_extra_info("socket"))
+
+    def is_blocked(self) -> bool:
+        """Return True while more waits to be sent than should."""
+        return self._blocked
+
+    def await_reader(self, *, waits: bool) -> None:
+        """Give the client its time to take what goes past `write`; not `waits`: it took all there was."""
+        self.deadline = self._plane.now() + self._plane.settings.send_timeout_s if waits else NEVER
+
     def pause_body(self) -> None:
         """Stop reading the request body."""
         if self._state is _BODY:

@@ -224,6 +224,9 @@ class PeerUpstream(Upstream):
             self.reused = False
             self._lose(UPSTREAM_RESET, f"node {self.relay.node} did not answer in time")
 
+    def _offer_splice(self, exchange: Exchange) -> None:
+        """Copy: bytes of the answer come in frames."""
+
     # Frames
 
     def _take_frame(self, kind: int, payload: bytes) -> None:

@@ -15,6 +15,7 @@ from .admission import FILES
 from .core.errors import CONNECT_FAILED, CONNECT_REFUSED, OVERLOADED, UPSTREAM_TIMEOUT
 from .core.plane import Connector
 from .reach import ForbiddenError, Reach, explain
+from .splicing import Pipes
 from .sweeper import NEVER
 from .upstream import Upstream
 
@@ -51,6 +52,7 @@ class Pool(Connector):
         self._connecting: set[asyncio.Task[None]] = set()
         self._reach = Reach(settings.machine_networks, settings.client_certificate)
         self._closed = False
+        self.pipes = Pipes()
 
     async def open(self) -> None:
         """Learn which addresses are this node's own. Call before the first exchange."""
@@ -152,6 +154,7 @@ class Pool(Connector):
             await asyncio.wait(self._connecting)
         for upstream in list(self.connections):
             upstream.close()
+        self.pipes.close()
 
     async def _connect(self, address: MachineAddress, seeker: Seeker, make: Callable[[], Any]) -> None:
         try:

@@ -8,6 +8,7 @@ byte came that no exchange asked for is closed and never used again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 from enum import Enum
@@ -18,6 +19,7 @@ from .core.framing import COPIED_BYTES_MAX, Body, BodyError, ChunkedBody, Data, 
 from .core.plane import Machine
 from .core.response_head import SWITCHING_PROTOCOLS, parse_response_head
 from .core.usual_heads import read_usual_response
+from .splicing import IS_POSSIBLE, SPLICED_BYTES_MIN, SPLICES_MAX, Splice
 from .sweeper import NEVER
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class Upstream(asyncio.Protocol, Machine):
         self._paused = False  # not reading
         self._blocked = False  # from pause_writing to resume_writing
         self._discard_left = 0
+        self._splice: Splice | None = None  # moves the rest of the body
         self._peer: TunnelEnd | None = None  # the client's side of a tunnel
         self.ended_cleanly = False  # set when the machine ends the connection in good order
         self._loop = pool.loop
@@ -145,6 +148,7 @@ class Upstream(asyncio.Protocol, Machine):
 
     def close(self) -> None:
         """End the exchange and the connection."""
+        self._stop_splice()
         self._exchange = None
         self._peer = None
         self._state = _CLOSED
@@ -221,6 +225,7 @@ class Upstream(asyncio.Protocol, Machine):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End whatever was going on."""
+        self._stop_splice()
         self.transport = None
         self.deadline = NEVER
         self.pool.remove(self)
@@ -338,6 +343,8 @@ class Upstream(asyncio.Protocol, Machine):
         else:
             self.deadline = self._loop.time() + self.pool.settings.stream_timeout_s
         exchange.handle_response(head, data, ended=body.ended)
+        if type(body) is FixedBody and body.left >= SPLICED_BYTES_MIN:
+            self._offer_splice(exchange)
 
     def _end(self, *, rest: bool) -> None:
         """The answer is complete; whatever follows it poisons the connection."""
@@ -361,6 +368,74 @@ class Upstream(asyncio.Protocol, Machine):
         else:
             self.deadline = self._loop.time() + self.pool.settings.stream_timeout_s
         exchange.handle_response_body(piece, ended=body.ended)
+        if type(body) is FixedBody and body.left >= SPLICED_BYTES_MIN:
+            self._offer_splice(exchange)
+
+    # The rest of a large body, see `splicing`
+
+    def _offer_splice(self, exchange: Exchange) -> None:
+        """Let the kernel move what is left, if all that was sent before has gone by the next turn."""
+        transport = self.transport
+        if (
+            IS_POSSIBLE
+            and self._exchange is exchange
+            and transport is not None
+            and not self._paused
+            and transport.can_write_eof()
+            and exchange.is_verbatim()
+            and self.pool.pipes.running < SPLICES_MAX
+        ):
+            self.pause_reading()
+            self._loop.call_soon(self._start_splice, exchange)
+
+    def _start_splice(self, exchange: Exchange) -> None:
+        body, transport = self._body, self.transport
+        if self._exchange is not exchange or type(body) is not FixedBody or transport is None:
+            return
+        sink = exchange.client.give_socket()
+        if sink is not None:
+            # Where files are short the bytes are copied.
+            with contextlib.suppress(OSError):
+                ends = (transport.get_extra_info("socket"), sink)
+                self._splice = Splice(self._loop, self.pool.pipes, ends, body.left, self)
+                self.deadline = self._loop.time() + self.pool.settings.stream_timeout_s
+                return
+        if not exchange.client.is_blocked():
+            self.resume_reading()
+
+    def handle_spliced(self, size: int, *, waits: bool) -> None:
+        """Bytes of the body went on inside the kernel."""
+        body, exchange = self._body, self._exchange
+        assert type(body) is FixedBody
+        assert exchange is not None
+        body.left -= size
+        exchange.count_spliced(size, waits=waits)
+        self.deadline = NEVER if waits else self._loop.time() + self.pool.settings.stream_timeout_s
+
+    def handle_splice_ended(self) -> None:
+        """All of the body is there."""
+        exchange = self._exchange
+        assert exchange is not None
+        self._splice = None
+        self._end(rest=False)
+        self.resume_reading()
+        exchange.handle_response_body(b"", ended=True)
+
+    def handle_splice_cut(self) -> None:
+        """The machine has ended too early."""
+        self._splice = None
+        self._lose(UPSTREAM_RESET, "")
+
+    def handle_splice_refused(self) -> None:
+        """The client is gone."""
+        self._splice = None
+        if self._exchange is not None:
+            self._exchange.client.abort()
+
+    def _stop_splice(self) -> None:
+        splice, self._splice = self._splice, None
+        if splice is not None:
+            splice.stop()
 
     def _discard_body(self, data: bytes) -> None:
         body = self._body

@@ -469,6 +469,15 @@ class Exchange:
         if ended:
             self._complete()
 
+    def is_verbatim(self) -> bool:
+        """Return True while the rest of the answer's body goes on as it comes."""
+        return self.phase is RELAYING and self.encoder is None and not self.chunk_response
+
+    def count_spliced(self, size: int, *, waits: bool) -> None:
+        """Count bytes of the answer that went past the proxy; `waits` when the client takes no more."""
+        self.bytes_out += size
+        self.client.await_reader(waits=waits)
+
     def _complete(self) -> None:
         keep = self.keeps_client()
         machine = self.machine

@@ -43,6 +43,17 @@ class Client(Protocol):
     def writelines(self, pieces: tuple[Data, ...]) -> None:
         """Send bytes of the answer that are too large to be joined first; in one system call."""
 
+    def give_socket(self) -> Any:
+        """Return a socket that the answer may go to past `write`; None when there is none now."""
+        return None
+
+    def is_blocked(self) -> bool:
+        """Return True while more waits to be sent than should."""
+        return False
+
+    def await_reader(self, *, waits: bool) -> None:
+        """Give the client its time to take what goes past `write`; not `waits`: it took all there was."""
+
     def pause_body(self) -> None:
         """Stop reading the request body until `resume_body`."""
 

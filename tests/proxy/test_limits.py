@@ -258,6 +258,9 @@ async def test_a_slow_reader_costs_little_and_is_cut(edge: Edge, slow: socket.so
             for connection in edge.server._clients:
                 if connection._transport is not None:
                     most = max(most, connection._transport.get_write_buffer_size())
+            for upstream in edge.server._pool.connections:
+                if upstream._splice is not None:
+                    most = max(most, upstream._splice._held)
             try:
                 taken += len(slow.recv(100))
             except BlockingIOError:
@@ -272,7 +275,8 @@ async def test_a_slow_reader_costs_little_and_is_cut(edge: Edge, slow: socket.so
 
 async def test_the_end_of_an_answer_waits_for_a_slow_client(edge: Edge) -> None:
     size = 30_000_000  # more than both kernels take
-    await edge.machine(answer=lambda r: b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size)
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % size
+    await edge.machine(answer=lambda r: head + b"x" * size + b"\r\n0\r\n\r\n")
     await edge.start(linger_s=0.05, write_buffer_bytes_max=2 * size)
     client = await edge.client()
     client.writer.transport.pause_reading()
