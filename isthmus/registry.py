@@ -57,6 +57,14 @@ _REPLACE_GOAL = (
     " asked_ms = excluded.asked_ms"
 )
 
+_PUT_FIRST_GOAL = (
+    "INSERT INTO goals (machine, state, asked_by, reason, asked_ms, version, release)"  # noqa: S608 — see above
+    f" SELECT ?, ?, ?, ?, {_NOW_MS}, current.version, coalesce(current.release, '')"
+    " FROM (SELECT 1) LEFT JOIN (SELECT version, release FROM releases"
+    " WHERE app = ? AND status = 'complete' ORDER BY version DESC LIMIT 1) AS current"
+    " WHERE TRUE ON CONFLICT DO NOTHING"
+)
+
 
 class RegistryError(Exception):
     """A change is refused; `found` is false when what it is about does not exist."""
@@ -363,10 +371,13 @@ class Registry:
         return named
 
     def _first_goals(self, app: AppConfig, machines: Iterable[MachineConfig]) -> list[Statement]:
-        """Return what gives new machines with a driver a goal: to run, unless requests are to start them."""
+        """Return what gives new machines with a driver a goal: to run, unless requests are to start them.
+
+        What they run is the current release of their app.
+        """
         state = "stopped" if app.autostart and app.autostop != "off" else "started"
         return [
-            (f"{_PUT_GOAL} DO NOTHING", (machine.id, state, self._node, "declared"))
+            (_PUT_FIRST_GOAL, (machine.id, state, self._node, "declared", app.name))
             for machine in machines
             if machine.driver_name
         ]

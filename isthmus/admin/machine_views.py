@@ -51,6 +51,7 @@ def describe_machines(
             "state": machine.state.value,
             "since_ms": machine.since_ms,
             "driver": machine.driver,
+            "version": machine.version,
             "goal": _describe_goal(table, machine),
             "problem": machine.problem,
             "cordoned": machine.cordoned,

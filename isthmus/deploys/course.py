@@ -230,8 +230,8 @@ class Course:
             if not self._is_done(sight, batch):
                 waiting.append(f"{machine}: {sight.trouble or 'does not run this release yet'}")
         if not waiting:
-            told = "answers" if batch.in_place else "passes its checks and gets requests"
-            return self._act(Kind.FLIP, batch, Stage.KNOWN, f"{_names(batch.new)} {told}")
+            told = "ready" if batch.in_place else "ready, and get requests from now on"
+            return self._act(Kind.FLIP, batch, Stage.KNOWN, f"{told}: {_names(batch.new)}")
         if waited >= self._settings.ready_s:
             problem = f"not ready after {self._settings.ready_s:g} s: {'; '.join(waiting)}"
             return self._give_up(batch, problem)
@@ -261,7 +261,7 @@ class Course:
         if not self.position.is_back and waited < watch_s:
             return None
         if batch.in_place or not batch.old:
-            return self._next(Kind.NEXT, batch, f"{_names(batch.new)}: done")
+            return self._next(Kind.NEXT, batch, f"done: {_names(batch.new)}")
         return self._retire(batch)
 
     def _await_drained(self, batch: Batch, sights: Mapping[str, Sight], waited: float) -> Action | None:
@@ -279,7 +279,7 @@ class Course:
                 busy.append(f"{machine} is {sight.state.value} with {sight.load} in flight")
         if busy:
             self.lines.append(f"{'; '.join(busy)}; going on")
-        return self._next(Kind.REST, batch, f"{_names(batch.old)}: stopped")
+        return self._next(Kind.REST, batch, f"stopped: {_names(batch.old)}")
 
     # What is seen
 
@@ -347,7 +347,7 @@ class Course:
         return Action(kind, batch, then, told, self._status, self.problem)
 
     def _retire(self, batch: Batch) -> Action:
-        return self._act(Kind.RETIRE, batch, Stage.DRAIN, f"{_names(batch.old)}: finishing what they have")
+        return self._act(Kind.RETIRE, batch, Stage.DRAIN, f"finish what they have: {_names(batch.old)}")
 
     def _give_up(self, batch: Batch, problem: str) -> Action:
         """A batch does not get ready: all goes back; on the way back, it is left and the next one follows."""
@@ -377,4 +377,4 @@ class Course:
 
 
 def _names(machines: tuple[str, ...]) -> str:
-    return ", ".join(machines)
+    return ", ".join(machines) or "nobody"

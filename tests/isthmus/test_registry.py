@@ -650,3 +650,19 @@ async def test_service_that_somebody_wrote_badly_can_be_compared(
     database.put("services", app="web", options="{", checks="[5]")
     changes, _ = await registry.compare_app(app())
     assert [change["what"] for change in changes] == ["host web.test"]
+
+
+async def test_machine_that_is_added_later_runs_the_current_release(
+    registry: Registry, database: FakeDatabase
+) -> None:
+    await registry.add_app(app())
+    new = NewMachine(app="web", address="10.0.0.1:80", id="m1", driver="fly")
+    await registry.add_machine(new)
+    database.put("releases", app="web", version=1, release="v1", status="complete")
+    database.put("releases", app="web", version=2, release="v2", status="complete")
+    database.put("releases", app="web", version=3, release="v3", status="rolled back")
+    database.put("releases", app="other", version=9, release="v9", status="complete")
+    await registry.add_machine(msgspec.structs.replace(new, id="m2"))
+    await registry.add_machine(new)
+    sql = "SELECT machine, state, version, release FROM goals ORDER BY machine"
+    assert database.rows(sql) == [("m1", "started", None, ""), ("m2", "started", 2, "v2")]
