@@ -540,6 +540,16 @@ async def test_auto_goes_through_a_node_when_connecting_fails_and_comes_back(wor
     assert far.relayed == 4
 
 
+async def test_auto_without_a_node_to_go_through_fails_as_a_direct_connection_does(world: World) -> None:
+    near, far = await near_and_far(world)
+    await world.machine()
+    world.put_app(options='{"reach": "auto"}')
+    far.peering_port = 0
+    world.tell("far", networks=["10.0.0.0/8"])
+    assert "not in the networks that machines may be in" in (await near.get()).json["message"]
+    assert not near.server._pool.peers._machines._known
+
+
 async def test_auto_and_direct_do_not_go_through_a_node_without_need(world: World) -> None:
     far = await world.node("far", "syd")
     near = await world.node("near", "ams")
