@@ -16,6 +16,7 @@ from isthmus.admin.metrics import GONE_MAX, OWN_METRICS, WorkerTotals, expose, k
 from isthmus.checking import checker
 from isthmus.deploys import conductor
 from isthmus.machines import wiring
+from isthmus.staging import keeper
 from proxy.metrics import ProxyMetrics
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def test_no_two_parts_describe_the_same_metric() -> None:
         replication.subscriptions.METRICS,
         checker.METRICS,
         wiring.METRICS,
+        keeper.METRICS,
         conductor.METRICS,
         credentials.METRICS,
         OWN_METRICS,
