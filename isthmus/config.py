@@ -119,6 +119,7 @@ class ProxyConfig(_Section, frozen=True):
     proxy_protocol_from: tuple[str, ...] = ()
     machine_networks: tuple[str, ...] = ()
     client_routing: bool = True
+    half_close: bool = False
     head_bytes_max: Positive = 32_768
     header_count_max: Positive = 100
     url_bytes_max: Positive = 8_192

@@ -63,6 +63,7 @@ def proxy_settings(config: Config) -> ProxySettings:
         forbidden_addresses=tuple(parse_listen(address) for address in own),
         client_certificate=config.tls.client_certificate,
         client_routing=proxy.client_routing,
+        half_close=proxy.half_close,
         head_bytes_max=proxy.head_bytes_max,
         header_count_max=proxy.header_count_max,
         url_bytes_max=proxy.url_bytes_max,

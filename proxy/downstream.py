@@ -38,7 +38,7 @@ from .core.forwarding import INSECURE, read_client
 from .core.framing import Body, BodyError, BodyTooLargeError, ChunkedBody, Data, FixedBody
 from .core.logged_exchange import LoggedExchange, describe_refusal
 from .core.plane import Client
-from .core.proxy_protocol import render_announcement
+from .core.proxy_protocol import announce_client
 from .core.redirect import render_redirect
 from .core.request_head import RequestHead, parse_request_head
 from .core.traced_exchange import TracedExchange
@@ -102,6 +102,7 @@ class Downstream(asyncio.Protocol, Client):
         self._paused = False  # not reading
         self._reading = False  # heads are being taken off the buffer further up the stack
         self._blocked = False  # from pause_writing to resume_writing: no next request meanwhile
+        self._half_closed = False  # it has said all that it will say, and waits for the rest of its answers
         self._begun = False  # the first bytes of the current head are here
         self._blank_seen = False  # an empty line before the current head was forgiven
         self._peer = ""
@@ -180,11 +181,14 @@ class Downstream(asyncio.Protocol, Client):
         elif state is _DISCARD:
             self._discard_body(data)
 
-    def eof_received(self) -> None:
-        """The client sends no more; over TLS it also gets no more: it is as good as gone."""
+    def eof_received(self) -> bool:
+        """The client sends no more; True if it may still want an answer. Over TLS it gets nothing more."""
         transport = self._transport
         if transport is not None and self._state is not _LINGER and not transport.can_write_eof():
             transport.abort()
+        # An incomplete request stays incomplete.
+        self._half_closed = self._state is _BUSY and self._plane.settings.half_close
+        return self._half_closed
 
     def _limit_buffer(self) -> None:
         if len(self._buffer) > self._plane.settings.head_bytes_max:
@@ -281,7 +285,7 @@ class Downstream(asyncio.Protocol, Client):
         state = self._state
         if self._transport is None:
             return
-        if not keep:
+        if not keep or (self._half_closed and not self._buffer):
             self._close_gently(unread=state is _BODY)
         elif state is _BODY:
             self._state = _DISCARD
@@ -300,18 +304,12 @@ class Downstream(asyncio.Protocol, Client):
 
     def announce(self, version: str, forwarded: bytes) -> bytes:
         """Return the PROXY header for the client of a request that has these lines about it."""
-        client = read_client(forwarded).decode("ascii")
-        transport = self._transport
-        ends = self.announced
+        transport, ends = self._transport, self.announced
         if ends is None and transport is not None:
             peer, own = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
             if isinstance(peer, tuple) and isinstance(own, tuple):
                 ends = (self._peer, peer[1]), (own[0].partition("%")[0], own[1])
-        if ends is None:
-            ends = (client, 0), ("127.0.0.1", self.port)
-        # One that a proxy in front named in X-Forwarded-For: nobody told its port.
-        source = ends[0] if ends[0][0] == client else (client, 0)
-        return render_announcement(version, source, ends[1])
+        return announce_client(version, read_client(forwarded).decode("ascii"), ends, self.port)
 
     def start_tunnel(self, machine: Machine, data: bytes) -> None:
         """Pass bytes between the client and the machine from now on."""

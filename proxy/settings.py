@@ -29,6 +29,8 @@ class ProxySettings:
     client_certificate: str = ""
     # Whether clients may name a machine or region (fly-force-instance-id and the like), as on Fly.
     client_routing: bool = True
+    # Whether a client that closes its side gets its answer; else it counts as gone, as most of them are.
+    half_close: bool = False
     # Protocols that a client may upgrade to. Never h2c: a tunnel past all rules of this proxy.
     upgrades: tuple[bytes, ...] = (b"websocket",)
 

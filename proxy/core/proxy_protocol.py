@@ -124,6 +124,13 @@ def _check_extensions(data: bytes) -> None:
         raise ProxyHeaderError("malformed extension of the PROXY header")
 
 
+def announce_client(version: str, client: str, ends: tuple[Endpoint, Endpoint] | None, port: int) -> bytes:
+    """Return the header for the client at this address, whose connection to our port has these ends."""
+    source, destination = ends or ((client, 0), ("127.0.0.1", port))
+    # One that a proxy in front named in X-Forwarded-For: nobody told its port.
+    return render_announcement(version, source if source[0] == client else (client, 0), destination)
+
+
 def render_announcement(version: str, source: Endpoint, destination: Endpoint) -> bytes:
     """Return a header of version `v1` or `v2`; addresses of two families are both written as IPv6."""
     shown = [parse_address(host) for host, _ in (source, destination)]

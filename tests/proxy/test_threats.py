@@ -282,6 +282,40 @@ async def test_a_client_that_closes_its_side_before_its_answer_counts_as_gone(ed
     assert edge.metrics.aborted["client"] == 1
 
 
+async def test_a_client_that_closes_its_side_gets_all_its_answers_where_that_is_allowed(edge: Edge) -> None:
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def behave(connection: Connection) -> None:
+        await connection.read_request()
+        asked.set()
+        await go_on.wait()
+        connection.writer.write(OK)
+        await connection.read_request()
+        connection.writer.write(OK)
+        await connection.read()
+
+    await edge.machine(behave=behave)
+    await edge.start(half_close=True)
+    client = await edge.client()
+    client.send(get() + get())
+    await asked.wait()
+    client.writer.write_eof()
+    await asyncio.sleep(0.02)
+    go_on.set()
+    assert (await client.read_to_end()).count(b"HTTP/1.1 200 OK") == 2
+    await wait_for(lambda: edge.metrics.connections_open == 0)
+
+
+async def test_half_a_request_is_none_wherever_its_client_closes(edge: Edge) -> None:
+    machine = await edge.machine()
+    await edge.start(half_close=True)
+    client = await edge.client()
+    client.send(get()[:-2])
+    client.writer.write_eof()
+    assert await client.read_to_end() == b""
+    assert not machine.received
+
+
 async def test_what_clients_invent_makes_no_label(edge: Edge) -> None:
     await edge.machine()
     await edge.start()
