@@ -328,10 +328,10 @@ class _Choice:
     def _say_where(self, region: str, verdict: Verdict) -> str:
         if verdict is Verdict.OVER_SOFT:
             limit = self._service.soft_limit
-            return f"every machine in reach is over its soft limit of {limit}; {region} is the nearest tier"
+            return f"every machine in reach is over its soft limit of {limit}; {region} comes first"
         nearer = self._tiers[: self._tiers.index(region)]
         if not nearer:
-            return f"{region} is the nearest tier"
+            return f"{region} comes first"
         return (
             "; ".join(f"in {tier}: {_join_counts(self._verdicts[tier])}" for tier in nearer)
             + f"; {region} is next"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _LABEL_CHARS = 10
 # Of a list of options; --json has the rest.
 _OPTION_CHARS_MAX = 300
+_CHOSEN_NAMED_MAX = 4
 
 
 def add_parser(verbs: Any) -> None:
@@ -88,13 +89,22 @@ def format_explanation(told: dict[str, Any]) -> Iterator[str]:
         yield format_table(header, map(_machine_cells, told["machines"]))
     yield ""
     outcome = told["outcome"]
-    where = f"{outcome['machine']}" if "machine" in outcome else ""
-    result = f"{outcome['result']} {where}".strip() if outcome["result"] != "machine" else where
-    yield escape(f"-> {result}" + (f" [{outcome['code']}]" if outcome["code"] else ""))
+    yield escape(f"-> {_name_result(told)}" + (f" [{outcome['code']}]" if outcome["code"] else ""))
     yield escape(f"   {outcome['why']}")
     old = {node: ms for node, ms in told["staleness_ms"].items() if ms is None or ms > 0}
     if old:
         yield escape("   what other nodes wrote is known as of: " + ", ".join(_ages(old)))
+
+
+def _name_result(told: dict[str, Any]) -> str:
+    """Return what becomes of the request; where there is a choice, among whom."""
+    outcome = told["outcome"]
+    chosen = [machine["machine"] for machine in told["machines"] if machine["share"]]
+    if outcome["result"] != "machine":
+        return f"{outcome['result']} {outcome.get('machine', '')}".strip()
+    if len(chosen) > _CHOSEN_NAMED_MAX:
+        return f"one of {len(chosen)} machines in {outcome['region']}"
+    return " or ".join(chosen) or str(outcome["machine"])
 
 
 def _format_path(told: dict[str, Any]) -> Iterator[str]:

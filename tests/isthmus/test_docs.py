@@ -12,6 +12,7 @@ import pytest
 
 from isthmus.admin.deploys import DeployRoutes
 from isthmus.admin.explain import ExplainRoutes
+from isthmus.admin.facts import FactRoutes
 from isthmus.admin.keys import KeyRoutes
 from isthmus.admin.lifecycle import LifecycleRoutes
 from isthmus.admin.metrics import known_metrics
@@ -160,6 +161,7 @@ def paths() -> set[str]:
         "lifecycle": LifecycleRoutes(None),
         "others": [
             ExplainRoutes(None, None, None, None, None),
+            FactRoutes(None, None, None, None, None, None),
             DeployRoutes(None, None, None, None),
             StagingRoutes(None, list),
         ],

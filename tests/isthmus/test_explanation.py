@@ -114,7 +114,7 @@ def test_options_are_told_in_full_but_for_long_texts() -> None:
 def test_the_nearest_region_wins_and_is_another_one_elsewhere() -> None:
     assert outcome(world()) == ("machine", "m-ams")
     assert outcome(world(), region="gig") == ("machine", "m-gru")
-    assert "ams is the nearest tier" in why(world())
+    assert "ams comes first" in why(world())
 
 
 def test_tiers_come_in_order_with_how_far_they_are() -> None:
