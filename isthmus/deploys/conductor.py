@@ -79,8 +79,9 @@ class _Journal:
 class _Conducted:
     """A deploy that is under way. `cancelled` is set when somebody wants it to go back."""
 
-    def __init__(self, release: Release) -> None:
+    def __init__(self, release: Release, sights: Sights) -> None:
         self.release = release
+        self.sights = sights
         self.course = release.make_course()
         self.written_ms = 0
         self.cancelled = ""
@@ -103,7 +104,7 @@ class Conductor:
     ) -> None:
         self._table = table
         self._database = database
-        self._sights = Sights(table, prober)
+        self._prober = prober
         self._is_known = is_known
         self._present = present
         self._node = node
@@ -294,7 +295,9 @@ class Conductor:
     def _announce(self, release: Release) -> str:
         batches = release.course.batches
         what = f" {release.release}" if release.release else ""
-        checked = "" if self._sights.has_checks(release.app) else "; it has no checks: an open port will do"
+        checked = (
+            "" if self._make_sights().has_checks(release.app) else "; it has no checks: an open port will do"
+        )
         return (
             f"release {release.version}{what} of {release.app}: {release.strategy}, "
             f"{len(release.machines)} machines in {len(batches)} steps{checked}"
@@ -302,8 +305,11 @@ class Conductor:
 
     # Conducting
 
+    def _make_sights(self) -> Sights:
+        return Sights(self._table, self._prober)
+
     def _conduct(self, release: Release) -> None:
-        conducted = self._running[release.app] = _Conducted(release)
+        conducted = self._running[release.app] = _Conducted(release, self._make_sights())
         conducted.task = asyncio.get_running_loop().create_task(self._run(conducted))
 
     async def _run(self, conducted: _Conducted) -> None:
@@ -324,7 +330,7 @@ class Conductor:
         """Look at the machines and do what is due; False when another node has taken over."""
         course, release = conducted.course, conducted.release
         machines = [m for batch in release.course.batches for m in (*batch.old, *batch.new)]
-        sights = await self._sights.look(machines, is_waiting=course.position.stage is Stage.READY)
+        sights = await conducted.sights.look(machines, is_waiting=course.position.stage is Stage.READY)
         action = None
         if conducted.cancelled:
             action = course.cancel(conducted.cancelled)
@@ -368,7 +374,7 @@ class Conductor:
         if action.kind is not Kind.PREPARE or not action.batch.in_place:
             return set()
         serving = self._serving(release.app)
-        resting = {target.id for target in serving if self._sights.rests(target)}
+        resting = {target.id for target in serving if self._make_sights().rests(target)}
         return resting - {serving[0].id} if len(resting) == len(serving) else resting
 
     def _tell(self, release: Release, text: str) -> None:

@@ -29,7 +29,7 @@ TRY_S: Final = 0.5
 
 
 class Sights:
-    """Looks at machines, for one node."""
+    """Looks at the machines of one deploy."""
 
     def __init__(self, table: RoutingTable, prober: Prober) -> None:
         self._table = table
@@ -38,15 +38,16 @@ class Sights:
 
     async def look(self, machines: Iterable[str], *, is_waiting: bool) -> dict[str, Sight]:
         """Return how these machines are, without those that are gone. Ports are tried while `is_waiting`."""
-        sights = {}
-        for machine in machines:
-            target = self._table.machine(machine)
-            if target is not None:
-                trouble = self._find_trouble(target)
-                if not trouble and not target.driver and not self.has_checks(target.app):
-                    trouble = await self._try_port(target) if is_waiting else ""
-                sights[machine] = self._describe(target, trouble)
-        return sights
+        targets = [t for machine in machines if (t := self._table.machine(machine)) is not None]
+        troubles = await asyncio.gather(*(self._judge(target, is_waiting=is_waiting) for target in targets))
+        pairs = zip(targets, troubles, strict=True)
+        return {target.id: self._describe(target, trouble) for target, trouble in pairs}
+
+    async def _judge(self, target: Target, *, is_waiting: bool) -> str:
+        trouble = self._find_trouble(target)
+        if trouble or not is_waiting or target.driver or self.has_checks(target.app):
+            return trouble
+        return await self._try_port(target)
 
     def has_checks(self, app: str) -> bool:
         """True when any service of an app has checks."""
