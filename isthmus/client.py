@@ -42,8 +42,9 @@ class AdminClient:
         if parts.scheme not in ("", "http") or not parts.netloc:
             raise ClientError(problem)
 
-    def get(self, path: str) -> Any:
-        """Return what is at the path."""
+    def get(self, path: str, wait_s: float = 0.0) -> Any:
+        """Return what is at the path; the node may take so long on purpose."""
+        self._connection.timeout = TIMEOUT_S + wait_s
         return self._ask("GET", path, None)
 
     def post(self, path: str, body: Any = None, wait_s: float = 0.0) -> Any:

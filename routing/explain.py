@@ -102,16 +102,17 @@ def find_hostname(table: RoutingTable, host: bytes, path: bytes) -> HostnameRow 
     """Return the row that RoutingTable.find_app goes by, or None; it looks at all of them."""
     name = normalise_host(host).decode("latin-1")
     dots = [index for index, char in enumerate(name) if char == "." and index]
-    for wanted in (name, *("*" + name[dot:] for dot in dots), "*") if name else ():
-        rows = table.rows("hostnames").values()
-        of_name = [row for row in rows if isinstance(row, HostnameRow) and row.hostname == wanted]
-        if of_name:
-            # A less specific name never gets a second chance.
-            below = normalise_path(path).removesuffix(b"/") + b"/"
-            prefixes = [(row.path_prefix.removesuffix("/").encode() + b"/", row) for row in of_name]
-            found = [row for prefix, row in prefixes if below.startswith(prefix)]
-            return max(found, key=lambda row: len(row.path_prefix), default=None)
-    return None
+    wanted = [name, *("*" + name[dot:] for dot in dots), "*"] if name else []
+    of_name: dict[str, list[HostnameRow]] = {one: [] for one in wanted}
+    for row in table.rows("hostnames").values():
+        if isinstance(row, HostnameRow) and row.hostname in of_name:
+            of_name[row.hostname].append(row)
+    rows = next((of_name[one] for one in wanted if of_name[one]), [])
+    # A less specific name never gets a second chance, whatever its prefixes.
+    below = normalise_path(path).removesuffix(b"/") + b"/"
+    prefixes = [(row.path_prefix.removesuffix("/").encode() + b"/", row) for row in rows]
+    found = [row for prefix, row in prefixes if below.startswith(prefix)]
+    return max(found, key=lambda row: len(row.path_prefix), default=None)
 
 
 def explain_route(table: RoutingTable, host: bytes, path: bytes, port: int) -> RouteExplanation:

@@ -50,7 +50,7 @@ class FactRoutes:
     async def _show(self, _request: web.Request) -> web.Response:
         config = self._config()
         certificates = await asyncio.to_thread(lambda: tuple(read_certificates(config)))
-        snapshot = gather(
+        snapshot = await gather(
             config,
             self._table,
             self._cluster,

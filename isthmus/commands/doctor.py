@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 NEVER = "never"
 # All probes of one node together: 200 of 5 s, 20 at a time.
 PROBE_S = 60.0
+# A million machines.
+GATHER_S = 60.0
 
 
 def add_parser(verbs: Any) -> None:
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     _check_ignored(args.ignore)
     client = make_client(args)
     try:
-        snapshot = msgspec.convert(client.get("/v1/facts"), Snapshot)
+        snapshot = msgspec.convert(client.get("/v1/facts", wait_s=GATHER_S), Snapshot)
         if args.probe:
             probes = msgspec.convert(client.post("/v1/facts/probe", wait_s=PROBE_S), tuple[ProbeFacts, ...])
             snapshot = msgspec.structs.replace(snapshot, probes=probes)

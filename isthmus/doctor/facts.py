@@ -6,6 +6,8 @@ known is None, and never a value that could be taken for one.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from msgspec import Struct
 
 
@@ -138,7 +140,7 @@ class ProbeFacts(Struct, frozen=True):
     output: str = ""
 
 
-class Snapshot(Struct, frozen=True):
+class Snapshot(Struct, frozen=True, dict=True):
     """All that the rules look at."""
 
     now_ms: int
@@ -154,15 +156,29 @@ class Snapshot(Struct, frozen=True):
     local: LocalFacts | None = None
     probes: tuple[ProbeFacts, ...] | None = None  # None: nobody asked for them
 
-    @property
+    @cached_property
     def present(self) -> list[NodeFacts]:
         """The nodes that take part."""
         return [node for node in self.nodes if node.is_present]
 
     def machines_of(self, app: str) -> list[MachineFacts]:
         """Return the machines of an app."""
-        return [machine for machine in self.machines if machine.app == app]
+        return self._machines_by_app.get(app, [])
 
     def services_of(self, app: str) -> list[ServiceFacts]:
         """Return the services of an app."""
-        return [service for service in self.services if service.app == app]
+        return self._services_by_app.get(app, [])
+
+    @cached_property
+    def _machines_by_app(self) -> dict[str, list[MachineFacts]]:
+        found: dict[str, list[MachineFacts]] = {}
+        for machine in self.machines:
+            found.setdefault(machine.app, []).append(machine)
+        return found
+
+    @cached_property
+    def _services_by_app(self) -> dict[str, list[ServiceFacts]]:
+        found: dict[str, list[ServiceFacts]] = {}
+        for service in self.services:
+            found.setdefault(service.app, []).append(service)
+        return found

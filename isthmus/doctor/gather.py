@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 PROBES_MAX = 200
 PROBES_AT_A_TIME = 20
 PROBE_MS_MAX = 5_000
+# Some milliseconds.
+MACHINES_A_TURN = 500
 
 _ROUTABLE = frozenset({Verdict.CANDIDATE, Verdict.OVER_SOFT})
 
@@ -76,7 +78,7 @@ class Asker(Protocol):
         """Probe once; raises nothing."""
 
 
-def gather(
+async def gather(
     config: Config,
     table: RoutingTable,
     cluster: Cluster,
@@ -87,8 +89,17 @@ def gather(
     now: float,
     now_ms: int,
 ) -> Snapshot:
-    """Return what is known now; `certificates` are those of `read_certificates`."""
+    """Return what is known now; `certificates` are those of `read_certificates`.
+
+    It pauses now and then: a table may hold a million machines, and others have to be answered meanwhile.
+    """
     members = list(cluster.members())
+    hosts = {member.name: member.address[0] for member in members}
+    machines: list[MachineFacts] = []
+    for count, target in enumerate(list(table.targets()), 1):
+        machines.append(_describe_machine(table, target, hosts.get(target.node, ""), now))
+        if not count % MACHINES_A_TURN:
+            await asyncio.sleep(0)
     apps = sorted(app.name for app in table.apps() if app.row is not None)
     services = [service for app in table.apps() for service in app.services.values() if app.row is not None]
     return Snapshot(
@@ -103,7 +114,7 @@ def gather(
             if isinstance(row, HostnameRow)
         ),
         services=tuple(map(_describe_service, services)),
-        machines=tuple(_describe_machines(table, members, now)),
+        machines=tuple(machines),
         rejected=tuple(
             RejectedFacts(name, ", ".join(map(str, key)), reason)
             for (name, key), reason in table.rejected.items()
@@ -166,27 +177,25 @@ def _describe_service(service: Service) -> ServiceFacts:
     )
 
 
-def _describe_machines(table: RoutingTable, members: list[MemberView], now: float) -> Iterator[MachineFacts]:
-    hosts = {member.name: member.address[0] for member in members}
-    for target in table.targets():
-        app = table.app(target.app)
-        services = list(app.services.values()) if app is not None and app.row is not None else []
-        verdicts = [judge(service, target, now, ANYWHERE, ()) for service in services]
-        routable = [verdict for verdict in verdicts if verdict in _ROUTABLE]
-        yield MachineFacts(
-            id=target.id,
-            app=target.app,
-            node=target.node,
-            region=target.region,
-            address=target.address,
-            state=target.state.value,
-            is_routable=bool(routable),
-            verdict=(*routable, *verdicts)[0].value if verdicts else "its app has no service",
-            load=target.usual_load,
-            has_driver=bool(target.driver),
-            since_ms=target.since_ms,
-            relays=_find_relays(table, target, services, hosts.get(target.node, "")),
-        )
+def _describe_machine(table: RoutingTable, target: Target, owner_host: str, now: float) -> MachineFacts:
+    app = table.app(target.app)
+    services = list(app.services.values()) if app is not None and app.row is not None else []
+    verdicts = [judge(service, target, now, ANYWHERE, ()) for service in services]
+    routable = [verdict for verdict in verdicts if verdict in _ROUTABLE]
+    return MachineFacts(
+        id=target.id,
+        app=target.app,
+        node=target.node,
+        region=target.region,
+        address=target.address,
+        state=target.state.value,
+        is_routable=bool(routable),
+        verdict=(*routable, *verdicts)[0].value if verdicts else "its app has no service",
+        load=target.usual_load,
+        has_driver=bool(target.driver),
+        since_ms=target.since_ms,
+        relays=_find_relays(table, target, services, owner_host),
+    )
 
 
 def _find_relays(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import socket
 from base64 import b64encode
@@ -9,8 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import aiohttp
+import msgspec
 import pytest
 
+from isthmus.doctor.facts import Snapshot
+from isthmus.doctor.finding import diagnose
+from isthmus.doctor.rules import RULES
 from tests.integration.processes import Guestbook, Node, closing_all, free_port, wait_for
 
 if TYPE_CHECKING:
@@ -121,3 +126,25 @@ def test_others_take_over_when_a_node_is_killed_and_errors_are_clear(world: Worl
     answer = edge.get("/", headers={**HOST, "fly-force-instance-id": "iad-1"})
     assert answer.status == 502
     assert "node iad refused the connection" in answer.text
+
+
+def test_a_proof_of_one_node_has_a_request_at_another_explained(world: World) -> None:
+    proof = world.nodes["syd"].change("explain/proof", {"host": "guestbook.test"})
+    headers = {**HOST, proof["header"]: proof["value"], "fly-force-instance-id": "syd-1"}
+    answer = world.nodes["edge"].get("/", headers=headers)
+    step = json.loads(answer.headers["isthmus-trace"])
+    assert (step["machine"], step["node"], step["status"]) == ("syd-1", "syd", 200)
+    assert "through node syd" in step["why"]
+    here = world.nodes["syd"].get("/", headers={**headers, "fly-force-instance-id": "syd-1"})
+    assert json.loads(here.headers["isthmus-trace"])["machine"] == "syd-1"
+    other = {**headers, "Host": "other.test"}
+    assert "isthmus-trace" not in world.nodes["edge"].get("/", headers=other).headers
+
+
+def test_machines_behind_one_node_are_a_finding(world: World) -> None:
+    snapshot = msgspec.convert(world.nodes["edge"].show("facts"), Snapshot)
+    found = {
+        one.finding.subject: one.finding for one in diagnose(snapshot, RULES) if one.rule == "unreachable"
+    }
+    assert set(found) == {"syd", "iad"}
+    assert found["syd"].problem == "1 machine there can only be reached through node syd"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import json
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ def gathered(
     table: RoutingTable, cluster: FakeCluster = CLUSTER, data: str = "/nowhere", **said: Any
 ) -> Snapshot:
     config = Config(node="n1", region="ams", data=data, **said)
-    return gather(config, table, cluster, Lifecycle(), "", (), now=5.0, now_ms=1_000)
+    return asyncio.run(gather(config, table, cluster, Lifecycle(), "", (), now=5.0, now_ms=1_000))
 
 
 # Facts
@@ -294,8 +295,9 @@ class FakeNode:
         self.snapshot = snapshot
         self.probes = (ProbeFacts("web", "m1", "up", "/x", passed=True, output="200"),)
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, wait_s: float) -> Any:
         assert path == "/v1/facts"
+        assert wait_s > 0
         return msgspec.to_builtins(self.snapshot)
 
     def post(self, path: str, wait_s: float) -> Any:
@@ -375,7 +377,7 @@ def test_facts_of_another_version_are_told_apart_from_trouble(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class OtherNode(FakeNode):
-        def get(self, path: str) -> Any:
+        def get(self, path: str, wait_s: float) -> Any:
             return {"node": 5}
 
     monkeypatch.setattr(doctor, "make_client", lambda _args: OtherNode(WELL))
