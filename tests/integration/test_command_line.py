@@ -178,7 +178,7 @@ def test_a_wrong_configuration_file_is_told_by_line(tmp_path: Path, text: str, c
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        (("machine", "add", "blog", "nonsense"), "`nonsense` is not an address"),
+        (("machine", "add", "blog", "nonsense"), "`nonsense` names no port"),
         (("machine", "add", "blog", "127.0.0.1:9", "--region", "amz"), "unknown region `amz`"),
         (("machine", "add", "none", "127.0.0.1:9"), "there is no app `none`"),
         (("machine", "stop", "none"), "there is no machine `none`"),
