@@ -223,6 +223,7 @@ class AgentRole:
                     lambda: self._control.lifecycle,
                     self._credentials,
                     Prober(self._reach),
+                    self._staging.describe,
                 ),
             ],
         )

@@ -35,6 +35,7 @@ class FactRoutes:
         lifecycle: Callable[[], Lifecycle],
         credentials: Credentials,
         asker: Asker,
+        staged: Callable[[], dict[str, Any]],
     ) -> None:
         self._config = config
         self._table = table
@@ -42,6 +43,7 @@ class FactRoutes:
         self._lifecycle = lifecycle
         self._credentials = credentials
         self._asker = asker
+        self._staged = staged
 
     def routes(self) -> list[web.RouteDef]:
         """Return the paths."""
@@ -57,6 +59,7 @@ class FactRoutes:
             self._lifecycle(),
             self._credentials.problem or "",
             certificates,
+            self._staged(),
             now=time.monotonic(),
             now_ms=time.time_ns() // 1_000_000,
         )

@@ -53,6 +53,14 @@ def _add_machine(app: str, region: str) -> str:
     return f"isthmus machine add {app} HOST:PORT --region {region}"
 
 
+def _spread(app: str, machines: list[MachineFacts], region: str) -> str:
+    """Return what gives an app a machine in another region; a driver can start one."""
+    if not any(machine.has_driver for machine in machines):
+        return _add_machine(app, region)
+    regions = sorted({machine.region for machine in machines} | {region})
+    return f"isthmus scale count {max(len(machines), len(regions))} --app {app} --region {','.join(regions)}"
+
+
 def find_one_place(snapshot: Snapshot) -> Iterator[Finding]:
     """One machine, one node, or one region that an app stands or falls with."""
     for app in snapshot.apps:
@@ -70,7 +78,7 @@ def find_one_place(snapshot: Snapshot) -> Iterator[Finding]:
                 f"one machine, {only.id}, is all that can serve it",
                 "nothing takes over while it restarts, is deployed or fails",
                 f"all requests for {app}",
-                _add_machine(app, other),
+                _spread(app, machines, other),
             )
         elif len(nodes) == 1:
             (node,) = nodes
@@ -90,7 +98,7 @@ def find_one_place(snapshot: Snapshot) -> Iterator[Finding]:
                 f"all {len(machines)} machines are in {region}",
                 "a region fails as a whole: its power, its network, or the provider's control of it",
                 f"all requests for {app}, from everywhere",
-                _add_machine(app, other),
+                _spread(app, machines, other),
             )
 
 

@@ -106,6 +106,14 @@ class ExerciseFacts(Struct, frozen=True):
     backup: str = ""
 
 
+class StagedFacts(Struct, frozen=True):
+    """A change that workers are kept from."""
+
+    id: str
+    state: str  # waiting, trying, suspect, quarantined
+    rows: tuple[str, ...] = ()  # table and key
+
+
 class LocalFacts(Struct, frozen=True):
     """The node asked itself."""
 
@@ -127,6 +135,7 @@ class LocalFacts(Struct, frozen=True):
     links: tuple[str, ...] | None = None  # nodes that changes come from and go to
     backup: ExerciseFacts | None = None
     restore: ExerciseFacts | None = None
+    staged: tuple[StagedFacts, ...] = ()
 
 
 class ProbeFacts(Struct, frozen=True):

@@ -33,6 +33,7 @@ from isthmus.doctor.facts import (
     RejectedFacts,
     ServiceFacts,
     Snapshot,
+    StagedFacts,
 )
 from isthmus.exercises import read_exercises
 from routing.balancer import ANYWHERE
@@ -85,11 +86,12 @@ async def gather(
     lifecycle: Lifecycle,
     credentials_problem: str,
     certificates: tuple[CertificateFacts, ...],
+    staged: dict[str, Any],
     *,
     now: float,
     now_ms: int,
 ) -> Snapshot:
-    """Return what is known now; `certificates` are those of `read_certificates`.
+    """Return what is known now; `certificates` are those of `read_certificates`, `staged` is a keeper's.
 
     It pauses now and then: a table may hold a million machines, and others have to be answered meanwhile.
     """
@@ -120,7 +122,10 @@ async def gather(
             for (name, key), reason in table.rejected.items()
         ),
         certificates=(*certificates, *_read_authorities(services)),
-        local=_describe_local(config, cluster.status(), members, lifecycle, credentials_problem),
+        local=msgspec.structs.replace(
+            _describe_local(config, cluster.status(), members, lifecycle, credentials_problem),
+            staged=tuple(map(_describe_change, staged["changes"])),
+        ),
     )
 
 
@@ -259,6 +264,11 @@ def _describe_local(
         backup=None if done.backup is None else ExerciseFacts(done.backup.at_ms, done.backup.backup),
         restore=None if done.restore is None else ExerciseFacts(done.restore.at_ms, done.restore.backup),
     )
+
+
+def _describe_change(change: dict[str, Any]) -> StagedFacts:
+    rows = (f"{row['table']} {', '.join(map(str, row['key']))}" for row in change["rows"])
+    return StagedFacts(change["id"], change["state"], tuple(rows))
 
 
 def read_certificates(config: Config) -> Iterator[CertificateFacts]:

@@ -372,6 +372,23 @@ def _judge_disk(node: str, local: LocalFacts) -> Iterator[Finding]:
         )
 
 
+def find_quarantined(snapshot: Snapshot) -> Iterator[Finding]:
+    """Changes that killed workers, and wait for somebody to decide."""
+    for change in snapshot.local.staged if snapshot.local is not None else ():
+        if change.state not in {"suspect", "quarantined"}:
+            continue
+        is_certain = change.state == "quarantined"
+        rows = ", ".join(change.rows[:3]) + (", …" if len(change.rows) > 3 else "")
+        yield Finding(
+            WARNING if is_certain else NOTICE,
+            rows or change.id,
+            "a change of it is quarantined" if is_certain else "a worker died while it tried a change of it",
+            "the rest goes on without the change, and whoever wrote it may not know",
+            "what the change was for",
+            f"isthmus staged; then write it right, or isthmus staged drop {change.id}",
+        )
+
+
 RULES = (
     Rule("few-nodes", "a cluster or a region with one node, a cluster in one region", find_few_nodes),
     Rule("gone-nodes", "nodes that are gone and still own machines", find_gone_nodes),
@@ -387,6 +404,7 @@ RULES = (
         "a database that takes no writes, refused files, parked changesets",
         find_local_trouble,
     ),
+    Rule("quarantined", "staged changes that killed workers", find_quarantined),
     Rule("unusable-rows", "rows that routing cannot use", find_unusable_rows),
     Rule("resources", "a disk that is nearly full, too few files, one worker on many cores", find_resources),
 )

@@ -33,6 +33,7 @@ from isthmus.config import (
 )
 from isthmus.config_machines import DriverConfig
 from isthmus.config_sources import default_data_dir, setting_types
+from isthmus.doctor.rules import RULES
 from proxy.core.errors import ERRORS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -161,7 +162,7 @@ def paths() -> set[str]:
         "lifecycle": LifecycleRoutes(None),
         "others": [
             ExplainRoutes(None, None, None, None, None),
-            FactRoutes(None, None, None, None, None, None),
+            FactRoutes(None, None, None, None, None, None, None),
             DeployRoutes(None, None, None, None),
             StagingRoutes(None, list),
         ],
@@ -194,3 +195,12 @@ def test_no_error_code_is_documented_that_is_none() -> None:
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)", text_of(page)):
         assert (DOCS / target).exists(), f"docs/{page} links to {target}"
+
+
+@pytest.mark.parametrize("name", [rule.name for rule in RULES])
+def test_rule_of_the_doctor_is_documented(name: str) -> None:
+    assert name in rows("doctor.md"), f"docs/doctor.md has no row for `{name}`"
+
+
+def test_no_rule_is_documented_that_is_none() -> None:
+    assert set(rows("doctor.md")) <= {rule.name for rule in RULES}

@@ -19,6 +19,7 @@ from isthmus.doctor.facts import (
     RejectedFacts,
     ServiceFacts,
     Snapshot,
+    StagedFacts,
 )
 from isthmus.doctor.finding import Finding, Severity, diagnose
 from isthmus.doctor.rules import RULES
@@ -372,6 +373,15 @@ CASES = [
     Case("local-trouble", locally(credentials_problem="x"), "a1", W, "certificates were refused: x"),
     Case("local-trouble", locally(parked=2), "a1", W, "2 changesets could not be applied"),
     Case(
+        "quarantined",
+        locally(staged=(StagedFacts("a:1", "quarantined", ("apps web",)), StagedFacts("a:2", "waiting"))),
+        "apps web",
+        W,
+        "a change of it is quarantined",
+        locally(staged=(StagedFacts("a:1", "trying", ("apps web",)),)),
+    ),
+    Case("quarantined", locally(staged=(StagedFacts("a:1", "suspect"),)), "a:1", N, "a worker died"),
+    Case(
         "unusable-rows",
         but(rejected=(RejectedFacts("machines", "m9", "no address"),)),
         "machines m9",
@@ -442,3 +452,10 @@ def test_the_worst_comes_first() -> None:
 def test_a_snapshot_survives_the_way_over_the_api() -> None:
     for case in CASES:
         assert msgspec.convert(msgspec.json.decode(msgspec.json.encode(case.bad)), Snapshot) == case.bad
+
+
+def test_what_a_driver_can_start_is_mended_by_scaling() -> None:
+    (found,) = find(but(machines=(M1,)), "one-place")
+    assert found.mend == "isthmus machine add web HOST:PORT --region gru"
+    (found,) = find(but(machines=(msgspec.structs.replace(M1, has_driver=True),)), "one-place")
+    assert found.mend == "isthmus scale count 2 --app web --region ams,gru"
