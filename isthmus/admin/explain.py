@@ -16,7 +16,6 @@ from msgspec import Meta, Struct
 
 from isthmus.credentials import compute_explain_keys
 from isthmus.explanation import Question, QuestionError, Sources, explain
-from isthmus.worker_role import proxy_settings
 from proxy.core.explain_proof import FIELD, TTL_S_MAX, make_proof
 from proxy.core.request_head import is_host
 
@@ -86,6 +85,9 @@ class ExplainRoutes:
         return self._explain(msgspec.json.decode(await request.read(), type=Question))
 
     def _explain(self, question: Question) -> web.Response:
+        # Importing here keeps the data plane, 2 MB, out of agents that nobody asks.
+        from isthmus.worker_role import proxy_settings  # noqa: PLC0415 — see above
+
         staleness = {member.name: member.staleness_ms for member in self._cluster.members()}
         sources = Sources(
             proxy_settings(self._config()),
