@@ -12,11 +12,11 @@ Invariant: a row is shown as it was before the first write that is not released;
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from .capture import is_same
 from .core.change import RowChange
-from .core.clock import Clock
+from .core.clock import NEVER, SITE_BYTES, Clock, SiteId
 from .schema import quote
 from .sidetables import (
     RECORD_COLUMNS,
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 _STRIKES = "_repl_staged"  # a name that no table of notes has, as they go on with an underscore
 _TRIGGERS = "_repl_stage"
+# Stands for the clock of a row that was deleted so long ago that nobody remembers when.
+_FORGOTTEN: Final = Clock(NEVER, SiteId(bytes(SITE_BYTES)))
 
 
 class StagedRow(NamedTuple):
@@ -165,13 +167,18 @@ class Staging:
                 found[width + 1],
                 found[width + 2 : olds],
             )
-            if pk in pending or (fields[0] is None and fields[2] is None):
+            if pk in pending:
                 continue
-            record = self._sites.decode(fields[:-1])
-            clock = record.life if record.dead or record.base is None else max(record.life, record.base)
             shown = schema.to_row(pk + found[olds:news]) if existed else None
             row = schema.to_row(pk + found[news:]) if exists else None
-            yield StagedRow(schema.name, pk, shown, row, clock)
+            yield StagedRow(schema.name, pk, shown, row, self._read_clock(fields))
+
+    def _read_clock(self, fields: Sequence[Any]) -> Clock:
+        """Return when a row was last written or deleted."""
+        if fields[0] is None and fields[2] is None:
+            return _FORGOTTEN
+        life, is_dead, base, _ = self._sites.decode(fields[:-1])
+        return life if is_dead or base is None else max(life, base)
 
     def release(self, clocks: Collection[Clock]) -> list[RowChange]:
         """Show the rows that were last written by these changesets; return them, and forget the strikes."""

@@ -181,11 +181,11 @@ class Keeper:
             self._wake.clear()
             try:
                 await self.step()
-            except (ReplicationError, sqlite3.Error) as error:
+            except Exception as error:  # noqa: BLE001 - what is held back must not be so for ever
                 log.warning("changes that are held back have to wait", extra={"error": repr(error)})
                 await asyncio.sleep(AFTER_ERROR_S)
                 continue
-            timeout_s = TICK_S if self._stage.entries or self._is_stale else None
+            timeout_s = TICK_S if self._stage.is_waiting or self._is_stale else None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await self._wake.wait()

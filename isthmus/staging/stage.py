@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # One death may be chance, as when a machine runs out of memory; two with the same changeset alone are not.
 STRIKES_MAX: Final = 2
-# As long as the supervisor waits for an event loop before it ends the process: see supervisor.STALL_S.
-STALL_MS: Final = 10_000.0
+# Longer than a worker may stand still before the supervisor ends it, and than it takes to load a large table.
+STALL_MS: Final = 15_000.0
 # How long a worker lives with it before the others get it: what it does is done at once, or by its first use.
 SETTLE_MS_MAX: Final = 2_000.0
 # What is tried together, as long as nothing happens; with a strike, each takes a trial of its own.
@@ -145,6 +145,11 @@ class Stage:
     def on_trial(self) -> tuple[Clock, ...]:
         """What a worker has been given and the others have not."""
         return () if self._trial is None else self._trial.clocks
+
+    @property
+    def is_waiting(self) -> bool:
+        """True while time alone may bring something to do."""
+        return self._trial is not None or any(not entry.is_barred for entry in self.entries.values())
 
     # What the file says
 

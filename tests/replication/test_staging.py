@@ -215,3 +215,13 @@ def test_columns_that_are_added_are_in_what_was_held_back(file: Path) -> None:
     write(store, "UPDATE apps SET extra = 'y'")
     release_all(store)
     store.close()
+
+
+def test_deletion_that_nobody_remembers_can_be_released_all_the_same(store: Store) -> None:
+    write(store, "INSERT INTO apps (name) VALUES ('a')")
+    release_all(store)
+    write(store, "DELETE FROM apps")
+    store.connection.execute("DELETE FROM _repl_clock_apps")
+    assert shown(store) == [("a", "usual", None)]
+    release_all(store)
+    assert shown(store) == []
