@@ -140,7 +140,7 @@ class ExplainedExchange(TracedExchange):
             "region": choice.region,
             "node": choice.node,
             "rtt_ms": round(rtt_ms, 1) if rtt_ms < float("inf") else None,
-            "why": describe(verdict, service, choice, now, plane.table.ways),
+            "why": describe(verdict, service, choice, now, plane.table.ways)[:_DETAIL_CHARS_MAX],
         }
         dropped: dict[str, str] = {}
         more = 0

@@ -7,6 +7,7 @@ import base64
 import json
 import random
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from proxy.access_log import AccessLog
+from proxy.core.explain_proof import derive_key, make_proof
 from proxy.core.trace_context import (
     SAMPLED,
     TraceContext,
@@ -459,3 +461,19 @@ async def test_a_collector_that_is_away_or_slow_costs_spans_and_stops_nobody(
     tracer.add_spans([SPAN])
     await asyncio.to_thread(tracer.close)
     assert metrics.spans_dropped == dropped + 1
+
+
+async def test_a_request_that_is_explained_is_traced_like_others(edge: Edge, collector: Collector) -> None:
+    trace(edge, collector)
+    machine = await edge.machine()
+    await edge.start()
+    key = derive_key(b"k")
+    edge.server.explain_to((key,))
+    proof = make_proof(key, b"app.test", int(time.time()) + 60).encode()
+    response = await edge.get(b"/", b"Isthmus-Explain: " + proof, GIVEN)
+    assert len(response.values(b"isthmus-trace")) == 2
+    spans = await spans_of(edge, collector, 2)
+    assert [span.kind for span in spans] == [SERVER, CLIENT]
+    assert [span.trace_id.hex().encode() for span in spans] == [TRACE] * 2
+    (parent,) = machine.requests[0].values(b"traceparent")
+    assert parent.split(b"-")[1:3] == [TRACE, spans[1].span_id.hex().encode()]
