@@ -408,6 +408,7 @@ class AppConfig(_Section, frozen=True):
     reach: Literal["", "direct", "auto", "node"] = ""
     sticky: dict[str, bool | str] = {}
     slow_start_ms: NotNegative = 0
+    panic_percent: Annotated[int, Meta(ge=0, le=100)] = 0
 
     def __post_init__(self) -> None:
         _check("name", check_app_name, self.name)

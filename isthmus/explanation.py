@@ -315,6 +315,8 @@ class _Choice:
         if want.instance is not None:
             how = describe(verdict, self._service, target, self._sources.now)
             why = f"it is the instance that was asked for ({how})"
+        elif panic := self._balancer.describe_panic(self._service, want):
+            why = f"panic: {panic}"
         elif verdict not in _ROOM:
             why = f"panic: nobody healthy is left, and {verdict.value} is better than nobody"
         elif want.prefer_instance == target.id:

@@ -483,11 +483,9 @@ def encode_options(app: AppConfig) -> str:
         "replay_cache": app.replay_cache,
         "compression": app.compression,
         "reach": app.reach,
-        "sticky": app.sticky,
-        "slow_start_ms": app.slow_start_ms,
     }
     said = {name: value for name, value in options.items() if value}
-    said |= _raw_options(app) | _scaling_options(app)
+    said |= _raw_options(app) | _scaling_options(app) | _balancing_options(app, app)
     if not app.client_routing:
         said["client_routing"] = False
     return msgspec.json.encode(said).decode()
@@ -496,13 +494,19 @@ def encode_options(app: AppConfig) -> str:
 def encode_service_options(app: AppConfig, service: ServiceConfig) -> str:
     """Return what `services.options` holds for one port of an app."""
     protocol = {"proxy_protocol": service.proxy_protocol} if service.proxy_protocol else {}
-    said = protocol | _raw_options(service) | _scaling_options(app)
+    said = protocol | _raw_options(service) | _scaling_options(app) | _balancing_options(app, service)
     return msgspec.json.encode(said).decode()
 
 
 def _scaling_options(app: AppConfig) -> dict[str, Any]:
     """Return how machines are started and stopped by themselves, where that is not as usual."""
     return {name: getattr(app, name) for name in SCALING if getattr(app, name) != getattr(_USUAL_APP, name)}
+
+
+def _balancing_options(app: AppConfig, service: AppConfig | ServiceConfig) -> dict[str, Any]:
+    """Return how requests are shared out, the same on all ports; bytes have no cookies and headers."""
+    names = (*(("sticky",) if "http" in service.handlers else ()), "slow_start_ms", "panic_percent")
+    return {name: getattr(app, name) for name in names if getattr(app, name)}
 
 
 def _raw_options(service: AppConfig | ServiceConfig) -> dict[str, Any]:

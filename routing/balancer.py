@@ -2,9 +2,9 @@
 
 Decides among the machines of one service: nearest tier first, power of two choices on load inside a
 tier, over the soft limit on to the next tier, never over the hard limit; and if checks and recent
-failures leave nobody, the unhealthy rather than nobody. Refuses to know requests, connections and
-time: `now` comes from the caller. Invariant: a machine of another app is never returned, nor one
-that is stopped, cordoned, excluded, already tried or at its hard limit.
+failures leave nobody, or fewer than the service wants, the unhealthy too. Refuses to know requests,
+connections and time: `now` comes from the caller. Invariant: a machine of another app is never returned,
+nor one that is stopped, cordoned, excluded, already tried or at its hard limit.
 
 The cost does not depend on the size of the table, and in the usual case not on the size of the app.
 """
@@ -121,6 +121,8 @@ class Balancer:
             return self._choose_instance(service, want.instance, now, want, tried)
         plan = self._plan(service, want.regions)
         hard = _UNLIMITED if service.hard_limit is None else service.hard_limit
+        if service.panic_percent and self._is_panicking(service, plan):
+            return self._choose_in_panic(service, plan, now, hard, want, tried)
         if want is not ANYWHERE:
             wanted = self._find_wanted(service, plan, now, hard, want, tried)
             if wanted is not None:
@@ -143,6 +145,8 @@ class Balancer:
         hard: float,
         want: Want,
         tried: Collection[str],
+        *,
+        sick_too: bool = False,
     ) -> Target | None:
         """Return the machine that is preferred or has the key, if it can take the request."""
         if want.prefer_instance is not None:
@@ -151,17 +155,68 @@ class Balancer:
                 verdict = judge(service, preferred, now, want, tried)
                 if verdict is Verdict.CANDIDATE or verdict is Verdict.OVER_SOFT:
                     return preferred
+                if sick_too and verdict is Verdict.UNHEALTHY and preferred.ejected_until <= now:
+                    return preferred
         if want.key:
             key = hash_key(want.key)
             for bucket in plan:
                 best, highest = None, -1.0
-                for target in bucket.ready:
-                    its = score(key, target)
-                    if its > highest and _fits(service, target, now, _UNLIMITED, hard, want, tried):
-                        best, highest = target, its
+                for pool in (bucket.ready, bucket.reserve) if sick_too else (bucket.ready,):
+                    for target in pool:
+                        its = score(key, target)
+                        if its > highest and _fits(service, target, now, _UNLIMITED, hard, want, tried):
+                            best, highest = target, its
                 if best is not None:
                     return best
         return None
+
+    def _is_panicking(self, service: Service, plan: tuple[Bucket, ...]) -> bool:
+        """True when less than the wanted share of the started machines in reach is healthy."""
+        if not self._panic:
+            return False
+        healthy = unhealthy = 0
+        for bucket in plan:
+            healthy += len(bucket.ready)
+            unhealthy += len(bucket.reserve)
+        return healthy * 100 < (healthy + unhealthy) * service.panic_percent
+
+    def _choose_in_panic(
+        self,
+        service: Service,
+        plan: tuple[Bucket, ...],
+        now: float,
+        hard: float,
+        want: Want,
+        tried: Collection[str],
+    ) -> Target | Refusal:
+        """Do what `choose` does, as if no check had failed.
+
+        Healthy and unhealthy get requests by their numbers; within both the less loaded of two is taken.
+        """
+        if want is not ANYWHERE:
+            wanted = self._find_wanted(service, plan, now, hard, want, tried, sick_too=True)
+            if wanted is not None:
+                return wanted
+        for soft in (float(service.soft_limit), _UNLIMITED):
+            for bucket in plan:
+                one, other = bucket.ready, bucket.reserve
+                if self._random() * (len(one) + len(other)) >= len(one):
+                    one, other = other, one
+                for pool in (one, other):
+                    target = self._pick(service, pool, now, soft, hard, want, tried)
+                    if target is not None:
+                        return target
+        return self._choose_in_need(service, plan, now, hard, want, tried)
+
+    def describe_panic(self, service: Service, want: Want = ANYWHERE) -> str:
+        """Return why health is ignored now, in words; empty where it counts."""
+        plan = self._plan(service, want.regions)
+        if not service.panic_percent or not self._is_panicking(service, plan):
+            return ""
+        healthy = sum([len(bucket.ready) for bucket in plan])
+        total = healthy + sum([len(bucket.reserve) for bucket in plan])
+        percent = service.panic_percent
+        return f"{healthy} of {total} machines are healthy, less than {percent} %: checks are ignored"
 
     def _choose_in_need(
         self,
@@ -371,10 +426,14 @@ class Balancer:
     ) -> list[tuple[Target, str]]:
         """Return every machine of the service, nearest tier first, with what speaks for or against it."""
         explained = []
+        panic = self.describe_panic(service, want)
         for target, verdict in self._judge_all(service, now, want, tried):
             if want.instance is not None and target.id != want.instance:
                 verdict = Verdict.NOT_THE_INSTANCE  # noqa: PLW2901 - the stronger reason replaces the weaker one
-            explained.append((target, describe(verdict, service, target, now, self._table.ways)))
+            told = describe(verdict, service, target, now, self._table.ways)
+            if panic and verdict is Verdict.UNHEALTHY:
+                told = f"{told}; panic, {panic}"
+            explained.append((target, told))
         return explained
 
     def _plan(self, service: Service, regions: tuple[str, ...]) -> tuple[Bucket, ...]:

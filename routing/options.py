@@ -25,7 +25,7 @@ PROXY_PROTOCOLS: Final = ("v1", "v2")
 NAMES: Final = (
     *("proxy_protocol", "response_headers", "maintenance", "force_https", "machine_tls", "compression"),
     *("handlers", "idle_timeout_ms", "body_bytes_max", "reach"),
-    *("pristine", "sticky", "slow_start_ms", *REPLAY_NAMES),
+    *("pristine", "sticky", "slow_start_ms", "panic_percent", *REPLAY_NAMES),
     *SCALING_NAMES,
 )
 # What may be done to a connection, as on Fly, in any order; with neither its bytes are passed on as they are.
@@ -67,6 +67,7 @@ class ServiceOptions:
     reach: Way | None = None  # how machines of other nodes are reached; None: as their nodes say
     sticky: Sticky | None = None  # None: each request may go to another machine
     slow_start_s: float = 0.0  # until a machine that comes to the others gets its whole share
+    panic_percent: int = 0  # with fewer of the machines in reach healthy, health is ignored
 
 
 def parse_options(text: str) -> ServiceOptions | None:
@@ -108,6 +109,7 @@ def parse_options(text: str) -> ServiceOptions | None:
         reach=parse_way(fields.get("reach", "")),
         sticky=parse_sticky(fields.get("sticky")),
         slow_start_s=_parse_number(fields, "slow_start_ms") / 1_000,
+        panic_percent=_parse_number(fields, "panic_percent", 100),
     )
 
 
@@ -127,10 +129,10 @@ def parse_handlers(handlers: object) -> frozenset[str]:
     raise ValueError("handlers must be a list of tls and http")
 
 
-def _parse_number(fields: dict[str, object], name: str) -> int:
+def _parse_number(fields: dict[str, object], name: str, most: int = 2**53 - 1) -> int:
     number = fields.get(name, 0)
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**53:
-        raise ValueError(f"{name} must be a whole number, not below 0")
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= most:
+        raise ValueError(f"{name} must be a whole number, not below 0 nor above {most}")
     return number
 
 

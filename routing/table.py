@@ -99,6 +99,7 @@ class Service:
         "internal_port",
         "options",
         "owner",
+        "panic_percent",
         "port",
         "slow_start_s",
         "soft_limit",
@@ -115,6 +116,7 @@ class Service:
         self.checks: str
         self.options: ServiceOptions | None  # None: all as usual
         self.slow_start_s: float  # of the options
+        self.panic_percent: int  # of the options
         # Of this process; None while none is remembered. Belongs to the proxy's replay cache.
         self.cached_replays: object | None = None
         self.update(row)
@@ -131,6 +133,7 @@ class Service:
         self.checks = row.checks
         self.options = row.options
         self.slow_start_s = 0.0 if row.options is None else row.options.slow_start_s
+        self.panic_percent = 0 if row.options is None else row.options.panic_percent
 
     @property
     def network(self) -> str:

@@ -97,6 +97,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--primary-region", metavar="CODE", help="where that minimum counts")
     parser.add_argument(
+        "--sticky",
+        metavar="KIND:NAME",
+        help="keep clients to a machine, by cookie:NAME, header:NAME or set:NAME (our own cookie); or none",
+    )
+    parser.add_argument(
+        "--slow-start-ms", metavar="N", type=int, help="until a machine that is new gets its whole share"
+    )
+    parser.add_argument(
+        "--panic-percent",
+        metavar="N",
+        type=int,
+        help="with fewer machines healthy than this, of 100, checks are ignored",
+    )
+    parser.add_argument(
         "--maintenance", metavar="FILE", help="answer all requests with 503 and this page, HTML or text"
     )
 
@@ -120,13 +134,26 @@ def _read_options(args: argparse.Namespace) -> dict[str, Any]:
         options["handlers"] = HANDLERS[args.handlers]
     if args.compression is not None:
         options["compression"] = args.compression
-    options |= {name: getattr(args, name) for name in NAMES if getattr(args, name) is not None}
+    if args.sticky is not None:
+        options["sticky"] = _read_sticky(args.sticky)
+    names = (*NAMES, "slow_start_ms", "panic_percent")
+    options |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.maintenance:
         try:
             options["maintenance"] = Path(args.maintenance).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ClientError(f"--maintenance: cannot read {args.maintenance}: {error}") from None
     return options
+
+
+def _read_sticky(text: str) -> dict[str, Any]:
+    kind, _, name = text.partition(":")
+    said: dict[str, Any] = {"cookie": name, "set": True} if kind == "set" else {kind: name}
+    if text == "none":
+        return {}
+    if kind not in {"cookie", "header", "set"} or not name:
+        raise ClientError(f"--sticky: `{text}` is none of cookie:NAME, header:NAME, set:NAME, none")
+    return said
 
 
 def run_set(args: argparse.Namespace) -> int:
@@ -136,6 +163,9 @@ def run_set(args: argparse.Namespace) -> int:
         changes.setdefault("response_headers", {}).update(dict.fromkeys(args.keep_header))
     if args.no_maintenance:
         changes["maintenance"] = None
+    if "sticky" in changes:
+        # What is said takes the place of all that was, and is not added to it.
+        changes["sticky"] = dict.fromkeys(("cookie", "header", "set")) | changes["sticky"]
     make_client(args).post(f"/v1/apps/{quote(args.app)}/options", changes)
     print(f"app {args.app} changed")
     return 0

@@ -88,3 +88,28 @@ def test_redirect_to_tls_is_turned_on_and_off(client: FakeClient, flag: str, val
 def test_compression_is_turned_on_and_off(client: FakeClient, flag: str, value: bool) -> None:
     run("set", "web", flag)
     assert client.posts == [("/v1/apps/web/options", {"compression": value})]
+
+
+@pytest.mark.parametrize(
+    ("said", "sticky"),
+    [
+        ("cookie:sid", {"cookie": "sid"}),
+        ("header:X-User", {"header": "X-User"}),
+        ("set:at", {"cookie": "at", "set": True}),
+        ("none", {}),
+    ],
+)
+def test_how_an_app_is_balanced_is_set(client: FakeClient, said: str, sticky: dict[str, Any]) -> None:
+    flags = ["--sticky", said, "--slow-start-ms", "5000", "--panic-percent", "50"]
+    others = {"slow_start_ms": 5_000, "panic_percent": 50}
+    assert run("add", "web", *flags) == run("set", "web", *flags) == 0
+    assert client.posts[0] == ("/v1/apps", {"name": "web", "sticky": sticky, **others})
+    whole = {"cookie": None, "header": None, "set": None} | sticky
+    assert client.posts[1] == ("/v1/apps/web/options", {"sticky": whole, **others}), "none of the old remains"
+
+
+@pytest.mark.parametrize("said", ["cookie", "cookie:", "session:a", ""])
+def test_a_way_to_keep_clients_that_is_none_is_refused(client: FakeClient, said: str) -> None:
+    with pytest.raises(ClientError, match="--sticky"):
+        run("set", "web", "--sticky", said)
+    assert client.posts == []

@@ -175,6 +175,15 @@ def test_panic_is_called_by_its_name() -> None:
     assert why(table).startswith("panic: nobody healthy is left")
 
 
+def test_panic_before_nobody_is_left_is_called_by_its_name_too() -> None:
+    table = table_with(
+        row("services", options='{"panic_percent": 60}'), row("machines"), row("machines", id="m2")
+    )
+    table.apply(*row("checks", status="critical"))
+    assert why(table).startswith("panic: 1 of 2 machines are healthy, less than 60 %")
+    assert all(machine["share"] for machine in ask(table)["machines"])
+
+
 def test_a_full_app_queues_and_a_sleeping_one_is_started() -> None:
     full = table_with(row("services", hard_limit=1), row("machines"), row("loads", in_flight=1))
     assert outcome(full)[0] == "queue"

@@ -601,14 +601,21 @@ async def test_what_an_app_says_of_compression_reaches_routing(
 async def test_how_an_app_is_balanced_reaches_routing(registry: Registry, database: FakeDatabase) -> None:
     machines = (MachineConfig(address="10.0.0.1:80", id="m1", weight=250),)
     await registry.add_app(
-        AppConfig(name="web", machines=machines, sticky={"cookie": "at", "set": True}, slow_start_ms=5_000)
+        AppConfig(
+            name="web",
+            machines=machines,
+            sticky={"cookie": "at", "set": True},
+            slow_start_ms=5_000,
+            panic_percent=50,
+            services=(ServiceConfig(port=81, handlers=("http",)), ServiceConfig(port=82)),
+        )
     )
     assert database.rows("SELECT weight FROM machines") == [(250,)]
-    ((text,),) = database.rows("SELECT options FROM services")
-    options = parse_options(text)
-    assert options is not None
-    assert options.sticky == Sticky(cookie=b"at", sets=True)
-    assert options.slow_start_s == 5.0
+    texts = database.rows("SELECT options FROM services ORDER BY port")
+    for (text,), sticky in zip(texts, (*[Sticky(cookie=b"at", sets=True)] * 2, None), strict=True):
+        options = parse_options(text)
+        assert options is not None
+        assert (options.sticky, options.slow_start_s, options.panic_percent) == (sticky, 5.0, 50)
 
 
 async def test_app_that_is_as_it_should_be_has_no_changes(registry: Registry, database: FakeDatabase) -> None:
