@@ -64,10 +64,12 @@ class Views:
         feed: FeedServer,
         lifecycle: Callable[[], Lifecycle] = Lifecycle,
         last_probes: Callable[[], Mapping[tuple[str, str], LastProbe]] = dict,
+        staged: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self._config = config
         self._lifecycle = lifecycle
         self._last_probes = last_probes
+        self._staged = staged
         self._agent = agent
         self._table = table
         self._feed = feed
@@ -91,6 +93,7 @@ class Views:
             "sealed": config.gossip.sealed,
             "replication": self._agent.status(),
             "rejected_rows": rejected,
+            "staged": self._staged(),
         }
 
     def nodes(self) -> Rows:

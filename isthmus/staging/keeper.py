@@ -364,11 +364,15 @@ class Keeper:
             return "suspect"
         return "trying" if clock in self._stage.on_trial else "waiting"
 
+    def count(self) -> dict[str, int]:
+        """Return how many changesets are held back here, by state."""
+        states = Counter(self._name_state(clock) for clock in self._rows)
+        return {state: states[state] for state in ("waiting", "trying", "suspect", "quarantined")}
+
     def samples(self) -> Iterator[Sample]:
         """Yield the metrics that METRICS names."""
-        states = Counter(self._name_state(clock) for clock in self._rows)
-        for state in ("waiting", "trying", "suspect", "quarantined"):
-            yield "isthmus_staged_changesets", (("state", state),), float(states[state])
+        for state, count in self.count().items():
+            yield "isthmus_staged_changesets", (("state", state),), float(count)
         yield "isthmus_staged_strikes_total", (), float(self._stage.strikes)
 
 

@@ -111,6 +111,8 @@ class Node:
         self.deaths = 0
         self.workers: dict[str, RoutingTable] = {}
         self.coming: list[int] = [0] * workers  # when each of those that are away is back
+        self.sent: list[tuple[str | None, list[Any]]] = []
+        self.failures: list[Exception] = []  # raised by the next writes of the keeper, one each
         self._started = 0
         self.boot()
 
@@ -186,24 +188,33 @@ class Node:
     # What the keeper needs of a feed and of an agent
 
     def send(self, message: list[Any], worker: str | None = None) -> None:
+        self.sent.append((worker, message))
         table = self.workers.get(worker or "")
         if table is None:
             return
-        if message[0] == "try" and self._apply(worker, table, [RowChange(*row) for row in message[2]]):
-            self.keeper.handle_tried(worker, message[1], "")
+        if message[0] == "try":
+            if self._apply(worker, table, [RowChange(*row) for row in message[2]]) and message[1]:
+                self.keeper.handle_tried(worker, message[1], "")
         elif message[0] == "reload":
             RouteFeed(table, self.file).load()
 
     async def read_staged(self) -> Staged:
         return self.store.read_staged()
 
+    def _fail(self) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
+
     async def release_staged(self, clocks: Collection[Clock]) -> None:
+        self._fail()
         self.take(self.store.release_staged(clocks))
 
     async def put_strikes(self, strikes: Mapping[Clock, int]) -> None:
+        self._fail()
         self.store.put_strikes(strikes)
 
     async def execute(self, statements: Sequence[Statement]) -> None:
+        self._fail()
         _, commit = self.store.execute(statements, self.world.now_ms)
         self.take(commit)
 

@@ -27,9 +27,8 @@ PLANT = f"UPDATE services SET soft_limit = {POISON} WHERE app = 'web'"
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
     world = World(tmp_path)
-    for region in REGIONS:
-        for index in (1, 2):
-            world.add(f"{region}-{index}", region)
+    for region in (*REGIONS, order_regions((), REGIONS)[0]):
+        world.add(f"{region}-{len(world.nodes)}", region)
     yield world
     world.close()
 
@@ -90,6 +89,7 @@ async def test_row_that_kills_hits_one_region_and_that_a_bounded_number_of_times
         assert limit == POISON
         (change,) = node.keeper.describe()["changes"]
         assert change["state"] == "quarantined"
+        assert node.keeper.count() == {"waiting": 0, "trying": 0, "suspect": 0, "quarantined": 1}
         assert change["rows"] == [{"table": "services", "key": ["web", 0], "change": "update"}]
         assert len(node.workers) == 2
 
