@@ -135,7 +135,7 @@ class Keeper:
         self._wall_ms = wall_ms
         self._rows: dict[Clock, list[StagedRow]] = {}
         self._told: dict[Clock, list[_Told]] = {}
-        self._todo: list[Action] = []  # what workers gave rise to since the last step
+        self._todo: list[Action] = []  # what was decided and is not done yet
         self._is_stale = True  # what was read last may have changed since
         self._look_at_ms = 0.0  # the next time that the file may be read
         self._wake = asyncio.Event()
@@ -172,9 +172,9 @@ class Keeper:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
         self._task = None
+        self._todo += self._stage.cancel()
         with contextlib.suppress(ReplicationError, sqlite3.Error):
-            for action in (*self._todo, *self._stage.cancel()):
-                await self._do(action)
+            await self._do_all()
 
     async def _run(self) -> None:
         while True:
@@ -194,22 +194,34 @@ class Keeper:
 
     async def step(self) -> None:
         """Do all that is to be done now."""
-        try:
-            if self._is_stale and self._now_ms() >= self._look_at_ms:
-                await self._look()
-            todo, self._todo = self._todo, []
-            for action in (*todo, *self._stage.plan(self._now_ms(), self.ring * self._config.bake_ms)):
+        await self._do_all()
+        if self._is_stale and self._now_ms() >= self._look_at_ms:
+            await self._look()
+        self._todo += self._stage.plan(self._now_ms(), self.ring * self._config.bake_ms)
+        await self._do_all()
+
+    async def _do_all(self) -> None:
+        """Do what was decided, in order. What the disk does not take now is done later."""
+        while self._todo:
+            action = self._todo.pop(0)
+            try:
                 await self._do(action)
-        except BaseException:
-            self._is_stale = True
-            raise
+            except BaseException as error:
+                self._is_stale = True
+                if isinstance(error, (ReplicationError, sqlite3.Error)) and not isinstance(action, Try):
+                    self._todo.insert(0, action)
+                raise
 
     async def _look(self) -> None:
         """Read what is held back, and what nodes say of it."""
-        self._is_stale = False
         began_ms = self._now_ms()
-        staged = await self._replica.read_staged()
-        told = (await self._replica.query(_SELECT_TOLD)).rows
+        self._is_stale = False
+        try:
+            staged = await self._replica.read_staged()
+            told = (await self._replica.query(_SELECT_TOLD)).rows
+        except BaseException:
+            self._is_stale = True
+            raise
         now_ms = self._now_ms()
         self._look_at_ms = now_ms + (now_ms - began_ms) / LOOK_SHARE
         self._rows = {}
@@ -248,12 +260,12 @@ class Keeper:
                 await self._replica.execute([(sql, (clock.site.hex(), clock.hlc, self._node))])
 
     async def _try(self, worker: str, token: int, strikes: Mapping[Clock, int]) -> None:
+        rows = [(row.table, row.pk, row.row) for clock in strikes for row in self._rows.get(clock, ())]
         try:
             await self._replica.put_strikes(strikes)
         except BaseException:
             self._stage.cancel()
             raise
-        rows = [(row.table, row.pk, row.row) for clock in strikes for row in self._rows.get(clock, ())]
         for start in range(0, len(rows), ROWS_A_MESSAGE):
             is_last = start + ROWS_A_MESSAGE >= len(rows)
             self._feed.send(["try", token if is_last else 0, rows[start : start + ROWS_A_MESSAGE]], worker)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from isthmus.staging.stage import STRIKES_MAX
 from tests.fakes.machine import FakeMachine
-from tests.integration.processes import Node, closing_all, request, wait_for
+from tests.integration.processes import ROOT, Node, closing_all, request, wait_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,7 +62,7 @@ join = [{{join}}]
 
 def start(name: str, region: str, directory: Path, join: str = "") -> Node:
     config = CONFIG.format(region=region, join=join and f'"{join}"')
-    env = {"PYTHONPATH": str(directory), "DEATHS": str(directory / f"{name}.deaths")}
+    env = {"PYTHONPATH": f"{directory}:{ROOT}", "DEATHS": str(directory / f"{name}.deaths")}
     return Node(name, directory, config, env)
 
 

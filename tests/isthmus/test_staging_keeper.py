@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -60,7 +61,9 @@ async def test_large_change_is_answered_once(node: Node, monkeypatch: pytest.Mon
 async def test_snapshot_is_looked_through(node: Node) -> None:
     other = Store.open(":memory:", combine_schema(""))
     other.execute([("INSERT INTO apps (name) VALUES ('b')", ())], node.world.now_ms)
-    node.take(node.store.apply_snapshot(other.snapshot(1 << 20), node.world.now_ms))
+    commit = node.store.apply_snapshot(other.snapshot(1 << 20), node.world.now_ms)
+    assert commit is not None
+    node.take(replace(commit, held=(), reload=("apps",)))  # as that of a large one
     other.close()
     await node.world.advance(2 * node.world.bake_ms)
     assert all(table.app("b") is not None for table in node.workers.values())
