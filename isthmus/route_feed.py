@@ -105,8 +105,6 @@ class RouteFeed:
         connection = sqlite3.connect(
             source, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
         )
-        # What is not UTF-8 is for routing to refuse, row by row, and no reason to have no table.
-        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
         with closing(connection):
             connection.execute("BEGIN")
             seq = read_seq(connection)
@@ -118,6 +116,17 @@ class RouteFeed:
 
     def _read_rows(self, connection: sqlite3.Connection) -> Iterator[tuple[str, Pk, Row]]:
         for name, table in self._schema.tables.items():
-            key_at = [table.columns.index(column) for column in table.pk]
-            for row in connection.execute(select_shown(connection, table)):
-                yield name, tuple(row[i] for i in key_at), row
+            sql, keys = select_shown(connection, table), len(table.pk)
+            assert table.columns[:keys] == table.pk
+            connection.text_factory = str
+            try:
+                for row in connection.execute(sql):
+                    yield name, row[:keys], row
+            except sqlite3.OperationalError as error:
+                if "UTF-8" not in str(error):
+                    raise
+                # What is not UTF-8 is for routing to refuse, row by row, and no reason to have no table. It is
+                # slow to read it so; rows that come twice do no harm.
+                connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+                for row in connection.execute(sql):
+                    yield name, row[:keys], row

@@ -498,6 +498,6 @@ def _fits(
         and target.in_flight + target.remote_load < hard
         and target.ejected_until <= now
         and target.id not in tried
-        and target.id not in want.exclude
+        and (want is ANYWHERE or target.id not in want.exclude)  # to hash a name is to look at it
         and (target.port is not None or service.internal_port is not None)
     )

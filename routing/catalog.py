@@ -29,6 +29,7 @@ from .types import (
     GoalRow,
     HostnameRow,
     LoadRow,
+    MachineFields,
     MachineRow,
     MachineState,
     NodeRow,
@@ -67,6 +68,7 @@ SEEN_MAX: Final = 65_536
 _E = TypeVar("_E", bound=Enum)
 _states: Final = {state.value: state for state in MachineState}
 _ports: Final[dict[str, int]] = {}  # has an end of its own
+_apps: Final[dict[str, str]] = {}
 _nodes: Final[dict[str, str]] = {}
 _regions: Final[dict[str, str]] = {}
 
@@ -93,17 +95,30 @@ def parse_row(table: str, row: Row, pk: Pk | None = None) -> Entity:
     `pk` is given, the row must agree with it.
     """
     spec = TABLES.get(table)
-    shown = pk if pk is not None else row[:1]
     if spec is None:
-        raise RowError(table, shown, "no such table")
-    if len(row) < spec.columns:
-        raise RowError(table, shown, f"{len(row)} columns where {spec.columns} are needed")
-    if pk is not None and not _agree(pk, row, spec.pk):
-        raise RowError(table, shown, "primary key and row disagree")
+        raise RowError(table, row[:1] if pk is None else pk, "no such table")
+    _check_shape(table, row, pk, spec.columns, spec.pk)
     try:
         return spec.parse(row)
     except ValueError as error:
         raise RowError(table, row[: spec.pk], str(error)) from None
+
+
+def parse_machine(row: Row, pk: Pk) -> MachineFields:
+    """Do what `parse_row` does for a row of machines; return the fields of its MachineRow alone."""
+    _check_shape("machines", row, pk, MACHINE_COLUMNS, 1)
+    try:
+        return _parse_machine(row)
+    except ValueError as error:
+        raise RowError("machines", row[:1], str(error)) from None
+
+
+def _check_shape(table: str, row: Row, pk: Pk | None, columns: int, keys: int) -> None:
+    shown = pk if pk is not None else row[:1]
+    if len(row) < columns:
+        raise RowError(table, shown, f"{len(row)} columns where {columns} are needed")
+    if pk is not None and not _agree(pk, row, keys):
+        raise RowError(table, shown, "primary key and row disagree")
 
 
 def _agree(pk: Pk, row: Row, length: int) -> bool:
@@ -214,7 +229,8 @@ def _matching(value: SqlValue, column: str, pattern: re.Pattern[str]) -> str:
 
 def _app(value: SqlValue, column: str = "app") -> str:
     # Rows of five tables name it, and where all hold the same object, looking it up compares no letters.
-    return sys.intern(_matching(value, column, APP_NAME))
+    known = _apps.get(value) if isinstance(value, str) else None
+    return known if known is not None else _remember(sys.intern(_matching(value, column, APP_NAME)), _apps)
 
 
 def _id(value: SqlValue, column: str) -> str:
@@ -338,24 +354,28 @@ def _parse_service(row: Row) -> ServiceRow:
     )
 
 
-def _parse_machine(row: Row) -> MachineRow:
+def _parse_machine(row: Row) -> MachineFields:
     host, port = parse_address(_text(row[4], "address"))
-    return MachineRow(
-        id=_id(row[0], "id"),
-        app=_app(row[1]),
-        node=_node(row[2]),
-        region=_region(row[3]),
-        host=host,
-        port=port,
-        state=_state(row[5]),
-        cordoned=bool(_integer(row[6], "cordoned", 0, 1)),
-        managed_by=_text(row[7], "managed_by"),
-        driver=_name(row[8], "driver") if len(row) > 8 else "",
-        since_ms=_integer(row[9], "since_ms", 0) if len(row) > 9 else 0,
-        problem=_text(row[10], "problem", TEXT_CHARS_MAX) if len(row) > 10 else "",
-        weight=_integer(row[11], "weight", 1, WEIGHT_MAX) if len(row) > 11 else WEIGHT_USUAL,
-        version=_integer(row[12], "version", 0) if len(row) > 12 else 0,
+    return (
+        _id(row[0], "id"),
+        _app(row[1]),
+        _node(row[2]),
+        _region(row[3]),
+        host,
+        port,
+        _state(row[5]),
+        _integer(row[6], "cordoned", 0, 1) == 1,
+        _text(row[7], "managed_by"),
+        _name(row[8], "driver") if len(row) > 8 else "",
+        _integer(row[9], "since_ms", 0) if len(row) > 9 else 0,
+        _text(row[10], "problem", TEXT_CHARS_MAX) if len(row) > 10 else "",
+        _integer(row[11], "weight", 1, WEIGHT_MAX) if len(row) > 11 else WEIGHT_USUAL,
+        _integer(row[12], "version", 0) if len(row) > 12 else 0,
     )
+
+
+def _make_machine(row: Row) -> MachineRow:
+    return MachineRow(*_parse_machine(row))
 
 
 def _parse_goal(row: Row) -> GoalRow:
@@ -411,13 +431,15 @@ class TableSpec(NamedTuple):
     added: int = 0
 
 
+MACHINE_COLUMNS: Final = 8
+
 TABLES: Final[dict[str, TableSpec]] = {
     "nodes": TableSpec(5, 1, _parse_node, added=1),
     "regions": TableSpec(4, 1, _parse_region),
     "apps": TableSpec(3, 1, _parse_app),
     "hostnames": TableSpec(4, 2, _parse_hostname),
     "services": TableSpec(8, 2, _parse_service, added=1),
-    "machines": TableSpec(8, 1, _parse_machine, added=5),
+    "machines": TableSpec(MACHINE_COLUMNS, 1, _make_machine, added=5),
     "goals": TableSpec(5, 1, _parse_goal, added=2),
     "checks": TableSpec(6, 2, _parse_check, added=1),
     "loads": TableSpec(4, 2, _parse_load),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Final
 
-from .catalog import TABLES, RowError, parse_row
+from .catalog import TABLES, RowError, parse_machine, parse_row
 from .geo import AREAS, Regions
 from .health import Failing
 from .hosts import HostIndex
@@ -28,7 +28,6 @@ from .types import (
     Entity,
     HostnameRow,
     LoadRow,
-    MachineRow,
     NodeRow,
     Pk,
     RegionRow,
@@ -40,11 +39,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from .options import ServiceOptions
+    from .types import MachineFields
 
 __all__ = ["App", "RoutingTable", "Service", "Target"]
 
 ANY_PORT: Final = 0
+APPS: Final = "apps"
+HOSTNAMES: Final = "hostnames"
+SERVICES: Final = "services"
 MACHINES: Final = "machines"
+# Tables whose rows are made again from what stands for them, when somebody asks.
+MADE: Final = (APPS, HOSTNAMES, SERVICES, MACHINES)
 # The share of the way to its load that a trend goes each time: five seconds for most of it. That must be long
 # beside the time that a load needs to get to all who look at it.
 TREND_STEP: Final = 0.02
@@ -52,25 +57,59 @@ TREND_STEP: Final = 0.02
 
 # Stands for the orders of an app that nobody has asked for; nothing is put in.
 _NO_PLANS: Final[dict[object, tuple[Bucket, ...]]] = {}
+# The same for services by port.
+_NO_SERVICES: Final[dict[int, Service]] = {}
 
 
 class App:
     """What is known under one app name, with or without its row."""
 
-    __slots__ = ("buckets", "home", "home_region", "name", "only", "plans", "row", "services")
+    __slots__ = ("buckets", "by_port", "home", "home_region", "name", "names", "only", "plans", "row")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.row: AppRow | None = None  # None while only other rows speak of it; then nothing routes to it
-        self.services: dict[int, Service] = {}  # by public port
-        self.buckets: dict[str, Bucket] = {}  # by region; only regions with machines
-        # Set where it is all of `services` and takes any port: one look less into memory for most requests.
+        # The service that takes any port, where there is no other: for most apps, which spares a dictionary.
         self.only: Service | None = None
         # Orders of buckets as balancers worked them out: that of the first region that asked, for requests
         # that say nothing of regions, and all others. Emptied when a region comes, goes or moves.
         self.home: tuple[Bucket, ...] = ()
         self.home_region = ""
         self.plans: dict[object, tuple[Bucket, ...]] = _NO_PLANS
+        self.by_port: dict[int, Service] = _NO_SERVICES  # by public port; empty where there is an only one
+        self.buckets: dict[str, Bucket] = {}  # by region; only regions with machines
+        self.names = 0  # how many hostname rows lead to it
+
+    @property
+    def services(self) -> Mapping[int, Service]:
+        """Its services by public port; not to be changed."""
+        return self.by_port if self.only is None else {ANY_PORT: self.only}
+
+    def service(self, port: int) -> Service | None:
+        """Return the service that has exactly this port."""
+        if self.only is not None:
+            return self.only if port == ANY_PORT else None
+        return self.by_port.get(port)
+
+    def put_service(self, row: ServiceRow) -> None:
+        """Add or change a service."""
+        service = self.service(row.port)
+        if service is not None:
+            service.update(row)
+            return
+        if self.only is not None:
+            self.by_port = {ANY_PORT: self.only}
+        elif row.port == ANY_PORT and not self.by_port:
+            self.only = Service(row, self)
+            return
+        self.only = None
+        self.by_port = {**self.by_port, row.port: Service(row, self)}
+
+    def drop_service(self, port: int) -> None:
+        """Forget the service that has exactly this port."""
+        left = {other: service for other, service in self.services.items() if other != port}
+        self.only = left.pop(ANY_PORT) if len(left) == 1 and ANY_PORT in left else None
+        self.by_port = left or _NO_SERVICES
 
     def forget_plans(self) -> None:
         """Forget in which order to look through regions."""
@@ -79,7 +118,7 @@ class App:
 
     def is_unused(self) -> bool:
         """True when no row speaks of this app any more."""
-        return self.row is None and not self.services and not self.buckets
+        return self.row is None and not self.names and not self.services and not self.buckets
 
     def targets(self) -> Iterator[Target]:
         """Yield every machine of the app."""
@@ -97,6 +136,7 @@ class Service:
         "concurrency",
         "hard_limit",
         "internal_port",
+        "managed_by",
         "options",
         "owner",
         "panic_percent",
@@ -106,17 +146,19 @@ class Service:
     )
 
     def __init__(self, row: ServiceRow, owner: App) -> None:
+        # What a choice looks at comes first, as in Target.
+        self.owner = owner
+        self.soft_limit = 0
+        self.hard_limit: int | None = None
+        self.panic_percent = 0  # of the options
+        self.slow_start_s = 0.0  # of the options
+        self.internal_port: int | None = None
+        self.options: ServiceOptions | None = None  # None: all as usual
         self.app = row.app
         self.port = row.port  # ANY_PORT: any port without a service of its own
-        self.owner = owner
-        self.internal_port: int | None
-        self.soft_limit: int
-        self.hard_limit: int | None
-        self.concurrency: Concurrency
-        self.checks: str
-        self.options: ServiceOptions | None  # None: all as usual
-        self.slow_start_s: float  # of the options
-        self.panic_percent: int  # of the options
+        self.concurrency = Concurrency.REQUESTS
+        self.checks = ""
+        self.managed_by = ""
         # Of this process; None while none is remembered. Belongs to the proxy's replay cache.
         self.cached_replays: object | None = None
         self.update(row)
@@ -131,9 +173,25 @@ class Service:
         self.hard_limit = row.hard_limit
         self.concurrency = row.concurrency
         self.checks = row.checks
+        self.managed_by = row.managed_by
         self.options = row.options
         self.slow_start_s = 0.0 if row.options is None else row.options.slow_start_s
         self.panic_percent = 0 if row.options is None else row.options.panic_percent
+
+    @property
+    def row(self) -> ServiceRow:
+        """The row that it stands for."""
+        return ServiceRow(
+            app=self.app,
+            port=self.port,
+            internal_port=self.internal_port,
+            concurrency=self.concurrency,
+            soft_limit=self.soft_limit,
+            hard_limit=self.hard_limit,
+            checks=self.checks,
+            managed_by=self.managed_by,
+            options=self.options,
+        )
 
     @property
     def network(self) -> str:
@@ -161,9 +219,9 @@ class RoutingTable:
         self.regions = Regions()
         self.ways = Ways(own_node)
         self.rejected: dict[tuple[str, Pk], str] = {}  # why a row that exists is not in use
-        # What is accepted, by key; of machines nothing, as a Target is all that their rows say.
+        # What is accepted, by key; nothing of the tables in MADE.
         self._rows: dict[str, dict[Pk, Entity]] = {table: {} for table in TABLES}
-        self._hosts = HostIndex()
+        self._hosts: HostIndex[App] = HostIndex()
         self._apps: dict[str, App] = {}
         self._targets: dict[str, Target] = {}
         self._checks: dict[str, dict[str, CheckRow]] = {}  # by machine, then name; also of absent machines
@@ -189,29 +247,57 @@ class RoutingTable:
         rows = self._rows.get(table)
         if rows is None:
             return
-        new: Entity | None = None
         if self.rejected:
             self.rejected.pop((table, pk), None)
+        if table == MACHINES:
+            self._apply_machine(pk, row)
+            return
+        new: Entity | None = None
         if row is not None:
             try:
                 new = parse_row(table, row, pk)
             except RowError as error:
                 self.rejected[(table, pk)] = error.reason
-        if table == MACHINES:
-            key = pk[0] if len(pk) == 1 else None
-            target = self._targets.get(key) if isinstance(key, str) else None
-            old: Entity | None = None if target is None else target.row
-            if new != old:
-                self._index(old, new)
-            return
-        old = rows.get(pk)
+        old = self._make_row(table, pk) if table in MADE else rows.get(pk)
         if new == old:
             return
-        if new is None:
-            del rows[pk]
-        else:
-            rows[pk] = new
+        if table not in MADE:
+            if new is None:
+                del rows[pk]
+            else:
+                rows[pk] = new
         self._index(old, new)
+
+    def _apply_machine(self, pk: Pk, row: Row | None) -> None:
+        target = self.machine(pk[0]) if len(pk) == 1 and isinstance(pk[0], str) else None
+        if row is not None:
+            try:
+                fields = parse_machine(row, pk)
+            except RowError as error:
+                self.rejected[(MACHINES, pk)] = error.reason
+            else:
+                if target is None:
+                    self._add_machine(fields)
+                elif fields != target.fields:
+                    self._change_machine(target, fields)
+                return
+        if target is not None:
+            self._remove_machine(target)
+
+    def _make_row(self, table: str, pk: Pk) -> Entity | None:
+        """Return the accepted row of an app, hostname or service that has this key."""
+        match pk:
+            case (str(name),) if table == APPS:
+                app = self._apps.get(name)
+                return None if app is None else app.row
+            case (str(hostname), str(prefix)) if table == HOSTNAMES:
+                found = self._hosts.get(hostname, prefix)
+                return None if found is None else HostnameRow(hostname, prefix, found[0].name, found[1])
+            case (str(name), int(port)) if table == SERVICES:
+                app = self._apps.get(name)
+                service = None if app is None else app.service(port)
+                return None if service is None else service.row
+        return None
 
     def load(self, rows: Iterable[tuple[str, Pk, Row | None]]) -> None:
         """Hold exactly these rows from now on; machines that stay keep their Target."""
@@ -226,7 +312,7 @@ class RoutingTable:
         In between the table is usable and holds some of the old rows and some of the new.
         """
         # Sets of keys that are there anyway: a million new ones would take as much memory as the table.
-        stale: dict[str, set[Pk]] = {table: set(held) for table, held in self._rows.items()}
+        stale = {table: set(self.rows(table) if table != MACHINES else ()) for table in TABLES}
         stale_machines = set(self._targets)
         for table, pk in self.rejected:
             stale[table].add(pk)
@@ -293,19 +379,19 @@ class RoutingTable:
 
     def _index(self, old: Entity | None, new: Entity | None) -> None:
         match new if new is not None else old:
-            case MachineRow(id=machine):
-                self._index_machine(machine, old, new)
             case CheckRow(machine=machine, name=name):
                 self._index_check(machine, name, new)
             case LoadRow(machine=machine, node=node):
                 self._index_load(machine, node, new)
             case HostnameRow(hostname=hostname, path_prefix=prefix):
-                if isinstance(new, HostnameRow):
-                    self._hosts.put(hostname, prefix, new.app)
-                else:
-                    self._hosts.drop(hostname, prefix)
+                self._index_hostname(hostname, prefix, old, new)
             case ServiceRow(app=name, port=port):
-                self._index_service(name, port, new)
+                app = self._app(name)
+                if isinstance(new, ServiceRow):
+                    app.put_service(new)
+                else:
+                    app.drop_service(port)
+                    self._forget_if_unused(app)
             case AppRow(name=name):
                 app = self._app(name)
                 app.row = new if isinstance(new, AppRow) else None
@@ -313,7 +399,10 @@ class RoutingTable:
             case RegionRow(code=code):
                 self._index_region(code, new)
             case NodeRow(id=node):
-                self._count_region(old, new)
+                if isinstance(new, NodeRow):
+                    self._use_region(new.region)
+                if isinstance(old, NodeRow):
+                    self._leave_region(old.region)
                 self.ways.put(node, new if isinstance(new, NodeRow) else None)
 
     def _app(self, name: str) -> App:
@@ -326,16 +415,17 @@ class RoutingTable:
         if app.is_unused():
             del self._apps[app.name]
 
-    def _index_service(self, name: str, port: int, new: Entity | None) -> None:
-        app = self._app(name)
-        if not isinstance(new, ServiceRow):
-            del app.services[port]
-            self._forget_if_unused(app)
-        elif port in app.services:
-            app.services[port].update(new)
+    def _index_hostname(self, hostname: str, prefix: str, old: Entity | None, new: Entity | None) -> None:
+        if isinstance(new, HostnameRow):
+            app = self._app(new.app)
+            app.names += 1
+            self._hosts.put(hostname, prefix, app, new.managed_by)
         else:
-            app.services[port] = Service(new, app)
-        app.only = app.services.get(ANY_PORT) if len(app.services) == 1 else None
+            self._hosts.drop(hostname, prefix)
+        if isinstance(old, HostnameRow):
+            app = self._apps[old.app]
+            app.names -= 1
+            self._forget_if_unused(app)
 
     def _index_region(self, code: str, new: Entity | None) -> None:
         if isinstance(new, RegionRow):
@@ -349,30 +439,34 @@ class RoutingTable:
         for app in self._apps.values():
             app.forget_plans()
 
-    def _index_machine(self, machine: str, old: Entity | None, new: Entity | None) -> None:
-        self._count_region(old, new)
-        target = self._targets.get(machine)
-        if not isinstance(new, MachineRow):
-            assert target is not None
-            del self._targets[machine]
-            target.removed = True
+    def _add_machine(self, fields: MachineFields) -> None:
+        target = Target(fields)
+        machine = target.id
+        self._targets[machine] = target
+        self._use_region(target.region)
+        self._attach(target, target.app, target.region)
+        target.foreign = target.node != self.own_node
+        if machine in self._checks:
+            target.set_checks(self._checks[machine])
+        self._update_remote_load(machine)
+        if not self._is_loading:
+            target.warm_since = COLD
+
+    def _change_machine(self, target: Target, fields: MachineFields) -> None:
+        app, region = fields[1], fields[3]
+        if target.app != app or target.region != region:
+            self._use_region(region)
+            self._leave_region(target.region)
             self._detach(target)
-            return
-        if target is None:
-            target = self._targets[machine] = Target(new)
-            self._attach(target, new.app, new.region)
-            target.foreign = new.node != self.own_node
-            if machine in self._checks:
-                target.set_checks(self._checks[machine])
-            self._update_remote_load(machine)
-            if not self._is_loading:
-                target.warm_since = COLD
-            return
-        if (target.app, target.region) != (new.app, new.region):
-            self._detach(target)
-            self._attach(target, new.app, new.region)
-        target.update(new)
-        target.foreign = new.node != self.own_node
+            self._attach(target, app, region)
+        target.update(fields)
+        target.foreign = target.node != self.own_node
+
+    def _remove_machine(self, target: Target) -> None:
+        self._leave_region(target.region)
+        del self._targets[target.id]
+        target.removed = True
+        self._detach(target)
 
     def _attach(self, target: Target, app_name: str, region: str) -> None:
         app = self._app(app_name)
@@ -440,13 +534,13 @@ class RoutingTable:
             if target.remote_load:
                 self._trends.setdefault(machine, float(target.remote_load))
 
-    def _count_region(self, old: Entity | None, new: Entity | None) -> None:
-        if isinstance(new, NodeRow | MachineRow):
-            self._region_uses[new.region] = self._region_uses.get(new.region, 0) + 1
-        if isinstance(old, NodeRow | MachineRow):
-            self._region_uses[old.region] -= 1
-            if not self._region_uses[old.region]:
-                del self._region_uses[old.region]
+    def _use_region(self, region: str) -> None:
+        self._region_uses[region] = self._region_uses.get(region, 0) + 1
+
+    def _leave_region(self, region: str) -> None:
+        self._region_uses[region] -= 1
+        if not self._region_uses[region]:
+            del self._region_uses[region]
 
     # Lookups
 
@@ -456,12 +550,17 @@ class RoutingTable:
         `host` is as the client sent it, with or without a port; `path` may carry a query; `port` is
         the one the client connected to.
         """
-        name = self._hosts.find(host, path)
-        return None if name is None else self.service(name, port)
+        app = self._hosts.find(host, path)
+        if app is None or app.row is None:
+            return None
+        if app.only is not None:
+            return app.only
+        return app.by_port.get(port) or app.by_port.get(ANY_PORT)
 
     def find_app(self, host: bytes, path: bytes) -> str | None:
         """Return the name of the app that a host and path lead to, whether or not the app exists."""
-        return self._hosts.find(host, path)
+        app = self._hosts.find(host, path)
+        return None if app is None else app.name
 
     def service(self, app: str, port: int) -> Service | None:
         """Return the service of an app on a public port, or None; an app without its row has none."""
@@ -470,8 +569,7 @@ class RoutingTable:
             return None
         if entry.only is not None:
             return entry.only
-        services = entry.services
-        return services.get(port) or services.get(ANY_PORT)
+        return entry.by_port.get(port) or entry.by_port.get(ANY_PORT)
 
     def machine(self, machine: str) -> Target | None:
         """Return the machine with this id, of whatever app."""
@@ -512,10 +610,25 @@ class RoutingTable:
 
     def routes(self) -> Iterator[tuple[str, str, str]]:
         """Yield (hostname, path prefix, app) of every route."""
-        return self._hosts.routes()
+        return ((hostname, prefix, app.name) for hostname, prefix, app, _ in self._hosts.routes())
 
     def rows(self, table: str) -> Mapping[Pk, Entity]:
         """Return the accepted rows of a table, by key; not to be changed."""
+        made: dict[Pk, Entity] = {}
         if table == MACHINES:
-            return {(target.id,): target.row for target in self._targets.values()}
-        return self._rows[table]
+            for target in self._targets.values():
+                made[(target.id,)] = target.row
+        elif table == HOSTNAMES:
+            for hostname, prefix, app, managed_by in self._hosts.routes():
+                made[(hostname, prefix)] = HostnameRow(hostname, prefix, app.name, managed_by)
+        elif table == APPS:
+            for app in self._apps.values():
+                if app.row is not None:
+                    made[(app.name,)] = app.row
+        elif table == SERVICES:
+            for app in self._apps.values():
+                for service in app.services.values():
+                    made[(app.name, service.port)] = service.row
+        else:
+            return self._rows[table]
+        return made

@@ -18,7 +18,7 @@ from .types import WEIGHT_USUAL, CheckStatus, MachineRow, MachineState
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from .types import CheckRow
+    from .types import CheckRow, MachineFields
 
 NO_CHECKS: Final[Mapping[str, CheckRow]] = MappingProxyType({})
 
@@ -91,41 +91,41 @@ class Target:
         "weight",
     )
 
-    def __init__(self, row: MachineRow) -> None:
-        self.id = row.id
-        self.app = row.app
-        self.region = row.region
-        self.removed = False  # set when the row is deleted; never cleared
+    def __init__(self, fields: MachineFields) -> None:
+        # What a choice looks at comes first, side by side in memory: most of its cost is waiting for that.
+        self.in_flight = 0  # requests (or connections) that this process has at the machine
+        self.trend = 0  # `remote_load` as it was on average lately; set by the table
+        self.remote_load = 0  # what other workers and nodes last said that they have there
+        self.ejected_until = 0.0  # monotonic seconds; set by health.record_failure, 0 when not ejected
+        self.bucket: Bucket | None = None  # kept by `attach` and `detach`
+        self.port: int | None = None  # None: the service names the port
+        self.id = fields[0]
         # As the row says.
-        self.node: str
-        self.host: str
-        self.port: int | None  # None: the service names the port
-        self.state: MachineState
-        self.cordoned: bool
-        self.managed_by: str
-        self.driver: str  # empty: nothing starts or stops it
-        self.since_ms: int
-        self.problem: str
-        self.weight: int
-        self.version: int  # of the release that its driver last started it with; 0: none
-        self._take(row)
-        self.checks: Mapping[str, CheckRow] = NO_CHECKS
+        self.weight = WEIGHT_USUAL
+        self.host = ""
+        self.app = fields[1]
+        self.node = ""
+        self.region = fields[3]
+        self.state = MachineState.STOPPED
+        self.managed_by = ""
+        self.driver = ""  # empty: nothing starts or stops it
+        self.problem = ""
+        self.since_ms = 0
+        self.version = 0  # of the release that its driver last started it with; 0: none
+        self.cordoned = False
+        self.removed = False  # set when the row is deleted; never cleared
         self.foreign = False  # another node owns it; set by the table
         self.healthy = True  # no check is critical; set by `set_checks`
-        # Kept by the proxy of this process, and by the table for what other nodes report.
-        self.in_flight = 0  # requests (or connections) that this process has at the machine
-        self.remote_load = 0  # what other workers and nodes last said that they have there
+        self.watched = False  # `loads.Busy` looks at it; set and cleared there
+        self.checks: Mapping[str, CheckRow] = NO_CHECKS
+        self.failures = 0  # consecutive; set by health.record_failure, cleared by record_success
         # When it joined the ready: 0 for those that were there when the table was loaded, COLD until the
         # balancer, who has a clock, sees it for the first time.
         self.warm_since = 0.0
-        self.trend = 0  # `remote_load` as it was on average lately; set by the table
-        self.watched = False  # `loads.Busy` looks at it; set and cleared there
-        self.ejected_until = 0.0  # monotonic seconds; set by health.record_failure, 0 when not ejected
-        self.failures = 0  # consecutive; set by health.record_failure, cleared by record_success
         # Kept by `attach`, `detach` and `_place`.
-        self.bucket: Bucket | None = None
         self.pool: list[Target] = _EMPTY  # the list of `bucket` that it is in; empty while detached
         self.position = -1  # its index there
+        self._take(fields)
 
     def __repr__(self) -> str:
         return f"Target({self.id!r}, app={self.app!r}, region={self.region!r}, address={self.address!r})"
@@ -147,47 +147,52 @@ class Target:
         return self.in_flight + self.trend
 
     @property
-    def row(self) -> MachineRow:
-        """The row that it stands for; rows themselves would take as much memory again."""
-        return MachineRow(
-            id=self.id,
-            app=self.app,
-            node=self.node,
-            region=self.region,
-            host=self.host,
-            port=self.port,
-            state=self.state,
-            cordoned=self.cordoned,
-            managed_by=self.managed_by,
-            driver=self.driver,
-            since_ms=self.since_ms,
-            problem=self.problem,
-            weight=self.weight,
-            version=self.version,
+    def fields(self) -> MachineFields:
+        """What its row says."""
+        return (
+            self.id,
+            self.app,
+            self.node,
+            self.region,
+            self.host,
+            self.port,
+            self.state,
+            self.cordoned,
+            self.managed_by,
+            self.driver,
+            self.since_ms,
+            self.problem,
+            self.weight,
+            self.version,
         )
 
-    def _take(self, row: MachineRow) -> None:
-        self.node = row.node
-        self.host = row.host
-        self.port = row.port
-        self.state = row.state
-        self.cordoned = row.cordoned
-        self.managed_by = row.managed_by
-        self.driver = row.driver
-        self.since_ms = row.since_ms
-        self.problem = row.problem
-        self.weight = row.weight
-        self.version = row.version
+    @property
+    def row(self) -> MachineRow:
+        """The row that it stands for; rows themselves would take as much memory again."""
+        return MachineRow(*self.fields)
 
-    def update(self, row: MachineRow) -> None:
+    def _take(self, fields: MachineFields) -> None:
+        self.node = fields[2]
+        self.host = fields[4]
+        self.port = fields[5]
+        self.state = fields[6]
+        self.cordoned = fields[7]
+        self.managed_by = fields[8]
+        self.driver = fields[9]
+        self.since_ms = fields[10]
+        self.problem = fields[11]
+        self.weight = fields[12]
+        self.version = fields[13]
+
+    def update(self, fields: MachineFields) -> None:
         """Take over a changed row of the same machine, except for app and region, which `attach` sets."""
         assert self.bucket is not None
-        if row.host != self.host or row.port != self.port:
+        if fields[4] != self.host or fields[5] != self.port:
             # What failed was the old address.
             self.failures = 0
             self.ejected_until = 0.0
-        self.bucket.uneven += (row.weight != WEIGHT_USUAL) - (self.weight != WEIGHT_USUAL)
-        self._take(row)
+        self.bucket.uneven += (fields[12] != WEIGHT_USUAL) - (self.weight != WEIGHT_USUAL)
+        self._take(fields)
         self._place()
 
     def set_checks(self, checks: Mapping[str, CheckRow]) -> None:

@@ -173,7 +173,7 @@ class ReplayCache:
         """Forget services that the table no longer has."""
         for book in list(self._books):
             service = book.service
-            if service.owner.services.get(service.port) is not service:
+            if service.owner.service(service.port) is not service:
                 for entry in list(book.entries.values()):
                     self.drop(entry)
 

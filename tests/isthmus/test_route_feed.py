@@ -53,6 +53,22 @@ def machines_of(table: RoutingTable) -> list[str]:
     return sorted(target.id for target in service.targets()) if service is not None else []
 
 
+def test_text_that_is_not_utf_8_costs_its_own_row_only(store: Store, file: Path) -> None:
+    write(store, *WEB, (PUT_MACHINE, ("m3", "web", "10.0.0.3:80")))
+    bad = "INSERT INTO machines (id, app, node, region, address) VALUES (?, ?, 'n1', 'ams', CAST(x'31ff' AS TEXT))"
+    with sqlite3.connect(file) as connection:
+        for (trigger,) in connection.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'trigger'"
+        ).fetchall():
+            connection.execute(f'DROP TRIGGER "{trigger}"')
+        connection.execute(bad, ("m2", "web"))
+    connection.close()
+    table = RoutingTable()
+    RouteFeed(table, file).load()
+    assert machines_of(table) == ["m1", "m3"]
+    assert list(table.rejected) == [("machines", ("m2",))]
+
+
 def test_replicated_schema_is_what_routing_reads() -> None:
     tables = routing_schema().tables
     assert list(tables) == list(TABLES)

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from isthmus.admin.metrics import WorkerTotals, expose
 from proxy.metrics import APPS_MAX, MACHINES_MAX, METRICS, OTHER, ProxyMetrics
 from routing.target import Target
-from routing.types import MachineRow, MachineState
+from routing.types import MachineState
 from tests.proxy.edge import wait_for
 
 if TYPE_CHECKING:
@@ -40,18 +40,8 @@ def value(metrics: ProxyMetrics, name: str, **labels: str) -> float:
 
 
 def target(number: int, region: str = "ams", app: str = "web") -> Target:
-    row = MachineRow(
-        f"m{number}",
-        app,
-        "node1",
-        region,
-        "127.0.0.1",
-        1,
-        MachineState.STARTED,
-        cordoned=False,
-        managed_by="",
-    )
-    return Target(row)
+    name, host = f"m{number}", "127.0.0.1"
+    return Target((name, app, "node1", region, host, 1, MachineState.STARTED, False, "", "", 0, "", 100, 0))
 
 
 def test_every_sample_is_described_and_histograms_add_up() -> None:
