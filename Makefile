@@ -32,6 +32,9 @@ help:
 	@echo "make compile proxy and routing again after a change; until then they run as plain Python"
 	@echo "make clean   remove it, and caches"
 
+# A process for each core; what a file of tests has started is for that file.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+
 # Where compiled modules are; a change of a source makes them of no use until they are compiled again.
 COMPILED := isthmus/_compiled/manifest.json
 WITH_COMPILED := tests/proxy tests/routing tests/isthmus/test_compiled.py $(addprefix tests/integration/test_,three_regions.py datasette.py)
@@ -60,8 +63,8 @@ check: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 
 test: setup
-	$(BIN)/python -m pytest
-	ISTHMUS_COMPILED=1 $(BIN)/python -m pytest $(WITH_COMPILED)
+	$(PYTEST)
+	ISTHMUS_COMPILED=1 $(PYTEST) $(WITH_COMPILED)
 
 $(BENCH_STAMP): $(STAMP)
 	@if command -v uv >/dev/null; then uv pip install -q --python $(BIN)/python -e '.[bench]'; \
