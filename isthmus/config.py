@@ -125,7 +125,7 @@ class ProxyConfig(_Section, frozen=True):
     url_bytes_max: Positive = 8_192
     connections_max: Positive = 32_768
     connections_per_client_max: Positive = 1_024
-    connections_per_client_per_s: NotNegative = 256
+    connections_per_client_per_s: NotNegative = 0
     requests_per_connection_max: Positive = 10_000
     memory_bytes_max: Annotated[int, Meta(ge=0, le=2**53)] = 0
     body_bytes_max: Annotated[int, Meta(ge=0, le=2**53)] = 0
@@ -164,6 +164,7 @@ class TlsConfig(_Section, frozen=True):
     listen: str = ""
     certificates: tuple[str, ...] = ()
     handshakes_max: Positive = 1_024
+    handshakes_per_client_per_s: NotNegative = 256
     handshake_timeout_ms: Positive = 10_000
     client_certificate: str = ""
 

@@ -70,6 +70,7 @@ def proxy_settings(config: Config) -> ProxySettings:
         connections_max=proxy.connections_max,
         connections_per_client_max=proxy.connections_per_client_max,
         connections_per_client_per_s=proxy.connections_per_client_per_s,
+        handshakes_per_client_per_s=config.tls.handshakes_per_client_per_s,
         requests_per_connection_max=proxy.requests_per_connection_max,
         memory_bytes_max=proxy.memory_bytes_max or compute_memory_max(config.workers),
         body_bytes_max=proxy.body_bytes_max,

@@ -62,6 +62,7 @@ class Admission:
         self._connections_max = max(1, min(settings.connections_max, self._files_max // 2))
         self._per_client_max = settings.connections_per_client_max
         self._rates = ClientRates(settings.connections_per_client_per_s)
+        self._handshakes = ClientRates(settings.handshakes_per_client_per_s)
         self._trusted = Networks(settings.trusted_proxies)
         self._memory_max = settings.memory_bytes_max
         self._body_kept_max = settings.replay_body_bytes_max
@@ -75,9 +76,9 @@ class Admission:
         """Return what a client is counted under; empty for a trusted proxy."""
         return "" if self._trusted.contain(address) else name_client(address)
 
-    def arrives(self, client: str, now: float) -> bool:
+    def arrives(self, client: str, now: float, *, secure: bool) -> bool:
         """Count a connection that this client opens; False when it opens too many a second."""
-        return not client or self._rates.take(client, now)
+        return not client or (self._handshakes if secure else self._rates).take(client, now)
 
     def admit(self, client: str) -> str | None:
         """Count a connection of this client (as `name_client` has it), or return why it must not be.

@@ -135,7 +135,7 @@ class Downstream(asyncio.Protocol, Client):
         plane.metrics.connections_open += 1
         counted = "" if self._trusted else name_client(self._peer)
         # Over TLS that was counted before the handshake.
-        arrives = self._forwarding.secure or plane.admission.arrives(counted, plane.now())
+        arrives = self._forwarding.secure or plane.admission.arrives(counted, plane.now(), secure=False)
         refusal = plane.admission.admit(counted) if arrives else CLIENT_RATE
         if refusal is None:
             self._admitted = counted

@@ -50,9 +50,11 @@ class ProxySettings:
     # Of one address, or IPv6 /64, at one worker; trusted proxies are exempt. A company behind one address
     # has a few hundred.
     connections_per_client_max: int = 1_024
-    # Of one client as above that are opened each second, and four times as many at once; 0: any. A handshake
-    # takes 0.7 ms: a client that makes no others takes a sixth of a core.
-    connections_per_client_per_s: int = 256
+    # Of one client as above that are opened each second, and four times as many at once; 0: any. Without TLS
+    # one costs little more than a request, and programs that open one for each are many.
+    connections_per_client_per_s: int = 0
+    # The same over TLS. A handshake takes 0.7 ms: a client that makes no others takes a sixth of a core.
+    handshakes_per_client_per_s: int = 256
     # Lets connections move to other workers now and then; rare enough to cost nothing.
     requests_per_connection_max: int = 10_000
     # Resident memory of this process above which requests are refused; 0: no bound.

@@ -191,7 +191,8 @@ class TlsListener:
         self._metrics.pending += 1
 
     def _arrives(self, client: str) -> bool:
-        arrives = self._plane.admission.arrives(client, self._plane.now())
+        secure = not self._app
+        arrives = self._plane.admission.arrives(client, self._plane.now(), secure=secure)
         if not arrives:
             self._plane.metrics.count_shed(CLIENT_RATE)
         return arrives

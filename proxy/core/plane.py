@@ -166,7 +166,7 @@ class Gate(Protocol):
     def name(self, address: str) -> str:
         """Return what a client is counted under; empty for a trusted proxy."""
 
-    def arrives(self, client: str, now: float) -> bool:
+    def arrives(self, client: str, now: float, *, secure: bool) -> bool:
         """Count a connection that this client opens; False when it opens too many a second."""
 
     def admit(self, client: str) -> str | None:

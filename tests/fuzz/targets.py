@@ -168,7 +168,10 @@ def ask_again(world: World, asked: bytes, stream: bytes) -> None:
         while parser.their_state in {h11.SEND_RESPONSE, h11.SEND_BODY}:
             if parser.next_event() is h11.NEED_DATA:
                 break
-        clean = parser.their_state is h11.DONE and not parser.trailing_data[0]
+        # h11 knows of no HTTP/1.0 that is kept alive.
+        kept = parser.their_http_version == b"1.0" and b"keep-alive" in stream.lower()
+        ends = {h11.DONE, h11.MUST_CLOSE} if kept else {h11.DONE}
+        clean = parser.their_state in ends and not parser.trailing_data[0]
     except h11.RemoteProtocolError:
         clean = False
     assert clean or len(world.machines) > machines, "used again behind more, or less, than one answer"

@@ -91,7 +91,7 @@ async def test_request_that_needs_a_file_is_told_so_and_its_machine_is_not_blame
 async def test_flood_of_half_handshakes_does_not_keep_others_out(edge: TcpEdge) -> None:
     await edge.machine()
     edge.tls = TlsSettings(handshakes_max=64)
-    await edge.start(connections_per_client_per_s=5)
+    await edge.start(handshakes_per_client_per_s=5)
     hello = client_hello("app.test")
     stop = asyncio.Event()
     begun = [0]

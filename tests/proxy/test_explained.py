@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from proxy.core.explain_proof import TTL_S_MAX, accepts, derive_key, make_proof
 from proxy.core.explained_exchange import STEPS_MAX
 from tests.fakes.machine import OK, Connection
-from tests.proxy.edge import Edge
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.fakes.client import Response
     from tests.fakes.machine import Request
+    from tests.proxy.edge import Edge
 
 KEY = derive_key(b"k" * 32)
 OLD_KEY = derive_key(b"o" * 32)

@@ -223,7 +223,7 @@ async def test_who_may_not_announce_is_told_that_this_is_no_tls(edge: TcpEdge) -
 
 async def test_each_announced_client_has_its_own_limits(edge: TcpEdge) -> None:
     await edge.machine()
-    await edge.start(proxy_protocol_from=("127.0.0.0/8",), connections_per_client_per_s=1)
+    await edge.start(proxy_protocol_from=("127.0.0.0/8",), handshakes_per_client_per_s=1)
     for last, served in ((7, 4), (8, 4), (7, 0)):
         header = V1.replace(b"2.7", b"2.%d" % last)
         for _ in range(served or 1):

@@ -323,7 +323,7 @@ async def test_handshakes_beyond_a_clients_rate_are_not_begun(
     edge: TlsEdge, trusted: tuple[str, ...]
 ) -> None:
     await edge.machine()
-    await edge.start(connections_per_client_per_s=1, trusted_proxies=trusted)
+    await edge.start(handshakes_per_client_per_s=1, trusted_proxies=trusted)
     for _ in range(4):
         assert (await (await edge.tls_client()).get()).status == 200
     client = await edge.raw_client()
