@@ -125,8 +125,8 @@ class RouteFeed:
             except sqlite3.OperationalError as error:
                 if "UTF-8" not in str(error):
                     raise
-                # What is not UTF-8 is for routing to refuse, row by row, and no reason to have no table. It is
-                # slow to read it so; rows that come twice do no harm.
+                # What is not UTF-8 is for routing to refuse, row by row, and no reason to have no table.
+                # It is slow to read so; rows that come twice do no harm.
                 connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
                 for row in connection.execute(sql):
                     yield name, row[:keys], row

@@ -55,7 +55,7 @@ def machines_of(table: RoutingTable) -> list[str]:
 
 def test_text_that_is_not_utf_8_costs_its_own_row_only(store: Store, file: Path) -> None:
     write(store, *WEB, (PUT_MACHINE, ("m3", "web", "10.0.0.3:80")))
-    bad = "INSERT INTO machines (id, app, node, region, address) VALUES (?, ?, 'n1', 'ams', CAST(x'31ff' AS TEXT))"
+    bad = PUT_MACHINE.replace("'ams', ?", "'ams', CAST(x'31ff' AS TEXT)")
     with sqlite3.connect(file) as connection:
         for (trigger,) in connection.execute(
             "SELECT name FROM sqlite_master WHERE type = 'trigger'"
