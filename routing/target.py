@@ -53,6 +53,53 @@ class Bucket:
         yield from self.out
 
 
+class Upkeep:
+    """What no choice looks at, and most machines of an app have in common."""
+
+    __slots__ = ("driver", "managed_by", "problem", "version")
+
+    def __init__(self, managed_by: str, driver: str, problem: str, version: int) -> None:
+        self.managed_by = managed_by
+        self.driver = driver  # empty: nothing starts or stops it
+        self.problem = problem
+        self.version = version  # of the release that its driver last started it with; 0: none
+
+
+# For the next machine that is alike. Where there are too many kinds, some are in memory more than once.
+_upkeeps: Final[dict[tuple[str, str, str, int], Upkeep]] = {}
+UPKEEPS_MAX: Final = 4_096
+
+
+def share_upkeep(managed_by: str, driver: str, problem: str, version: int) -> Upkeep:
+    """Return the same object for the same values, as a rule."""
+    key = (managed_by, driver, problem, version)
+    known = _upkeeps.get(key)
+    if known is None:
+        if len(_upkeeps) >= UPKEEPS_MAX:
+            _upkeeps.clear()
+        known = _upkeeps[key] = Upkeep(managed_by, driver, problem, version)
+    return known
+
+
+def pack_v4(host: str) -> int:
+    """Return an IPv4 address as the number that it is, -1 for anything else."""
+    parts = host.split(".")
+    packed = 0
+    for part in parts:
+        if len(parts) != 4 or not (part.isascii() and part.isdigit()) or (part[0] == "0" and part != "0"):
+            return -1
+        number = int(part)
+        if number > 255:
+            return -1
+        packed = packed << 8 | number
+    return packed
+
+
+def unpack_v4(packed: int) -> str:
+    """Return an IPv4 address as it is written."""
+    return f"{packed >> 24}.{packed >> 16 & 255}.{packed >> 8 & 255}.{packed & 255}"
+
+
 class Target:
     """One machine; the same object as long as its row exists, so exchanges may hold on to it.
 
@@ -65,27 +112,25 @@ class Target:
         "bucket",
         "checks",
         "cordoned",
-        "driver",
         "ejected_until",
         "failures",
         "foreign",
         "healthy",
-        "host",
         "id",
         "in_flight",
-        "managed_by",
+        "named_host",
         "node",
         "pool",
         "port",
         "position",
-        "problem",
         "region",
         "remote_load",
         "removed",
         "since_ms",
         "state",
         "trend",
-        "version",
+        "upkeep",
+        "v4",
         "warm_since",
         "watched",
         "weight",
@@ -102,16 +147,15 @@ class Target:
         self.id = fields[0]
         # As the row says.
         self.weight = WEIGHT_USUAL
-        self.host = ""
+        # An IPv4 address takes no memory of its own until it is asked for.
+        self.v4 = -1
+        self.named_host = ""
         self.app = fields[1]
         self.node = ""
         self.region = fields[3]
         self.state = MachineState.STOPPED
-        self.managed_by = ""
-        self.driver = ""  # empty: nothing starts or stops it
-        self.problem = ""
+        self.upkeep = share_upkeep("", "", "", 0)
         self.since_ms = 0
-        self.version = 0  # of the release that its driver last started it with; 0: none
         self.cordoned = False
         self.removed = False  # set when the row is deleted; never cleared
         self.foreign = False  # another node owns it; set by the table
@@ -129,6 +173,33 @@ class Target:
 
     def __repr__(self) -> str:
         return f"Target({self.id!r}, app={self.app!r}, region={self.region!r}, address={self.address!r})"
+
+    @property
+    def host(self) -> str:
+        """Where it is: a name, or an address without brackets."""
+        if not self.named_host and self.v4 >= 0:
+            self.named_host = unpack_v4(self.v4)
+        return self.named_host
+
+    @property
+    def managed_by(self) -> str:
+        """Who wrote its row, as in `machines`."""
+        return self.upkeep.managed_by
+
+    @property
+    def driver(self) -> str:
+        """What starts and stops it; empty for nothing."""
+        return self.upkeep.driver
+
+    @property
+    def problem(self) -> str:
+        """Why it is not in the state that it should be in; empty where it is."""
+        return self.upkeep.problem
+
+    @property
+    def version(self) -> int:
+        """Of the release that its driver last started it with; 0 for none."""
+        return self.upkeep.version
 
     @property
     def address(self) -> str:
@@ -154,16 +225,16 @@ class Target:
             self.app,
             self.node,
             self.region,
-            self.host,
+            self.named_host if self.named_host or self.v4 < 0 else unpack_v4(self.v4),
             self.port,
             self.state,
             self.cordoned,
-            self.managed_by,
-            self.driver,
+            self.upkeep.managed_by,
+            self.upkeep.driver,
             self.since_ms,
-            self.problem,
+            self.upkeep.problem,
             self.weight,
-            self.version,
+            self.upkeep.version,
         )
 
     @property
@@ -173,16 +244,14 @@ class Target:
 
     def _take(self, fields: MachineFields) -> None:
         self.node = fields[2]
-        self.host = fields[4]
+        self.v4 = pack_v4(fields[4])
+        self.named_host = "" if self.v4 >= 0 else fields[4]
         self.port = fields[5]
         self.state = fields[6]
         self.cordoned = fields[7]
-        self.managed_by = fields[8]
-        self.driver = fields[9]
+        self.upkeep = share_upkeep(fields[8], fields[9], fields[11], fields[13])
         self.since_ms = fields[10]
-        self.problem = fields[11]
         self.weight = fields[12]
-        self.version = fields[13]
 
     def update(self, fields: MachineFields) -> None:
         """Take over a changed row of the same machine, except for app and region, which `attach` sets."""
