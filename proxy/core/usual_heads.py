@@ -21,6 +21,8 @@ from .request_head import HOST, LENGTH, WITH_BODY, RequestHead
 from .response_head import NO_CONTENT, REPLAY_TYPE, ResponseHead, read_status_line
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from proxy.settings import ProxySettings
 
 # Characters of RFC 3986 for a path and a query.
@@ -32,7 +34,6 @@ _VALUE_CHARS: Final = bytes((9, *range(32, 127), *range(128, 256)))
 _SPACE: Final = 32
 _ODD: Final = -1  # a line that has to be looked at together with the others
 _LINE_BYTES_MAX: Final = 256
-_PLAIN_KINDS: Final = frozenset((fields.PASS, fields.DROP, fields.FORWARDED))
 # Fields with secrets in them, and fields that are never the same twice.
 _UNREMEMBERED: Final = frozenset(
     spelling
@@ -40,9 +41,43 @@ _UNREMEMBERED: Final = frozenset(
     for spelling in (name, name.title())
 )
 
-# Lines seen before -> the kind of their field.
-_request_lines: Final[dict[bytes, int]] = {}
-_response_lines: Final[dict[bytes, int]] = {}
+
+class _Lines:
+    """Lines of requests, or of answers: those seen before, and what makes one usual."""
+
+    __slots__ = ("classify", "kinds", "names", "seen")
+
+    def __init__(
+        self, names: dict[bytes, int], classify: Callable[[bytes], int], kinds: frozenset[int]
+    ) -> None:
+        self.seen: dict[bytes, int] = {}  # line -> kind of its field
+        self.names = names
+        self.classify = classify
+        self.kinds = kinds  # which mean nothing beyond the line
+
+    def judge(self, line: bytes) -> int:
+        """Return the kind of a line that was not seen before, or _ODD."""
+        colon = line.find(b": ")
+        name = line[:colon]
+        kind = self.names.get(name)
+        if kind is None:
+            if not _TOKEN.fullmatch(name):
+                return _ODD
+            kind = self.classify(name)
+        if kind not in self.kinds or not _has_usual_value(line, colon) or not _suits(kind, line):
+            return _ODD
+        if len(line) > _LINE_BYTES_MAX or name in _UNREMEMBERED:
+            return kind
+        return remember(self.seen, line, kind)
+
+
+_MESSAGE_KINDS: Final = (fields.PASS, fields.DROP, fields.CONNECTION, fields.CONTENT_LENGTH)
+_request_lines: Final = _Lines(
+    REQUEST_KINDS, request_kind, frozenset((*_MESSAGE_KINDS, fields.HOST, fields.FORWARDED))
+)
+_response_lines: Final = _Lines(
+    RESPONSE_KINDS, response_kind, frozenset((*_MESSAGE_KINDS, fields.CONTENT_TYPE, fields.TRANSFER_ENCODING))
+)
 
 
 class Fields:
@@ -98,9 +133,9 @@ def _read_fields(block: bytes, settings: ProxySettings) -> Fields | None:
     passed = said.lines
     for index in range(count):
         line = lines[index]
-        kind = _request_lines.get(line)
+        kind = _request_lines.seen.get(line)
         if kind is None:
-            kind = _judge_request_line(line)
+            kind = _request_lines.judge(line)
         if kind == fields.PASS:
             passed.append(line)
         elif kind == fields.HOST:
@@ -129,10 +164,10 @@ def read_usual_response(raw: bytes) -> ResponseHead | None:
     passed = head.lines
     for index in range(1, len(lines)):
         line = lines[index]
-        kind = _response_lines.get(line)
+        kind = _response_lines.seen.get(line)
         if kind is None:
-            kind = _judge_response_line(line)
-        if kind == fields.PASS:
+            kind = _response_lines.judge(line)
+        if kind == fields.PASS or kind == fields.CONTENT_TYPE:  # noqa: PLR1714 - a set costs a look-up
             passed.append(line)
         elif kind == fields.CONTENT_LENGTH:
             if head.content_length >= 0:
@@ -147,53 +182,8 @@ def read_usual_response(raw: bytes) -> ResponseHead | None:
     return None if head.chunked and head.content_length >= 0 else head
 
 
-def _judge_request_line(line: bytes) -> int:
-    colon = line.find(b": ")
-    name = line[:colon]
-    kind = REQUEST_KINDS.get(name)
-    if kind is None:
-        if not _TOKEN.fullmatch(name):
-            return _ODD
-        kind = request_kind(name)
-    if not _is_usual(line, colon):
-        return _ODD
-    if kind == fields.HOST:
-        usual = HOST.fullmatch(line[6:]) is not None
-    elif kind == fields.CONTENT_LENGTH:
-        usual = LENGTH.fullmatch(line[16:]) is not None
-    elif kind == fields.CONNECTION:
-        usual = line[12:].lower() == b"keep-alive"
-    else:
-        usual = kind in _PLAIN_KINDS
-    return _remember(_request_lines, line, name, kind) if usual else _ODD
-
-
-def _judge_response_line(line: bytes) -> int:
-    colon = line.find(b": ")
-    name = line[:colon]
-    kind = RESPONSE_KINDS.get(name)
-    if kind is None:
-        if not _TOKEN.fullmatch(name):
-            return _ODD
-        kind = response_kind(name)
-    if not _is_usual(line, colon):
-        return _ODD
-    if kind == fields.CONTENT_TYPE:
-        usual = line[14 : 14 + len(REPLAY_TYPE)].lower() != REPLAY_TYPE
-        kind = fields.PASS
-    elif kind == fields.CONTENT_LENGTH:
-        usual = LENGTH.fullmatch(line[16:]) is not None
-    elif kind == fields.CONNECTION:
-        usual = line[12:].lower() == b"keep-alive"
-    elif kind == fields.TRANSFER_ENCODING:
-        usual = line[19:].lower() == b"chunked"
-    else:
-        usual = kind in _PLAIN_KINDS
-    return _remember(_response_lines, line, name, kind) if usual else _ODD
-
-
-def _is_usual(line: bytes, colon: int) -> bool:
-    """True when a field has a value of sound characters behind one space, and no space behind that."""
+def _has_usual_value(line: bytes, colon: int) -> bool:
+    """Return True when a field has a value of sound characters behind one space, and no space behind that."""
     return (
         0 < colon < len(line) - 2
         and line[colon + 2] > _SPACE
@@ -202,7 +192,14 @@ def _is_usual(line: bytes, colon: int) -> bool:
     )
 
 
-def _remember(memo: dict[bytes, int], line: bytes, name: bytes, kind: int) -> int:
-    if len(line) > _LINE_BYTES_MAX or name in _UNREMEMBERED:
-        return kind
-    return remember(memo, line, kind)
+def _suits(kind: int, line: bytes) -> bool:
+    """Return True when the value is one that fields of this kind usually have."""
+    if kind == fields.HOST:
+        return HOST.fullmatch(line[6:]) is not None
+    if kind == fields.CONTENT_LENGTH:
+        return LENGTH.fullmatch(line[16:]) is not None
+    if kind == fields.CONNECTION:
+        return line[12:].lower() == b"keep-alive"
+    if kind == fields.TRANSFER_ENCODING:
+        return line[19:].lower() == b"chunked"
+    return kind != fields.CONTENT_TYPE or not line[14:].lower().startswith(REPLAY_TYPE)

@@ -148,8 +148,8 @@ def test_invented_and_secret_lines_do_not_fill_memory() -> None:
     raw = b"GET / HTTP/1.1\r\nHost: a.test\r\nX-%d: 1\r\nCookie: secret\r\n\r\n"
     for number in range(MEMO_MAX + 100):
         assert read_usual_request(raw % number, SETTINGS, None) is not None
-    assert len(usual_heads._request_lines) <= MEMO_MAX
-    assert b"Cookie: secret" not in usual_heads._request_lines
+    assert len(usual_heads._request_lines.seen) <= MEMO_MAX
+    assert b"Cookie: secret" not in usual_heads._request_lines.seen
 
 
 def test_too_many_fields_are_left_to_who_refuses_them() -> None:
