@@ -26,7 +26,7 @@ from isthmus.machines.driver import DriverError, Machine, Made
 from isthmus.machines.output import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from isthmus.config_machines import MachineConfig
 
@@ -73,6 +73,12 @@ class _Running:
 
     def is_alive(self) -> bool:
         return read_started(self.record.pid) == self.record.started
+
+    def is_gone(self) -> bool:
+        """Return True when nothing of it is left but, for a while, its number."""
+        group = b"%d" % self.record.pid
+        stats = (_read_stat(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+        return not any(fields[2] == group for fields in stats if fields[0] not in _ENDED)
 
     def signal(self, number: signal.Signals) -> None:
         """Signal all that it has started, if it is still there."""
@@ -153,10 +159,10 @@ class ProcessDriver:
         config = self.configs.get(machine.id)
         running.signal(signal.SIGTERM)
         running.signal(signal.SIGCONT)  # one that is suspended hears the first only then
-        if not await _ends(running, 5.0 if config is None else config.kill_timeout_ms / 1000):
+        if not await _becomes(running.is_gone, 5.0 if config is None else config.kill_timeout_ms / 1000):
             log.warning("a machine does not end and is killed", extra={"machine": machine.id})
             running.signal(signal.SIGKILL)
-            if not await _ends(running, GONE_S):
+            if not await _becomes(lambda: not running.is_alive(), GONE_S):
                 raise DriverError(f"process {running.record.pid} does not end")
         self._collect(machine.id)
         self._ends.pop(machine.id, None)
@@ -216,9 +222,9 @@ class ProcessDriver:
             (self._directory / f"{machine}{suffix}").unlink(missing_ok=True)
 
 
-async def _ends(running: _Running, within_s: float) -> bool:
+async def _becomes(condition: Callable[[], bool], within_s: float) -> bool:
     deadline = asyncio.get_running_loop().time() + within_s
-    while running.is_alive():
+    while not condition():
         if asyncio.get_running_loop().time() >= deadline:
             return False
         await asyncio.sleep(LOOK_S)

@@ -25,8 +25,8 @@ PORTS_NEEDED = 40
 
 
 def free_base_port() -> int:
-    """Return a base from which a whole row of ports is free."""
-    for base in range(20_000 + os.getpid() % 1_000 * 10, 60_000, PORTS_NEEDED):
+    """Return a base from which a whole row of ports is free, and of those that the system gives nobody."""
+    for base in range(10_000 + os.getpid() % 1_000 * 10, 32_000, PORTS_NEEDED):
         try:
             for port in range(base + 1, base + PORTS_NEEDED):
                 with socket.socket() as probe:

@@ -78,7 +78,9 @@ class Counted:
 
     def _look(self) -> tuple[float, float]:
         # What workers count is told each second: a request of our own shows that it was.
-        return self._node.metric("isthmus_connections_total"), self._node.metric("isthmus_requests_total")
+        requests = self._node.metric("isthmus_requests_total")
+        # Asked for last: a worker may tell more in between, and a connection comes before its requests.
+        return self._node.metric("isthmus_connections_total"), requests
 
     def wait(self, requests: int) -> tuple[int, int]:
         """Return connections and requests once there are so many of the latter."""
