@@ -12,6 +12,7 @@ import msgspec
 import orjson
 
 from isthmus.client import ClientError, add_client_flags, make_client
+from isthmus.doctor.app_rules import count_of
 from isthmus.doctor.facts import ProbeFacts, Snapshot
 from isthmus.doctor.finding import Diagnosis, Severity, diagnose
 from isthmus.doctor.rules import RULES
@@ -96,7 +97,8 @@ def _is_ignored(one: Diagnosis, ignored: Sequence[str]) -> bool:
 
 def format_diagnoses(snapshot: Snapshot, found: Sequence[Diagnosis]) -> Iterator[str]:
     """Yield the lines for a person, the worst first."""
-    counts = f"{len(snapshot.present)} nodes, {len(snapshot.apps)} apps, {len(snapshot.machines)} machines"
+    parts = ((snapshot.present, "node"), (snapshot.apps, "app"), (snapshot.machines, "machine"))
+    counts = ", ".join(count_of(len(part), noun) for part, noun in parts)
     yield escape(f"as node {snapshot.node} has it: {counts}")
     for one in found:
         finding = one.finding

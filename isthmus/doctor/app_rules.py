@@ -28,7 +28,8 @@ ASLEEP_MS_MOST = 30 * 86_400_000
 _NOT_FOUND = 404
 
 
-def _count(count: int, noun: str) -> str:
+def count_of(count: int, noun: str) -> str:
+    """Return a number with its noun."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
@@ -123,7 +124,7 @@ def _judge_loss(
     hard_limits = [service.hard_limit for service in services if service.hard_limit is not None]
     hard = len(left) * min(hard_limits) if hard_limits else None
     add = _add_machine(app, left[0].region)
-    those = _count(len(left), "machine")
+    those = count_of(len(left), "machine")
     if hard is not None and load > hard:
         yield Finding(
             WARNING,
@@ -192,7 +193,7 @@ def find_nowhere(snapshot: Snapshot) -> Iterator[Finding]:
             yield Finding(
                 CRITICAL,
                 app,
-                f"none of its {_count(len(machines), 'machine')} takes requests: {told}",
+                f"none of its {count_of(len(machines), 'machine')} takes requests: {told}",
                 "unhealthy ones are still tried, others are not",
                 f"all requests for {app}",
                 f"isthmus machines, then isthmus machine start {machines[0].id}",
@@ -392,7 +393,7 @@ def find_unreachable(snapshot: Snapshot) -> Iterator[Finding]:
         yield Finding(
             WARNING,
             region,
-            f"{_count(len(machines), 'machine')} there can only be reached through node {relay}",
+            f"{count_of(len(machines), 'machine')} there can only be reached through node {relay}",
             "when that node or the way to it fails, they run on and nobody gets to them",
             f"requests from other regions for {', '.join(sorted({machine.app for machine in machines}))}",
             f"set peering.listen on another node in {region}",
