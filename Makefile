@@ -32,8 +32,8 @@ help:
 	@echo "make compile proxy and routing again after a change; until then they run as plain Python"
 	@echo "make clean   remove it, and caches"
 
-# A process for each core; what a file of tests has started is for that file.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+# What starts programs runs alone: a port that one lets go for a moment would be another's.
+ALONE := tests/integration tests/differential
 
 # Where compiled modules are; a change of a source makes them of no use until they are compiled again.
 COMPILED := isthmus/_compiled/manifest.json
@@ -63,8 +63,9 @@ check: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 
 test: setup
-	$(PYTEST)
-	ISTHMUS_COMPILED=1 $(PYTEST) $(WITH_COMPILED)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest $(ALONE)
+	ISTHMUS_COMPILED=1 $(BIN)/python -m pytest $(WITH_COMPILED)
 
 $(BENCH_STAMP): $(STAMP)
 	@if command -v uv >/dev/null; then uv pip install -q --python $(BIN)/python -e '.[bench]'; \

@@ -275,7 +275,7 @@ async def test_a_machine_name_that_is_none_is_a_failed_connection(edge: Edge) ->
     edge.put_machine("m1", 80)
     target = edge.table.machine("m1")
     assert target is not None
-    target.host = "x" * 70
+    target.named_host = "x" * 70
     assert (await edge.get()).error == "PR03"
 
 
