@@ -98,6 +98,12 @@ def add_client_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", help="admin token, where one is set [ISTHMUS_TOKEN]")
 
 
+def add_asking_flags(parser: argparse.ArgumentParser) -> None:
+    """Add these, and the flag that has the answer printed as it came."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_client_flags(parser)
+
+
 def make_client(args: argparse.Namespace) -> AdminClient:
     """Return a client for the node that the flags, the environment or the data directory name."""
     token = args.token or os.environ.get("ISTHMUS_TOKEN", "")

@@ -13,6 +13,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING, Final
 
+from .accepting import Acceptor
 from .peer_session import PeerSession
 
 if TYPE_CHECKING:
@@ -23,10 +24,6 @@ HANDSHAKES_MAX: Final = 256
 # Two round trips around the world, with a packet lost.
 HANDSHAKE_TIMEOUT_S: Final = 5.0
 _BACKLOG: Final = 1_024
-# Connections taken in one turn of the loop before requests get theirs again.
-_ACCEPTS_A_TURN: Final = 64
-# Without file descriptors, accepting at once again would only spin.
-_ACCEPT_PAUSE_S: Final = 0.5
 
 
 class PeerListener:
@@ -39,19 +36,16 @@ class PeerListener:
         self._identity = identity
         self._metrics = peers.metrics
         self._loop = asyncio.get_running_loop()
-        self._socket: socket.socket | None = None  # from `start` to `stop_accepting`
+        self._acceptor = Acceptor(self._admit)
         self._pending: dict[asyncio.Task[None], None] = {}  # the oldest is first
 
     def start(self, sock: socket.socket) -> None:
         """Accept connections on a bound socket."""
-        sock.setblocking(False)
-        sock.listen(_BACKLOG)
-        self._socket = sock
-        self._loop.add_reader(sock, self._accept)
+        self._acceptor.start(sock, _BACKLOG)
 
     def drain(self) -> None:
         """Take no more connections and sessions; sessions that are there go on."""
-        self._stop_accepting()
+        self._acceptor.stop()
         for session in list(self._sessions):
             session.drain()
 
@@ -68,7 +62,7 @@ class PeerListener:
 
     async def close(self) -> None:
         """Cut everything."""
-        self._stop_accepting()
+        self._acceptor.stop()
         for task in self._pending:
             task.cancel()
         if self._pending:
@@ -78,33 +72,9 @@ class PeerListener:
         while self._sessions:  # noqa: ASYNC110 - each turn is one of the loop, and there are two or three
             await asyncio.sleep(0)
 
-    def _stop_accepting(self) -> None:
-        if self._socket is not None:
-            self._loop.remove_reader(self._socket)
-            self._socket.close()
-            self._socket = None
-
-    def _accept(self) -> None:
-        for _ in range(_ACCEPTS_A_TURN):
-            if self._socket is None:
-                return
-            try:
-                sock, peer = self._socket.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError:
-                self._loop.remove_reader(self._socket)
-                self._loop.call_later(_ACCEPT_PAUSE_S, self._resume)
-                return
-            self._admit(sock, peer[0])
-
-    def _resume(self) -> None:
-        if self._socket is not None:
-            self._loop.add_reader(self._socket, self._accept)
-
     def _admit(self, sock: socket.socket, address: str) -> None:
         contexts = self._identity.contexts()
-        if contexts is None and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        if contexts is None and not ipaddress.ip_address(address).is_loopback:
             sock.close()
             self._metrics.turn_away("no_key")
             return

@@ -20,6 +20,7 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from .accepting import ACCEPTS_A_TURN, Acceptor
 from .admission import CLIENT_RATE
 from .core.addresses import Networks
 from .core.client_hello import HANDSHAKE_RECORD, HELLO_BYTES_MAX, ClientHelloError, parse_client_hello
@@ -42,11 +43,7 @@ if TYPE_CHECKING:
 
 # Of one client, so that it cannot crowd out the others; a carrier's gateway stays below it.
 _CLIENT_SHARE: Final = 8
-# Connections taken in one turn of the loop before requests get theirs again.
-_ACCEPTS_A_TURN: Final = 64
 _BACKLOG: Final = 4_096
-# Without file descriptors, accepting at once again would only spin.
-_ACCEPT_PAUSE_S: Final = 0.5
 # RFC 8446 section 6: fatal alerts, as records of their own.
 _DECODE_ERROR: Final = b"\x15\x03\x03\x00\x02\x02\x32"
 _UNRECOGNIZED_NAME: Final = b"\x15\x03\x03\x00\x02\x02\x70"
@@ -108,7 +105,7 @@ class TlsListener:
         self._app = app
         self.adopt(settings)
         self._loop = asyncio.get_running_loop()
-        self._socket: socket.socket | None = None  # from `start` to `stop_accepting`
+        self._acceptor = Acceptor(self._admit)
         self._pending: dict[asyncio.Task[None], str] = {}  # with the client's address; the oldest is first
         self._clients: Counter[str] = Counter()  # of `_pending`
         # All handshakes begin in this context, which has no certificate. Its ticket keys are used
@@ -118,10 +115,7 @@ class TlsListener:
 
     def start(self, sock: socket.socket) -> None:
         """Accept connections on a bound socket."""
-        sock.setblocking(False)
-        sock.listen(_BACKLOG)
-        self._socket = sock
-        self._loop.add_reader(sock, self._accept)
+        self._acceptor.start(sock, _BACKLOG)
 
     def adopt(self, settings: TlsSettings) -> None:
         """Treat the next connections by these settings, and by those that the plane has now."""
@@ -135,12 +129,9 @@ class TlsListener:
 
     def stop_accepting(self) -> None:
         """Take what the kernel has accepted, and no more; those that are pending go on."""
-        for _ in range(_BACKLOG // _ACCEPTS_A_TURN):
-            self._accept()
-        if self._socket is not None:
-            self._loop.remove_reader(self._socket)
-            self._socket.close()
-            self._socket = None
+        for _ in range(_BACKLOG // ACCEPTS_A_TURN):
+            self._acceptor.accept()
+        self._acceptor.stop()
 
     async def close(self) -> None:
         """Cut everything that was not handed over."""
@@ -149,24 +140,6 @@ class TlsListener:
             task.cancel()
         if self._pending:
             await asyncio.wait(list(self._pending))
-
-    def _accept(self) -> None:
-        for _ in range(_ACCEPTS_A_TURN):
-            if self._socket is None:
-                return
-            try:
-                sock, peer = self._socket.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError:
-                self._loop.remove_reader(self._socket)
-                self._loop.call_later(_ACCEPT_PAUSE_S, self._resume)
-                return
-            self._admit(sock, peer[0].partition("%")[0])
-
-    def _resume(self) -> None:
-        if self._socket is not None:
-            self._loop.add_reader(self._socket, self._accept)
 
     def _admit(self, sock: socket.socket, peer: str) -> None:
         announces = self._announcers.contain(peer)

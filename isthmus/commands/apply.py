@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from isthmus.client import ClientError, add_client_flags, make_client
+from isthmus.client import ClientError, add_asking_flags, make_client
 from isthmus.fly_toml import FlyApp, FlyTomlError, read_fly_toml
 from isthmus.logs import escape
 
@@ -30,8 +30,7 @@ def add_parser(verbs: Any) -> None:
         "--host", metavar="HOST", action="append", default=[], help="what leads to it as well"
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would change")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    add_client_flags(parser)
+    add_asking_flags(parser)
     parser.set_defaults(run=run)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from isthmus.admin.tokens import WAIT_MS
-from isthmus.client import ClientError, add_client_flags, find_data_dir, make_client, quote
+from isthmus.client import ClientError, add_asking_flags, find_data_dir, make_client, quote
 from isthmus.commands.db_drill import add_drill_parser
 from isthmus.commands.db_parked import add_parked_parser
 from isthmus.commands.db_schema import add_schema_parser
@@ -92,8 +92,7 @@ def add_parser(verbs: Any) -> None:
 
 def _add_statement_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--param", metavar="VALUE", action="append", default=[], help=_PARAM_HELP)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    add_client_flags(parser)
+    add_asking_flags(parser)
 
 
 def _add_file_flags(parser: argparse.ArgumentParser) -> None:

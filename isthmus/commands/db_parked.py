@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from isthmus.client import add_client_flags, make_client, quote
+from isthmus.client import add_asking_flags, make_client, quote
 from isthmus.commands.listing import format_table
+from isthmus.logs import escape
 
 if TYPE_CHECKING:
     import argparse
@@ -18,24 +19,19 @@ def add_parked_parser(actions: Any) -> None:
     parked: argparse.ArgumentParser = actions.add_parser(
         "parked", help="list the changesets that could not be applied, try them again, or give one up"
     )
-    _add_flags(parked)
+    add_asking_flags(parked)
     parked.set_defaults(run=run_list)
     steps = parked.add_subparsers(metavar="ACTION")
 
     retry = steps.add_parser("retry", help="try all of them now, instead of with the next round")
-    _add_flags(retry)
+    add_asking_flags(retry)
     retry.set_defaults(run=run_retry)
 
     drop = steps.add_parser("drop", help="give one up on this node")
     drop.add_argument("site", metavar="SITE", help="who wrote it")
     drop.add_argument("version", metavar="VERSION", type=int, help="its number")
-    _add_flags(drop)
+    add_asking_flags(drop)
     drop.set_defaults(run=run_drop)
-
-
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    add_client_flags(parser)
 
 
 def run_list(args: argparse.Namespace) -> int:
@@ -45,7 +41,7 @@ def run_list(args: argparse.Namespace) -> int:
         print(orjson.dumps(answer, option=orjson.OPT_INDENT_2).decode())
     else:
         rows = [
-            [entry["site"], str(entry["version"]), str(entry["bytes"]), _one_line(entry["reason"])]
+            [entry["site"], str(entry["version"]), str(entry["bytes"]), escape(entry["reason"])]
             for entry in answer["parked"]
         ]
         print(format_table(["SITE", "VERSION", "BYTES", "REASON"], rows) if rows else "nothing is parked")
@@ -68,8 +64,3 @@ def run_drop(args: argparse.Namespace) -> int:
         else f"version {args.version} of site {args.site} is given up on this node"
     )
     return 0
-
-
-def _one_line(text: str) -> str:
-    # A reason may quote what a peer sent: nothing of it may steer a terminal.
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from isthmus.client import ClientError, add_client_flags, make_client
+from isthmus.client import ClientError, add_asking_flags, add_client_flags, make_client
 from isthmus.commands.listing import format_table
 from isthmus.config import Config, ConfigError
 from isthmus.config_sources import default_data_dir
@@ -38,8 +38,7 @@ def add_schema_parser(actions: Any) -> None:
     schema: argparse.ArgumentParser = actions.add_parser(
         "schema", help="show the replicated tables as the node has them, or change them"
     )
-    schema.add_argument("--json", action="store_true", help="print JSON")
-    add_client_flags(schema)
+    add_asking_flags(schema)
     schema.set_defaults(run=run_show)
     steps = schema.add_subparsers(metavar="ACTION")
 

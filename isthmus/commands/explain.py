@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from isthmus.client import ClientError, add_client_flags, make_client
+from isthmus.client import ClientError, add_asking_flags, make_client
 from isthmus.commands.listing import format_ago, format_table
 from isthmus.logs import escape
 
@@ -49,8 +49,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--ttl", metavar="SECONDS", type=int, default=300, help="with --sign: how long it is good for [300]"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    add_client_flags(parser)
+    add_asking_flags(parser)
     parser.set_defaults(run=run)
 
 

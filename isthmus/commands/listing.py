@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from isthmus.client import add_client_flags, make_client
+from isthmus.client import add_asking_flags, add_client_flags, make_client
 from isthmus.logs import escape
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ def add_parser(verbs: Any) -> None:
     """Add the verbs that show."""
     for name, (help_text, _, _) in _LISTINGS.items():
         parser: argparse.ArgumentParser = verbs.add_parser(name, help=help_text)
-        parser.add_argument("--json", action="store_true", help="print JSON")
-        add_client_flags(parser)
+        add_asking_flags(parser)
         parser.set_defaults(run=run, listing=name)
     status: argparse.ArgumentParser = verbs.add_parser(
         "status", help="show the state of the node itself, as JSON"

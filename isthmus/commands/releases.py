@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import orjson
 
-from isthmus.client import add_client_flags, make_client
+from isthmus.client import add_asking_flags, make_client
 from isthmus.commands.listing import format_table
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ def add_parser(verbs: Any) -> None:
         "releases", help="show the releases of an app, or of all, the newest first"
     )
     parser.add_argument("app", metavar="APP", nargs="?", default="")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    add_client_flags(parser)
+    add_asking_flags(parser)
     parser.set_defaults(run=run)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from isthmus.client import add_client_flags, make_client, quote
+from isthmus.client import add_asking_flags, make_client, quote
 from isthmus.commands.listing import format_table
 
 if TYPE_CHECKING:
@@ -34,13 +34,11 @@ def add_parser(verbs: Any) -> None:
     count.add_argument("--app", metavar="APP", help="which app (the only one, if there is one)")
     count.add_argument("--region", metavar="CODE,CODE", help="where (where it has machines)")
     count.add_argument("--dry-run", action="store_true", help="only say what would be done")
-    count.add_argument("--json", action="store_true", help="print JSON")
-    add_client_flags(count)
+    add_asking_flags(count)
     count.set_defaults(run=run_count)
     show = actions.add_parser("show", help="show how many machines there are by region")
     show.add_argument("--app", metavar="APP", help="which app (all)")
-    show.add_argument("--json", action="store_true", help="print JSON")
-    add_client_flags(show)
+    add_asking_flags(show)
     show.set_defaults(run=run_show)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from isthmus.client import add_client_flags, make_client, quote
+from isthmus.client import add_asking_flags, make_client, quote
 from isthmus.commands.listing import format_ago, format_table
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def add_parser(verbs: Any) -> None:
         description="List the changes of apps, hostnames, services and regions that workers of this node do "
         "not have yet, or are not to have because they died of them.",
     )
-    _add_flags(parser)
+    add_asking_flags(parser)
     parser.set_defaults(run=run_list)
     actions = parser.add_subparsers(metavar="ACTION")
     for name, act, help_text in (
@@ -35,13 +35,8 @@ def add_parser(verbs: Any) -> None:
     ):
         action = actions.add_parser(name, help=help_text)
         action.add_argument("change", metavar="ID", help="as `isthmus staged` shows it")
-        _add_flags(action)
+        add_asking_flags(action)
         action.set_defaults(run=act)
-
-
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    add_client_flags(parser)
 
 
 def run_list(args: argparse.Namespace) -> int:

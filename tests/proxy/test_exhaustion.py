@@ -56,7 +56,7 @@ async def connect(sock: socket.socket, port: int) -> None:
 async def test_without_files_nobody_is_accepted_what_is_open_goes_on_and_then_all_is_well(
     edge: TcpEdge, listener: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.tls_listener._ACCEPT_PAUSE_S", 0.05)
+    monkeypatch.setattr("proxy.accepting._PAUSE_S", 0.05)
     await edge.machine()
     await edge.start()
     port = {"plain": edge.server.port, "tls": edge.tls_port, "tcp": edge.listen()}[listener]
