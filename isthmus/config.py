@@ -59,6 +59,7 @@ __all__ = ["CheckConfig", "MachineConfig", "ValueOfKeyError", "check_identifier"
 
 T = TypeVar("T")
 
+TlsVersions = Annotated[tuple[Literal["TLSv1.2", "TLSv1.3"], ...], Meta(min_length=1)]
 
 # A region for a node that is told nothing: a place of its own, equally far from everywhere.
 LOCAL_REGION = "local"
@@ -367,6 +368,7 @@ class ServiceConfig(_Section, frozen=True):
     port: Annotated[int, Meta(ge=1, le=65_535)]
     internal_port: Annotated[int, Meta(ge=1, le=65_535)] | None = None
     handlers: tuple[Literal["tls", "http"], ...] = ()
+    tls_versions: TlsVersions = ("TLSv1.2", "TLSv1.3")
     soft_limit: Positive = 20
     hard_limit: Positive | None = None
     proxy_protocol: Literal["", "v1", "v2"] = ""
@@ -385,6 +387,7 @@ class AppConfig(_Section, frozen=True):
     path_prefix: str = "/"
     internal_port: Annotated[int, Meta(ge=1, le=65_535)] | None = None
     handlers: tuple[Literal["tls", "http"], ...] = ("tls", "http")
+    tls_versions: TlsVersions = ("TLSv1.2", "TLSv1.3")
     soft_limit: Positive = 20
     hard_limit: Positive | None = None
     idle_timeout_ms: NotNegative = 0

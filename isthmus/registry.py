@@ -26,7 +26,7 @@ from isthmus.config import (
     unknown_region,
 )
 from routing.catalog import canonical_hostname, canonical_prefix, parse_address
-from routing.options import HANDLERS, parse_options
+from routing.options import HANDLERS, TLS_VERSIONS, parse_options
 from routing.scaling import NAMES as SCALING
 from routing.types import WEIGHT_USUAL
 
@@ -517,6 +517,8 @@ def _raw_options(service: AppConfig | ServiceConfig) -> dict[str, Any]:
     }
     if set(service.handlers) != HANDLERS:
         said["handlers"] = service.handlers
+    if set(service.tls_versions) != TLS_VERSIONS:
+        said["tls_versions"] = service.tls_versions
     return said
 
 

@@ -11,6 +11,8 @@ import ssl
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from routing.options import TLS_VERSIONS
+
 if TYPE_CHECKING:
     import asyncio
 
@@ -36,9 +38,14 @@ class TlsSettings:
     handshake_timeout_s: float = 10.0
 
 
-def make_server_context() -> ssl.SSLContext:
+def make_server_context(versions: frozenset[str] = TLS_VERSIONS) -> ssl.SSLContext:
     """Return a context for clients, without a certificate."""
-    return _restrict(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+    context = _restrict(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+    if "TLSv1.2" not in versions:
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+    if "TLSv1.3" not in versions:
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+    return context
 
 
 def make_machine_context(tls: MachineTls, certificate: str) -> ssl.SSLContext:

@@ -20,10 +20,18 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from routing.options import TLS_VERSIONS
+
 from .accepting import ACCEPTS_A_TURN, Acceptor
 from .admission import CLIENT_RATE
 from .core.addresses import Networks
-from .core.client_hello import HANDSHAKE_RECORD, HELLO_BYTES_MAX, ClientHelloError, parse_client_hello
+from .core.client_hello import (
+    HANDSHAKE_RECORD,
+    HELLO_BYTES_MAX,
+    ClientHello,
+    ClientHelloError,
+    parse_client_hello,
+)
 from .core.errors import NO_ROUTE, PLAIN_HTTP, render_error
 from .core.proxy_protocol import ProxyHeaderError, parse_announcement
 from .tcp_relay import TcpClient
@@ -46,6 +54,7 @@ _CLIENT_SHARE: Final = 8
 _BACKLOG: Final = 4_096
 # RFC 8446 section 6: fatal alerts, as records of their own.
 _DECODE_ERROR: Final = b"\x15\x03\x03\x00\x02\x02\x32"
+_PROTOCOL_VERSION: Final = b"\x15\x03\x03\x00\x02\x02\x46"
 _UNRECOGNIZED_NAME: Final = b"\x15\x03\x03\x00\x02\x02\x70"
 
 # OpenSSL's reasons and ours; all others are "other", since clients choose them.
@@ -62,10 +71,10 @@ _REASONS: Final[dict[str, str]] = {
 
 
 class _Taker(NamedTuple):
-    """What takes a connection over, and whether its TLS ends here."""
+    """What takes a connection over, and of which versions the TLS may be that ends here; None: none does."""
 
     make: Callable[[], Downstream | TcpClient]
-    ends_tls: bool
+    versions: frozenset[str] | None
 
 
 class _RefusedError(Exception):
@@ -108,10 +117,9 @@ class TlsListener:
         self._acceptor = Acceptor(self._admit)
         self._pending: dict[asyncio.Task[None], str] = {}  # with the client's address; the oldest is first
         self._clients: Counter[str] = Counter()  # of `_pending`
-        # All handshakes begin in this context, which has no certificate. Its ticket keys are used
-        # whatever certificate is chosen, so tickets stay good when certificates change.
-        self._context = make_server_context()
-        self._context.sni_callback = self._choose
+        # By the versions that are allowed. Handshakes begin in one of these, which have no certificate. Its
+        # ticket keys are used whatever certificate is chosen, so tickets stay good when certificates change.
+        self._contexts: dict[frozenset[str], ssl.SSLContext] = {}
 
     def start(self, sock: socket.socket) -> None:
         """Accept connections on a bound socket."""
@@ -223,26 +231,31 @@ class TlsListener:
     async def _find_taker(self, sock: socket.socket) -> _Taker:
         """Return what takes the connection over, once that is clear and it may."""
         table = self._plane.table
+        service: Service | None = None
         if self._app:
             service = table.service(self._app, self._port)
             if service is None:
                 self._plane.metrics.count_error(NO_ROUTE)
                 raise _RefusedError("")
             if not _ends_tls(service):
-                return _Taker(self._maker(service, ""), ends_tls=False)
-            name = await self._await_hello(sock)
-        else:
-            name = await self._await_hello(sock)
-            service = table.find(name.encode("ascii"), b"/", self._port) if name is not None else None
-            if service is not None and (service.options is None or not service.options.is_raw):
-                service = None  # with HTTP, which has its own say in who serves it
-            if service is not None and not _ends_tls(service):
-                return _Taker(self._maker(service, name or ""), ends_tls=False)
+                return _Taker(self._maker(service, ""), None)
+        hello = await self._await_hello(sock)
+        name = hello.server_name
+        if not self._app and name is not None:
+            service = table.find(name.encode("ascii"), b"/", self._port)
+        options = None if service is None else service.options
+        make: Callable[[], Downstream | TcpClient] = partial(self._make_for, name or "")
+        if service is not None and (self._app or (options is not None and options.is_raw)):
+            make = self._maker(service, name or "")
+            if not _ends_tls(service):
+                return _Taker(make, None)
         if self._certificates is None or self._certificates.find(name) is None:
             reason = "no_name" if name is None else "unknown_name"
             raise _RefusedError(reason, _UNRECOGNIZED_NAME)
-        make = partial(self._make_for, name or "") if service is None else self._maker(service, name or "")
-        return _Taker(make, ends_tls=True)
+        versions = TLS_VERSIONS if options is None else options.tls_versions
+        if not versions & hello.versions:
+            raise _RefusedError("version", _PROTOCOL_VERSION)
+        return _Taker(make, versions)
 
     def _make_for(self, name: str) -> Downstream:
         client = self._make()
@@ -262,14 +275,14 @@ class TlsListener:
             protocol.announced = ends
             return protocol
 
-        if not taker.ends_tls:
+        if taker.versions is None:
             await self._loop.connect_accepted_socket(make, sock)
             return
         try:
             transport, _ = await self._loop.connect_accepted_socket(
                 make,
                 sock,
-                ssl=self._context,
+                ssl=self._context(taker.versions),
                 ssl_handshake_timeout=timeout_s,
                 ssl_shutdown_timeout=self._plane.settings.linger_s,
             )
@@ -279,8 +292,15 @@ class TlsListener:
             tls: ssl.SSLObject = transport.get_extra_info("ssl_object")
             self._metrics.count_handshake(tls.version() or "", resumed=bool(tls.session_reused))
 
-    async def _await_hello(self, sock: socket.socket) -> str | None:
-        """Return the name in the first message when that is here, whole; it stays on the socket."""
+    def _context(self, versions: frozenset[str]) -> ssl.SSLContext:
+        context = self._contexts.get(versions)
+        if context is None:
+            context = self._contexts[versions] = make_server_context(versions)
+            context.sni_callback = self._choose
+        return context
+
+    async def _await_hello(self, sock: socket.socket) -> ClientHello:
+        """Return the first message when that is here, whole; it stays on the socket."""
         needed = 1
         while True:
             data = await self._peek(sock, needed)
@@ -293,7 +313,7 @@ class TlsListener:
             except ClientHelloError:
                 raise _RefusedError("malformed", _DECODE_ERROR) from None
             if not isinstance(hello, int):
-                return hello.server_name
+                return hello
             needed = hello
 
     async def _peek(self, sock: socket.socket, least: int) -> bytes:

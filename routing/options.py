@@ -24,12 +24,13 @@ PROXY_PROTOCOLS: Final = ("v1", "v2")
 # What may be said, as in the JSON.
 NAMES: Final = (
     *("proxy_protocol", "response_headers", "maintenance", "force_https", "machine_tls", "compression"),
-    *("handlers", "idle_timeout_ms", "body_bytes_max", "reach"),
+    *("handlers", "tls_versions", "idle_timeout_ms", "body_bytes_max", "reach"),
     *("pristine", "sticky", "slow_start_ms", "panic_percent", *REPLAY_NAMES),
     *SCALING_NAMES,
 )
 # What may be done to a connection, as on Fly, in any order; with neither its bytes are passed on as they are.
 HANDLERS: Final = frozenset(("tls", "http"))
+TLS_VERSIONS: Final = frozenset(("TLSv1.2", "TLSv1.3"))
 # More is no policy but a mistake, and each costs every answer.
 HEADERS_MAX: Final = 64
 VALUE_CHARS_MAX: Final = 4_096
@@ -58,6 +59,7 @@ class ServiceOptions:
     scaling: Scaling = USUAL
     is_raw: bool = False  # its connections are passed on byte by byte, and no HTTP is served
     ends_tls: bool = False  # of a raw one: after TLS has ended here; else TLS, if it is that, is passed on
+    tls_versions: frozenset[str] = TLS_VERSIONS  # that clients may speak where TLS ends here
     idle_timeout_s: float = 0.0  # of raw connections; 0: the node's
     body_bytes_max: int = 0  # of a request; 0: the node's
     replay: ReplayOptions = AS_USUAL
@@ -100,6 +102,7 @@ def parse_options(text: str) -> ServiceOptions | None:
         is_raw="http" not in handlers,
         scaling=parse_scaling(fields),
         ends_tls=handlers == {"tls"},
+        tls_versions=parse_tls_versions(fields.get("tls_versions", list(TLS_VERSIONS))),
         idle_timeout_s=_parse_number(fields, "idle_timeout_ms") / 1_000,
         body_bytes_max=_parse_number(fields, "body_bytes_max"),
         replay=parse_replay_options(fields),
@@ -127,6 +130,15 @@ def parse_handlers(handlers: object) -> frozenset[str]:
         if named <= HANDLERS and all(isinstance(handler, str) for handler in handlers):
             return named
     raise ValueError("handlers must be a list of tls and http")
+
+
+def parse_tls_versions(versions: object) -> frozenset[str]:
+    """Return which versions clients may speak. Raises ValueError."""
+    if isinstance(versions, list | tuple) and versions:
+        named = frozenset(version for version in versions if isinstance(version, str))
+        if named <= TLS_VERSIONS and all(isinstance(version, str) for version in versions):
+            return named
+    raise ValueError("tls_versions must be a list of TLSv1.2 and TLSv1.3, with one of them at least")
 
 
 def _parse_number(fields: dict[str, object], name: str, most: int = 2**53 - 1) -> int:

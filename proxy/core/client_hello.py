@@ -1,10 +1,10 @@
 """The first message of a TLS client, read without taking part in the handshake.
 
-Decides which name the client asks for and which protocols it offers. Refuses to know sockets, keys and
-certificates. Invariant: it raises nothing but `ClientHelloError`, whatever the bytes, and never asks for
-more than `HELLO_BYTES_MAX` of them.
+Decides which name the client asks for, and which versions and protocols it offers. Refuses to know sockets,
+keys and certificates. Invariant: it raises nothing but `ClientHelloError`, whatever the bytes, and never asks
+for more than `HELLO_BYTES_MAX` of them.
 
-Formats: RFC 8446 sections 4.1.2 and 5.1 (the same bytes in TLS 1.2), RFC 6066 section 3, RFC 7301.
+Formats: RFC 8446 sections 4.1.2, 4.2.1 and 5.1 (the same bytes in TLS 1.2), RFC 6066 section 3, RFC 7301.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ _MESSAGE_HEADER_BYTES: Final = 4
 _CLIENT_HELLO: Final = 1
 _SERVER_NAME: Final = 0
 _ALPN: Final = 16
+_SUPPORTED_VERSIONS: Final = 43
+# As OpenSSL calls them. What else clients offer is too old, or made up to keep servers tolerant (RFC 8701).
+_VERSIONS: Final[dict[bytes, str]] = {b"\x03\x03": "TLSv1.2", b"\x03\x04": "TLSv1.3"}
 _NAME: Final = re.compile(rb"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9_])?\.?")
 
 
@@ -33,10 +36,14 @@ class ClientHelloError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
-    """What a client asks for: `server_name` in lower case without a final dot, None when it names none."""
+    """What a client asks for: `server_name` in lower case without a final dot, None when it names none.
+
+    Of the versions it offers, `versions` has those that are not out of use.
+    """
 
     server_name: str | None
     alpn: tuple[bytes, ...]
+    versions: frozenset[str]
 
 
 def parse_client_hello(data: bytes) -> ClientHello | int:
@@ -101,7 +108,9 @@ class _Reader:
 
 def _parse_message(body: bytes) -> ClientHello:
     fields = _Reader(body)
-    fields.take(2 + 32)  # version and random
+    # Whoever speaks TLS 1.3 says so in an extension, and TLS 1.2 here (RFC 8446 section 4.2.1).
+    versions = frozenset(("TLSv1.2",) if fields.take(2) >= b"\x03\x03" else ())
+    fields.take(32)  # random
     fields.take_vector(1)  # session
     fields.take_vector(2)  # cipher suites
     fields.take_vector(1)  # compression
@@ -120,9 +129,11 @@ def _parse_message(body: bytes) -> ClientHello:
                 server_name = _parse_server_name(value)
             elif kind == _ALPN:
                 alpn = _parse_alpn(value)
+            elif kind == _SUPPORTED_VERSIONS:
+                versions = _parse_versions(value)
     if not fields.ended:
         raise ClientHelloError("bytes behind the extensions")
-    return ClientHello(server_name, alpn)
+    return ClientHello(server_name, alpn, versions)
 
 
 def _parse_server_name(value: bytes) -> str:
@@ -141,3 +152,11 @@ def _parse_alpn(value: bytes) -> tuple[bytes, ...]:
     while not offers.ended:
         found.append(offers.take_vector(1))
     return tuple(found)
+
+
+def _parse_versions(value: bytes) -> frozenset[str]:
+    offers = _Reader(_Reader(value).take_vector(1))
+    found = set()
+    while not offers.ended:
+        found.add(_VERSIONS.get(offers.take(2), ""))
+    return frozenset(found - {""})

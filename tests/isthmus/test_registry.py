@@ -473,7 +473,13 @@ class TestAnnounce:
                 ServiceConfig(
                     port=5432, internal_port=15432, soft_limit=3, hard_limit=4, proxy_protocol="v2"
                 ),
-                ServiceConfig(port=8443, internal_port=8080, handlers=("tls", "http"), body_bytes_max=5),
+                ServiceConfig(
+                    port=8443,
+                    internal_port=8080,
+                    handlers=("tls", "http"),
+                    tls_versions=("TLSv1.3",),
+                    body_bytes_max=5,
+                ),
             ),
         )
         await registry.announce(config(db), "127.0.0.1:8080", 1)
@@ -484,7 +490,7 @@ class TestAnnounce:
         assert database.rows(sql) == [
             (0, 80, "connections", 20, None, plain),
             (5432, 15432, "connections", 3, 4, '{"proxy_protocol":"v2","handlers":[]}'),
-            (8443, 8080, "requests", 20, None, '{"body_bytes_max":5}'),
+            (8443, 8080, "requests", 20, None, '{"body_bytes_max":5,"tls_versions":["TLSv1.3"]}'),
         ]
         fewer = msgspec.structs.replace(db, services=db.services[:1])
         await registry.announce(config(fewer), "127.0.0.1:8080", 2)

@@ -127,6 +127,35 @@ async def test_tls_ends_on_a_port_of_an_app_that_says_so(edge: TcpEdge) -> None:
     await wait_for(lambda: not edge.relays)
 
 
+@pytest.mark.parametrize("where", ["its port", "its name"])
+async def test_raw_app_has_its_own_versions_too(edge: TcpEdge, where: str) -> None:
+    edge.put_raw("app", handlers=("tls",), tls_versions=["TLSv1.3"])
+    machine = await edge.echo_machine()
+    await edge.start()
+    if where == "its port":
+        edge.tls_port = edge.listen()
+    context = edge.client_context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises(ssl.SSLError, match="TLSV1_ALERT_PROTOCOL_VERSION"):
+        await edge.tls_client(context=context)
+    assert not machine.connections
+    client = await edge.tls_client()
+    client.send(b"in the clear")
+    assert await client.read(12) == b"in the clear"
+
+
+async def test_versions_do_not_matter_where_tls_is_passed_on(edge: TcpEdge, tmp_path: Path) -> None:
+    edge.put_raw("app", tls_versions=["TLSv1.3"])
+    machine = await tls_machine(edge, tmp_path, "app", "app.test")
+    await edge.start()
+    context = edge.client_context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    client = await edge.tls_client(context=context)
+    client.send(b"hello")
+    assert await client.read(5) == b"hello"
+    assert machine.received == b"hello"
+
+
 async def test_machines_end_is_that_of_a_client_with_tls(edge: TcpEdge) -> None:
     async def behave(connection: object) -> None:
         connection.writer.write(LARGE)

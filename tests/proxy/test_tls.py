@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import socket
 import ssl
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tests.fakes.machine import Connection
 
 ALERT_UNRECOGNIZED_NAME = b"\x15\x03\x03\x00\x02\x02\x70"
+ALERT_PROTOCOL_VERSION = b"\x15\x03\x03\x00\x02\x02\x46"
 
 
 @pytest_asyncio.fixture
@@ -413,3 +415,70 @@ async def test_websocket_over_tls(edge: TlsEdge) -> None:
     assert (await client.get(b"/", b"Connection: Upgrade", b"Upgrade: websocket")).status == 101
     client.send(b"frame")
     assert await client.read(11) == b"helloanswer"
+
+
+async def raw_answer(edge: TlsEdge, version: ssl.TLSVersion, name: str = "app.test") -> bytes:
+    """What a client that speaks this version alone gets for its first message."""
+    context = edge.client_context()
+    context.minimum_version = context.maximum_version = version
+    outgoing = ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=name).do_handshake()
+    client = await edge.raw_client()
+    client.send(outgoing.read())
+    return await client.read_to_end()
+
+
+@pytest.mark.parametrize(
+    ("allowed", "refused"),
+    [("TLSv1.3", ssl.TLSVersion.TLSv1_2), ("TLSv1.2", ssl.TLSVersion.TLSv1_3)],
+)
+async def test_client_of_a_version_that_the_app_does_not_allow_is_refused_before_a_certificate(
+    edge: TlsEdge, allowed: str, refused: ssl.TLSVersion
+) -> None:
+    edge.put_app("app", "app.test", options=json.dumps({"tls_versions": [allowed]}))
+    edge.write("other.test")
+    edge.put_app("other", "other.test")
+    machine = await edge.machine()
+    await edge.machine("other-1", "other")
+    await edge.start()
+    context = edge.client_context()
+    context.minimum_version = context.maximum_version = refused
+    with pytest.raises(ssl.SSLError, match="TLSV1_ALERT_PROTOCOL_VERSION"):
+        await edge.tls_client(context=context)
+    assert await raw_answer(edge, refused) == ALERT_PROTOCOL_VERSION, "nothing but the alert"
+    assert edge.tls_metrics.failures == {"version": 2}
+    assert not machine.connections
+    served = await edge.tls_client("other.test", context)
+    served.send(b"GET / HTTP/1.1\r\nHost: other.test\r\n\r\n")
+    assert (await served.read_response()).status == 200
+    # Who speaks both is served in the one that is allowed.
+    client = await edge.tls_client()
+    assert client.writer.get_extra_info("ssl_object").version() == allowed
+    assert (await client.get()).status == 200
+
+
+async def test_versions_of_an_app_change_with_its_row(edge: TlsEdge) -> None:
+    await edge.machine()
+    await edge.start()
+    context = edge.client_context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    assert (await (await edge.tls_client(context=context)).get()).status == 200
+    edge.put_app("app", "app.test", options='{"tls_versions": ["TLSv1.3"]}')
+    with pytest.raises(ssl.SSLError, match="TLSV1_ALERT_PROTOCOL_VERSION"):
+        await edge.tls_client(context=context)
+    edge.put_app("app", "app.test", options="{}")
+    assert (await (await edge.tls_client(context=context)).get()).status == 200
+
+
+async def test_name_of_another_app_is_no_way_around_the_versions(edge: TlsEdge) -> None:
+    edge.put_app("strict", "strict.test", options='{"tls_versions": ["TLSv1.3"]}')
+    machine = await edge.machine("strict-1", "strict")
+    await edge.machine()
+    await edge.start()
+    context = edge.client_context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    client = await edge.tls_client(context=context)
+    client.send(b"GET / HTTP/1.1\r\nHost: strict.test\r\n\r\n")
+    assert (await client.read_response()).error == "PH15"
+    assert not machine.connections

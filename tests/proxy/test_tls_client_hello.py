@@ -22,7 +22,8 @@ def hello_of(name: str | None, *alpn: str) -> bytes:
 
 
 HELLO = hello_of("Sub.Example.test", "h2", "http/1.1")
-PARSED = ClientHello("sub.example.test", (b"h2", b"http/1.1"))
+BOTH = frozenset(("TLSv1.2", "TLSv1.3"))
+PARSED = ClientHello("sub.example.test", (b"h2", b"http/1.1"), BOTH)
 
 
 def in_records(hello: bytes, size: int) -> bytes:
@@ -31,11 +32,11 @@ def in_records(hello: bytes, size: int) -> bytes:
     return b"".join(b"\x16\x03\x01" + len(piece).to_bytes(2, "big") + piece for piece in pieces)
 
 
-def message_with(name: bytes, extra: bytes = b"") -> bytes:
+def message_with(name: bytes, extra: bytes = b"", version: bytes = b"\x03\x03") -> bytes:
     entry = b"\0" + len(name).to_bytes(2, "big") + name
     names = len(entry).to_bytes(2, "big") + entry
     extensions = b"\0\0" + len(names).to_bytes(2, "big") + names + extra
-    body = b"\x03\x03" + b"r" * 32 + b"\0" + b"\0\x02\x13\x01" + b"\x01\0"
+    body = version + b"r" * 32 + b"\0" + b"\0\x02\x13\x01" + b"\x01\0"
     body += len(extensions).to_bytes(2, "big") + extensions
     message = b"\x01" + len(body).to_bytes(3, "big") + body
     return b"\x16\x03\x01" + len(message).to_bytes(2, "big") + message
@@ -44,7 +45,7 @@ def message_with(name: bytes, extra: bytes = b"") -> bytes:
 def test_name_and_protocols_of_openssl_are_read() -> None:
     assert parse_client_hello(HELLO) == PARSED
     assert parse_client_hello(HELLO + b"what follows") == PARSED
-    assert parse_client_hello(hello_of(None)) == ClientHello(None, ())
+    assert parse_client_hello(hello_of(None)) == ClientHello(None, (), BOTH)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 100])
@@ -74,7 +75,36 @@ def test_server_name_that_is_none_is_refused(name: bytes) -> None:
 
 
 def test_final_dot_is_dropped() -> None:
-    assert parse_client_hello(message_with(b"a.test.")) == ClientHello("a.test", ())
+    assert parse_client_hello(message_with(b"a.test.")) == ClientHello("a.test", (), frozenset({"TLSv1.2"}))
+
+
+def versions(*offered: str) -> bytes:
+    said = bytes.fromhex("".join(offered))
+    return b"\0\x2b" + (len(said) + 1).to_bytes(2, "big") + bytes([len(said)]) + said
+
+
+@pytest.mark.parametrize(
+    ("version", "extra", "found"),
+    [
+        (b"\x03\x02", b"", set()),
+        (b"\x03\x03", b"", {"TLSv1.2"}),
+        (b"\x03\x04", b"", {"TLSv1.2"}),  # TLS 1.3 is offered by the extension alone
+        (b"\x03\x03", versions("0304"), {"TLSv1.3"}),
+        (b"\x03\x01", versions("4a4a", "0304", "0303", "0302"), {"TLSv1.2", "TLSv1.3"}),
+        (b"\x03\x03", versions("0302"), set()),
+    ],
+)
+def test_versions_are_those_of_the_extension_where_there_is_one(
+    version: bytes, extra: bytes, found: set[str]
+) -> None:
+    hello = parse_client_hello(message_with(b"a.test", extra, version))
+    assert isinstance(hello, ClientHello)
+    assert hello.versions == found
+
+
+def test_versions_that_are_cut_are_refused() -> None:
+    with pytest.raises(ClientHelloError):
+        parse_client_hello(message_with(b"a.test", versions("0304", "03")))
 
 
 def test_extension_that_occurs_twice_is_refused() -> None:
