@@ -11,6 +11,7 @@ import tomllib
 from typing import Any, Final, NamedTuple, TypeVar
 
 from isthmus.toml_lines import find_line
+from routing.options import TLS_VERSIONS
 
 T = TypeVar("T")
 
@@ -18,38 +19,48 @@ T = TypeVar("T")
 INTERNAL_PORT: Final = 8_080
 SOFT_LIMIT: Final = 20
 AUTOSTOP: Final = {True: "stop", False: "off", "stop": "stop", "off": "off", "suspend": "suspend"}
-TLS_VERSIONS: Final = frozenset(("TLSv1.2", "TLSv1.3"))
+USUAL_PORTS: Final = (80, 443)
+ALPN: Final = "http/1.1"
 _UNITS_MS: Final = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}
 
 _NODE: Final = "a setting of the node, for all apps"
 _NOT_BUILT: Final = "isthmus neither builds nor runs images: it routes to machines"
 _DEPLOY: Final = "say it to `isthmus deploy`"
+_ANY_PORT: Final = "what the first service with http says holds for all ports"
+_BEFORE: Final = "run it before `isthmus deploy`"
 # Why what is known of Fly's has no effect here, by its path without indices.
 _REASONS: Final = {
     "build": _NOT_BUILT,
     "console_command": _NOT_BUILT,
     "deploy.max_unavailable": f"{_DEPLOY}: --max-unavailable",
-    "deploy.release_command": "run it before `isthmus deploy`",
+    "deploy.release_command": _BEFORE,
+    "deploy.release_command_timeout": _BEFORE,
+    "deploy.release_command_vm": _BEFORE,
+    "deploy.seed_command": _BEFORE,
     "deploy.strategy": f"{_DEPLOY}: --strategy",
     "deploy.wait_timeout": f"{_DEPLOY}: --timeout",
     "env": _NOT_BUILT,
     "experimental": _NOT_BUILT,
     "files": _NOT_BUILT,
+    "host_dedication_id": _NOT_BUILT,
     "kill_signal": "processes get SIGTERM",
     "kill_timeout": "kill_timeout_ms of the machine in the node's configuration",
     "metrics": "each node has its own /metrics",
     "mounts": _NOT_BUILT,
     "processes": _NOT_BUILT,
     "restart": "restart of the machine in the node's configuration",
-    "statics": "files of a machine are not served past it: have the app serve them",
     "swap_size_mb": _NOT_BUILT,
     "vm": _NOT_BUILT,
+    "*.force_https": _ANY_PORT,
     "*.force_instance_description": "not known here",
     "*.force_instance_key": "not known here",
     "*.h2_backend": "machines are spoken to in HTTP/1.1",
     "*.headers_read_timeout": f"proxy.head_timeout_ms is {_NODE}",
+    "*.http_options": _ANY_PORT,
     "*.machine_checks": "there are no machines for tests only",
     "*.processes": "machines have no groups: an app has one kind",
+    "*.proxy_proto_options": "the port has no handler `proxy_proto`",
+    "*.tls_options": "the port has no handler `tls`",
 }
 
 
@@ -122,8 +133,8 @@ class _Table:
         return round(sum(float(number) * _UNITS_MS[unit] for number, unit in parts))
 
     def note(self, key: str, text: str) -> None:
-        """Note what becomes of a key."""
-        path = self._join(key)
+        """Note what becomes of a key, or of the whole table."""
+        path = self._join(key) if key else self._path
         line = find_line(self._text, path) or find_line(self._text, f"{path}[0]")
         self._notes.append(Note(line, path, text))
 
@@ -162,6 +173,8 @@ def read_fly_toml(text: str, name: str = "") -> FlyApp:
         _read_http_service(root.table("http_service"), app)
     for service in root.tables("services"):
         _read_service(service, app)
+    for static in root.tables("statics"):
+        _read_static(static)
     for check_name, check in root.table("checks").named():
         check.note("type", "decides about requests here, as checks of services do")
         _read_check(check, app, check.take("type", str, "http"), check_name)
@@ -182,7 +195,7 @@ def _read_http_service(service: _Table, app: dict[str, Any]) -> None:
     _read_scaling(service, app)
     _read_limits(service, app, counts_requests=True)
     _read_http_options(service.table("http_options"), app)
-    _read_tls_options(service.table("tls_options"))
+    _read_tls_options(service.table("tls_options"), app)
     for check in service.tables("checks"):
         _read_check(check, app, "http")
     service.end()
@@ -192,7 +205,7 @@ def _read_service(service: _Table, app: dict[str, Any]) -> None:
     """One of `[[services]]`: the first with HTTP is how the app is reached on all ports, others on theirs."""
     protocol = service.take("protocol", str, "tcp")
     if protocol != "tcp":
-        service.note("protocol", f"not honoured, with the whole service: isthmus carries no {protocol}")
+        service.note("", f"not honoured: isthmus carries no {protocol}")
         return
     said: dict[str, Any] = {"internal_port": service.take("internal_port", int, INTERNAL_PORT)}
     _read_scaling(service, app)
@@ -202,8 +215,11 @@ def _read_service(service: _Table, app: dict[str, Any]) -> None:
     is_main = has_http and "internal_port" not in app
     if is_main:
         app.update(said)
+    services = len(app["services"])
     for port, handlers in ports:
         _read_port(port, handlers, app, said, is_main=is_main and "http" in handlers)
+    if not is_main and len(app["services"]) == services:
+        service.note("", "not honoured but for its checks and auto_…: it names no port")
     for kind in ("tcp", "http"):
         for check in service.tables(f"{kind}_checks"):
             _read_check(check, app, kind, port=None if is_main else said["internal_port"])
@@ -224,23 +240,24 @@ def _read_port(
     """A port is a service of its own unless it is one of those that the app is reached on anyway."""
     number = port.take("port", int, 0)
     if not number:
-        for key in ("start_port", "end_port"):
-            if key in port:
-                port.take(key, int, 0)
-                port.note(key, "not honoured: ports are named one by one")
-    version = port.table("proxy_proto_options").take("version", str, "v1")
-    own: dict[str, Any] = {"proxy_protocol": version} if "proxy_proto" in handlers else {}
-    options = port.table("http_options")
+        port.note("", "not honoured: ports are named one by one")
+        return
+    kept = [handler for handler in ("tls", "http") if handler in handlers]
+    own: dict[str, Any] = app if is_main else {"port": number, **said, "handlers": kept}
+    if "proxy_proto" in handlers:
+        options = port.table("proxy_proto_options")
+        own["proxy_protocol"] = options.take("version", str, "v1")
+        options.end()
+    if "tls" in handlers:
+        _read_tls_options(port.table("tls_options"), own)
     if is_main:
         app["force_https"] = port.take("force_https", bool, False) or app.get("force_https", False)
-        app.update(own)
-        _read_http_options(options, app)
-    elif number:
-        kept = [handler for handler in ("tls", "http") if handler in handlers]
-        app["services"].append({"port": number, **said, **own, "handlers": kept})
+        _read_http_options(port.table("http_options"), app)
+        if number not in USUAL_PORTS:
+            port.note("port", "reached on all ports on which nodes serve HTTP")
+    else:
+        app["services"].append(own)
         port.note("port", f'reached where nodes listen on it: [[tcp]] with app = "{app["name"]}"')
-        options.end()
-    _read_tls_options(port.table("tls_options"))
     port.end()
 
 
@@ -284,21 +301,47 @@ def _read_http_options(options: _Table, app: dict[str, Any]) -> None:
     if response.take("pristine", bool, False):
         app["pristine"] = True
     response.end()
-    remembered = options.take("replay_cache", list, [])
+    remembered = []
+    for cache in options.tables("replay_cache"):
+        kinds: dict[str, type] = {"path_prefix": str, "type": str, "name": str, "ttl_seconds": int}
+        kinds["allow_bypass"] = bool
+        remembered.append({key: cache.take(key, kind, None) for key, kind in kinds.items() if key in cache})
+        cache.end()
     if remembered:
         app["replay_cache"] = remembered
     options.end()
 
 
-def _read_tls_options(options: _Table) -> None:
-    alpn = options.take("alpn", list, ["http/1.1"])
-    if alpn != ["http/1.1"]:
-        options.note("alpn", "clients are offered http/1.1 alone")
-    if frozenset(map(str, options.take("versions", list, list(TLS_VERSIONS)))) != TLS_VERSIONS:
-        options.note("versions", "not honoured: TLS 1.2 and 1.3, for all apps")
+def _read_tls_options(options: _Table, own: dict[str, Any]) -> None:
+    """What of it holds for the app or service in `own`."""
+    alpn = [str(protocol) for protocol in options.take("alpn", list, [ALPN])]
+    others = ", ".join(protocol for protocol in alpn if protocol != ALPN)
+    if others and ALPN in alpn:
+        options.note("alpn", f"not honoured: {others}; clients get {ALPN}")
+    elif others:
+        options.note("alpn", f"not honoured: {others}; clients get {ALPN}, or agree on nothing")
+    said = [str(version) for version in options.take("versions", list, [])]
+    known = sorted(TLS_VERSIONS.intersection(said))
+    if known and len(known) < len(TLS_VERSIONS):
+        own["tls_versions"] = known
+    unknown = ", ".join(version for version in said if version not in TLS_VERSIONS)
+    if unknown:
+        options.note("versions", f"not honoured: {unknown}")
     if options.take("default_self_signed", bool, False):
-        options.note("default_self_signed", "not honoured: certificates are those of the node")
+        why = "who asks for a name without a certificate is refused, or gets the node's default"
+        options.note("default_self_signed", f"not honoured: {why}")
     options.end()
+
+
+def _read_static(static: _Table) -> None:
+    """One of `[[statics]]`. On Fly a server inside the machine has the files; the proxy never sees them."""
+    keys = ("url_prefix", "guest_path", "tigris_bucket", "index_document")
+    for key in keys[:2]:
+        if key not in static:
+            raise static.wrong(key, "is missing")
+    said = [f"{key} {static.take(key, str, '')}" for key in keys if key in static]
+    static.note("", f"not honoured: {', '.join(said)}: files inside of a machine are the app's to serve")
+    static.end()
 
 
 def _read_check(

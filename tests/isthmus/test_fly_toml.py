@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import operator
+import re
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 
 from isthmus.config import AppConfig
-from isthmus.fly_toml import FlyTomlError, read_fly_toml
+from isthmus.fly_toml import FlyApp, FlyTomlError, Note, read_fly_toml
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 FULL = """\
 app = "blog"
@@ -153,8 +161,8 @@ def test_all_that_is_not_is_told_with_its_line() -> None:
         *("build", "deploy.strategy", "deploy.release_command", "http_service.processes"),
         *("http_service.concurrency.type", "http_service.http_options.h2_backend"),
         *("http_service.http_options.idle_timeout", "http_service.tls_options.alpn"),
-        *("services[0].ports[0].port", "services[0].ports[0].handlers", "services[1].protocol"),
-        *("checks.alive.type", "statics", "vm"),
+        *("services[0].ports[0].port", "services[0].ports[0].handlers", "services[1]"),
+        *("checks.alive.type", "statics[0]", "vm"),
     ]
     for key, line in told.items():
         assert line is not None
@@ -237,3 +245,239 @@ def test_unknown_key_is_told_too() -> None:
 
 def test_name_of_the_flag_comes_before_that_of_the_file() -> None:
     assert read_fly_toml('app = "a"', "b").app["name"] == "b"
+
+
+CHECK = {
+    "grace_period": "5s",
+    "interval": "20s",
+    "timeout": "3s",
+    "method": "post",
+    "path": "/up",
+    "protocol": "https",
+    "tls_skip_verify": True,
+    "tls_server_name": "app.test",
+    "headers": {"X-Probe": "1"},
+}
+HTTP_OPTIONS = {
+    "compress": True,
+    "h2_backend": True,
+    "idle_timeout": 60,
+    "headers_read_timeout": 10,
+    "response": {"headers": {"X-Frame-Options": "DENY", "Server": False}, "pristine": True},
+    "replay_cache": [
+        {"path_prefix": "/api", "type": "cookie", "name": "at", "ttl_seconds": 60, "allow_bypass": True}
+    ],
+}
+TLS_OPTIONS = {"alpn": ["h2", "http/1.1"], "versions": ["TLSv1.3"], "default_self_signed": True}
+SCALING = {"auto_stop_machines": "suspend", "auto_start_machines": False, "min_machines_running": 2}
+LIMITS = {"type": "connections", "soft_limit": 5, "hard_limit": 9}
+# Of no port that the app is reached on anyway.
+OTHER_PORT = {
+    "port": 5432,
+    "handlers": ["tls", "proxy_proto", "pg_tls"],
+    "force_https": True,
+    "tls_options": TLS_OPTIONS,
+    "http_options": HTTP_OPTIONS,
+    "proxy_proto_options": {"version": "v2"},
+}
+MACHINE_CHECK = {"image": "curl", "entrypoint": ["sh"], "command": ["-c", "true"], "kill_timeout": "5s"}
+# Every key that Fly's reference has, and some of older files; no value is as if nothing had been said.
+TOP = {
+    "app": "blog",
+    "primary_region": "ams",
+    "console_command": "sh",
+    "kill_signal": "SIGINT",
+    "kill_timeout": 5,
+    "swap_size_mb": 512,
+    "host_dedication_id": "x",
+    "build": {"builder": "b", "image": "i", "dockerfile": "d", "build-target": "t", "args": {"A": "b"}},
+    "deploy": {
+        "release_command": "migrate",
+        "release_command_timeout": "1m",
+        "release_command_vm": {"size": "s"},
+        "seed_command": "seed",
+        "strategy": "canary",
+        "max_unavailable": 0.5,
+        "wait_timeout": "5m",
+    },
+    "env": {"A": "b"},
+    "experimental": {"cmd": ["x"], "auto_rollback": True},
+    "files": [{"guest_path": "/a", "raw_value": "x"}],
+    "metrics": [{"port": 9091, "path": "/metrics"}],
+    "mounts": [{"source": "data", "destination": "/data", "initial_size": "1gb"}],
+    "processes": {"web": "serve"},
+    "restart": [{"policy": "always", "retries": 3, "processes": ["web"]}],
+    "statics": [
+        {"guest_path": "/srv", "url_prefix": "/static"},
+        {"guest_path": "/", "url_prefix": "/", "tigris_bucket": "b", "index_document": "index.html"},
+    ],
+    "vm": [{"size": "shared-cpu-1x", "memory": "1gb", "cpus": 2, "processes": ["web"]}],
+    "checks": {"alive": {"type": "http", "port": 9000, "processes": ["web"], **CHECK}},
+}
+WITH_HTTP_SERVICE = TOP | {
+    "http_service": {
+        "internal_port": 3000,
+        "force_https": True,
+        "processes": ["web"],
+        "concurrency": LIMITS,
+        "http_options": HTTP_OPTIONS,
+        "tls_options": TLS_OPTIONS,
+        "checks": [CHECK],
+        "machine_checks": [MACHINE_CHECK],
+        **SCALING,
+    },
+    "services": [{"protocol": "udp", "internal_port": 53, "ports": [{"port": 53}]}],
+}
+WITH_SERVICES = TOP | {
+    "services": [
+        {
+            "internal_port": 3000,
+            "processes": ["web"],
+            "concurrency": LIMITS,
+            "force_instance_key": "k",
+            "force_instance_description": "d",
+            "ports": [
+                {
+                    "port": 8443,
+                    "handlers": ["tls", "http", "proxy_proto"],
+                    "force_https": True,
+                    "tls_options": TLS_OPTIONS,
+                    "http_options": HTTP_OPTIONS,
+                    "proxy_proto_options": {"version": "v2"},
+                },
+                {"start_port": 10_000, "end_port": 10_010, "handlers": ["tls"]},
+            ],
+            "tcp_checks": [{"grace_period": "5s", "interval": "20s", "timeout": "3s"}],
+            "http_checks": [CHECK],
+            "machine_checks": [MACHINE_CHECK],
+            **SCALING,
+        },
+        {"internal_port": 5432, "concurrency": LIMITS | {"type": "requests"}, "ports": [OTHER_PORT]},
+        {"internal_port": 5433, "ports": [{"port": 5433, "tls_options": TLS_OPTIONS}]},
+        {"internal_port": 5434, "concurrency": LIMITS},
+    ]
+}
+FILES = {"http_service": WITH_HTTP_SERVICE, "services": WITH_SERVICES}
+KeyPath = tuple[str | int, ...]
+
+
+def to_toml(value: Any) -> str:
+    """A value in TOML, all of it on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{to_toml(key)} = {to_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(to_toml, value)) + "]"
+    return json.dumps(value)
+
+
+def read(file: dict[str, Any]) -> FlyApp:
+    return read_fly_toml("".join(f"{to_toml(key)} = {to_toml(value)}\n" for key, value in file.items()))
+
+
+@cache
+def read_whole(name: str) -> FlyApp:
+    return read(FILES[name])
+
+
+def walk(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """All values in it, tables and what is in them alike, with their paths."""
+    yield path, value
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from walk(item, (*path, key))
+    elif isinstance(value, list) and isinstance(value[0], dict):
+        for i, item in enumerate(value):
+            yield from walk(item, (*path, i))
+
+
+def changed(file: dict[str, Any], path: KeyPath, change: Callable[[Any, Any], None]) -> dict[str, Any]:
+    """A copy of the file of which `change` gets the table with the last key of the path, and that."""
+    copy = deepcopy(file)
+    table: Any = copy
+    for key in path[:-1]:
+        table = table[key]
+    change(table, path[-1])
+    return copy
+
+
+def is_told(path: KeyPath, notes: list[Note]) -> bool:
+    """True when a note is about the value, or about a table that it is in."""
+    shown = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
+    return any(f"{shown}.".startswith((f"{note.key}.", f"{note.key}[")) for note in notes)
+
+
+LEAVES = [
+    (name, path)
+    for name, file in FILES.items()
+    for path, value in walk(file)
+    if path != ("app",) and not isinstance(value, dict)
+    if not isinstance(value, list) or not isinstance(value[0], dict)
+]
+TABLES = [
+    (name, path)
+    for name, file in FILES.items()
+    for path, value in walk(file)
+    if isinstance(value, dict) and path != ("checks",)  # whose keys are names
+]
+
+
+@pytest.mark.parametrize(("name", "path"), LEAVES)
+def test_each_known_key_is_honoured_or_told(name: str, path: KeyPath) -> None:
+    whole = read_whole(name)
+    try:
+        without = read(changed(FILES[name], path, lambda table, key: table.pop(key))).app
+    except FlyTomlError:
+        return  # it is not to be done without
+    assert without != whole.app or is_told(path, whole.notes)
+
+
+@pytest.mark.parametrize(("name", "path"), TABLES)
+def test_each_unknown_key_is_told_wherever_it_stands(name: str, path: KeyPath) -> None:
+    file = changed(FILES[name], (*path, "nonsense"), lambda table, key: table.update({key: "x"}))
+    found = read(file)
+    assert found.app != read_whole(name).app or is_told((*path, "nonsense"), found.notes)
+
+
+@pytest.mark.parametrize("odd", [5, True, "x", [1], [{}], {"a": 5}])
+@pytest.mark.parametrize("name", FILES)
+def test_odd_values_are_refused_with_their_place_or_read(name: str, odd: Any) -> None:
+    file = {"app": "blog", name: FILES[name][name], "checks": TOP["checks"], "statics": TOP["statics"]}
+    outcomes = []
+    for path, _ in walk(file):
+        if path:
+            try:
+                read(changed(file, path, lambda table, key: operator.setitem(table, key, odd)))
+                outcomes.append("read")
+            except FlyTomlError as error:
+                outcomes.append(re.sub(r"\d+: \S+: .+", "refused", str(error)))
+    assert set(outcomes) == {"read", "refused"}
+
+
+@pytest.mark.parametrize(
+    ("said", "versions", "notes"),
+    [
+        ({}, None, []),
+        ({"versions": ["TLSv1.2", "TLSv1.3"], "alpn": ["http/1.1"]}, None, []),
+        ({"versions": ["TLSv1.3"]}, ["TLSv1.3"], []),
+        ({"versions": ["TLSv1.1", "TLSv1.2"]}, ["TLSv1.2"], ["not honoured: TLSv1.1"]),
+        ({"versions": ["SSLv3"]}, None, ["not honoured: SSLv3"]),
+        ({"alpn": ["h2", "http/1.1"]}, None, ["not honoured: h2; clients get http/1.1"]),
+        ({"alpn": ["mqtt"]}, None, ["not honoured: mqtt; clients get http/1.1, or agree on nothing"]),
+    ],
+)
+def test_what_of_tls_options_holds(
+    said: dict[str, Any], versions: list[str] | None, notes: list[str]
+) -> None:
+    http = read({"app": "a", "http_service": {"tls_options": said}})
+    assert (http.app.get("tls_versions"), [note.text for note in http.notes]) == (versions, notes)
+    port = {"port": 8883, "handlers": ["tls"], "tls_options": said}
+    raw = read({"app": "a", "services": [{"ports": [port]}]})
+    assert raw.app["services"][0].get("tls_versions") == versions
+    assert [note.text for note in raw.notes if "tls_options" in note.key] == notes
+    assert isinstance(msgspec.convert(raw.app, AppConfig), AppConfig)
+
+
+def test_each_of_the_statics_is_told_with_what_it_says() -> None:
+    notes = {note.key: note.text for note in read(TOP).notes}
+    assert "url_prefix /static, guest_path /srv:" in notes["statics[0]"]
+    assert "tigris_bucket b, index_document index.html:" in notes["statics[1]"]
