@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from isthmus.checking.definition import Definition, read_definitions
@@ -73,6 +74,7 @@ class Keeper:
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: asyncio.Task[None] | None = None
         self._writing: asyncio.Task[None] | None = None
+        self._wakes = asyncio.Event()  # set when one of its machines has another goal
         self._steps: Counter[tuple[str, str]] = Counter()
 
     async def start(self) -> None:
@@ -126,6 +128,8 @@ class Keeper:
             self._review([*(target.id for target in self._table.targets()), *self._kept])
         else:
             self._review(str(change.pk[0]) for change in commit.changes if change.table == "machines")
+            if any(change.table == "goals" and change.pk[0] in self._kept for change in commit.changes):
+                self._wakes.set()
 
     def _review(self, machines: Iterable[str]) -> None:
         for machine in machines:
@@ -182,7 +186,10 @@ class Keeper:
                 self._tick()
             except Exception:
                 log.exception("machines are not looked after")
-            await asyncio.sleep(TICK_S)
+            self._wakes.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await self._wakes.wait()
 
     def _tick(self) -> None:
         now = self._now()
@@ -191,8 +198,7 @@ class Keeper:
                 kept.busy_at = now
             if kept.task is None and (now >= kept.not_before or self._is_outdated(kept)):
                 self._advance(kept, now)
-        if self._writing is None and any(kept.written != kept.says for kept in self._kept.values()):
-            self._writing = self._spawn(self._write_states())
+        self._write_changed()
 
     def _advance(self, kept: Kept, now: float) -> None:
         if not kept.found:
@@ -242,6 +248,7 @@ class Keeper:
             kept.task = None
         if step not in {None, Step.WAIT, Step.LOOK}:
             self._steps[name, result] += 1
+        self._write_changed()  # other nodes send requests by what they know of it
 
     async def _look(self, kept: Kept) -> Outcome:
         """Probe a machine that was started: all its checks must pass, or its port must be open."""
@@ -282,6 +289,10 @@ class Keeper:
         return 0 if target is None else target.load
 
     # Writing
+
+    def _write_changed(self) -> None:
+        if self._writing is None and any(kept.written != kept.says for kept in self._kept.values()):
+            self._writing = self._spawn(self._write_states())
 
     async def _write_states(self) -> None:
         try:

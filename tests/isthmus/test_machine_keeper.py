@@ -217,6 +217,17 @@ async def test_goal_that_changes_is_followed_at_any_time(world: World) -> None:
     assert world.driver.calls == calls
 
 
+async def test_goal_is_taken_up_and_what_came_of_it_told_without_waiting_for_the_next_look(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.machines.keeper.TICK_S", 3_600.0)
+    world.machine(goal="stopped")
+    await world.start()
+    await eventually("the first look", lambda: world.keeper._kept["m1"].found)
+    world.goal("started")
+    await world.settle("starting")
+
+
 async def test_machine_that_is_to_run_another_release_is_drained_stopped_and_started_with_it(
     world: World,
 ) -> None:
