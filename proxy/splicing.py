@@ -25,6 +25,8 @@ SPLICED_BYTES_MIN: Final = 262_144
 PIPE_BYTES: Final = 131_072
 # At a time, four files each; other bodies are copied.
 SPLICES_MAX: Final = 256
+# Fills of the pipe in one turn of the loop.
+_FILLS_MAX: Final = 8
 # Pipes kept for the next splice.
 _IDLE_MAX: Final = 16
 _FLAGS: Final = 1 | 2  # SPLICE_F_MOVE and SPLICE_F_NONBLOCK, which `os` names from 3.14 on
@@ -114,22 +116,25 @@ class Splice:
         self._pipes.put(self._pipe, empty=not self._held)
 
     def _fill(self) -> None:
-        owner = self._owner
-        if owner is None:
-            return
-        try:
-            size = os.splice(self._files[0], self._pipe[1], min(self._left, PIPE_BYTES), flags=_FLAGS)
-        except BlockingIOError:
-            return
-        except OSError:
-            size = 0
-        if not size:
-            self.stop()
-            owner.handle_splice_cut()
-            return
-        self._left -= size
-        self._held += size
-        self._drain()
+        # Until there is no more: after a reset uvloop tells of a file once, however much is still to be read.
+        for _ in range(_FILLS_MAX):
+            owner = self._owner
+            if owner is None or self._waits_to_write:
+                return
+            try:
+                size = os.splice(self._files[0], self._pipe[1], min(self._left, PIPE_BYTES), flags=_FLAGS)
+            except BlockingIOError:
+                return
+            except OSError:
+                size = 0
+            if not size:
+                self.stop()
+                owner.handle_splice_cut()
+                return
+            self._left -= size
+            self._held += size
+            self._drain()
+        self._loop.call_soon(self._fill)
 
     def _drain(self) -> None:
         owner = self._owner

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import socket
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,6 +111,54 @@ async def test_an_answer_that_breaks_off_is_cut_for_the_client_too(edge: Edge, m
     assert BODY.startswith(data[data.find(b"\r\n\r\n") + 4 :])
     assert moved
     assert edge.metrics.aborted["machine"] == 1
+
+
+class Outcome:
+    """What a splice told its owner."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.end = ""
+
+    def handle_spliced(self, size: int, *, waits: bool) -> None:
+        self.size += size
+
+    def handle_splice_ended(self) -> None:
+        self.end = "ended"
+
+    def handle_splice_cut(self) -> None:
+        self.end = "cut"
+
+    def handle_splice_refused(self) -> None:
+        self.end = "refused"
+
+
+def connect() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far = listener.accept()[0]
+    near.setblocking(False)
+    far.setblocking(False)
+    return near, far
+
+
+async def test_a_reset_behind_bytes_that_wait_is_noticed() -> None:
+    machine, source = connect()
+    sink, client = connect()
+    assert machine.send(BODY)
+    machine.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    machine.close()
+    outcome, pipes = Outcome(), splicing.Pipes()
+    with source, sink, client:
+        splice = splicing.Splice(asyncio.get_running_loop(), pipes, (source, sink), len(BODY), outcome)
+        try:
+            await wait_for(lambda: bool(outcome.end))
+        finally:
+            if not outcome.end:
+                splice.stop()
+    pipes.close()
+    assert outcome.end == "cut"
+    assert outcome.size
 
 
 async def test_a_machine_that_stalls_in_it_is_given_up(edge: Edge, moved: list[int]) -> None:
