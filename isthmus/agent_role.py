@@ -10,6 +10,7 @@ import logging
 import random
 import sqlite3
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isthmus.admin.deploys import DeployRoutes
@@ -18,6 +19,7 @@ from isthmus.admin.facts import FactRoutes
 from isthmus.admin.keys import KeyRoutes
 from isthmus.admin.lifecycle import LifecycleRoutes
 from isthmus.admin.metrics import WorkerTotals
+from isthmus.admin.rollouts import RolloutRoutes
 from isthmus.admin.server import AdminServer
 from isthmus.admin.staging import StagingRoutes
 from isthmus.admin.views import PRESENT, Views
@@ -34,6 +36,9 @@ from isthmus.machines.wiring import Machines
 from isthmus.registry import Registry, RegistryError
 from isthmus.reloading import Lifecycle
 from isthmus.role import RefusedError
+from isthmus.rollouts.errand import Errands
+from isthmus.rollouts.keeper import Keeper as RolloutKeeper
+from isthmus.rollouts.watch import Watch
 from isthmus.route_feed import RouteFeed
 from isthmus.sharing import Sharing
 from isthmus.staging.keeper import STAGED, Keeper
@@ -119,10 +124,11 @@ class AgentRole:
         self._routes = RouteFeed(self._table, config.database)
         self._totals = WorkerTotals(counted, on_counted)
         try:
+            Errands(Path(config.data), config.database).carry_out()
             self._credentials = Credentials(config.gossip)
             settings = agent_settings(config, self._credentials)
             schema = load_schema(config.database)
-        except (ConfigError, ReplicationError) as error:
+        except (ConfigError, OSError, ReplicationError) as error:
             raise RefusedError(f"the agent cannot start: {error}") from error
         self._on_lost = on_lost
         self._is_lost = False  # set when a successor is to be started in our place
@@ -162,6 +168,14 @@ class AgentRole:
             lambda: self._table.node_regions().values(),
             node=config.node,
             region=config.region,
+        )
+        self._rollouts = RolloutKeeper(
+            self._agent,
+            self._control,
+            lambda: self._config,
+            present=self._present_nodes,
+            watch=lambda: Watch(self._totals.samples, lambda: 0 if self._feed is None else self._feed.deaths),
+            restart=self._handle_lost,
         )
         self._feed: FeedServer | None = None
         self._admin: AdminServer | None = None
@@ -215,6 +229,7 @@ class AgentRole:
             LifecycleRoutes(self._control),
             others=[
                 StagingRoutes(self._staging, self._agent.members),
+                RolloutRoutes(self._rollouts),
                 DeployRoutes(self._agent, registry, self._conductor, spreader),
                 ExplainRoutes(lambda: self._config, self._table, self._agent, self._feed, self._credentials),
                 FactRoutes(
@@ -238,6 +253,7 @@ class AgentRole:
         self._sharing.start(self._feed)
         await self._machines.start(config, registry)
         await self._conductor.start()
+        await self._rollouts.start()
         return {"admin": self._admin.address, "gossip": gossip}
 
     async def stop(self) -> None:
@@ -249,6 +265,7 @@ class AgentRole:
         await self._stop(leaves=False)
 
     async def _stop(self, *, leaves: bool) -> None:
+        await self._rollouts.stop()
         await self._staging.stop()
         await self._conductor.stop()
         await self._machines.stop(leaves=leaves and not self._is_lost)
@@ -302,6 +319,7 @@ class AgentRole:
         self._checker.handle_commit(commit)
         self._machines.handle_commit(commit)
         self._staging.handle_commit(commit)
+        self._rollouts.handle_commit(commit)
 
     def _present_nodes(self) -> dict[str, str]:
         """Return the region of each node that takes part."""
@@ -325,6 +343,7 @@ class AgentRole:
         yield from self._conductor.samples()
         yield from self._sharing.samples()
         yield from self._staging.samples()
+        yield from self._rollouts.samples()
         yield from self._subscriptions.samples()
         yield from self._credentials.samples()
         if self._feed is not None:

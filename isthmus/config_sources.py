@@ -1,4 +1,4 @@
-"""Where the configuration comes from: defaults, the TOML file, the environment, flags; the later wins.
+"""Where the configuration comes from: defaults, rollouts, the file, the environment, flags; the later wins.
 
 Decides how these are merged, and how a mistake is told. Knows no setting by itself but those that a platform
 gives. Invariant: whatever is wrong is refused with the file and line, variable or flag that said it.
@@ -7,6 +7,7 @@ gives. Invariant: whatever is wrong is refused with the file and line, variable 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import socket
@@ -38,10 +39,13 @@ from isthmus.config import (
     unknown_region,
 )
 from isthmus.config_machines import DriverConfig
+from isthmus.rollouts.overlay import Overlay
 from isthmus.toml_lines import find_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+log = logging.getLogger(__name__)
 
 ENVIRONMENT_PREFIX = "ISTHMUS_"
 
@@ -69,11 +73,16 @@ def default_data_dir(environ: Mapping[str, str]) -> Path:
 
 
 def load_config(
-    file: Path | None, flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ
+    file: Path | None,
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str] = os.environ,
+    *,
+    is_start: bool = False,
 ) -> Config:
-    """Merge defaults, file, environment and flags into a valid Config.
+    """Merge defaults, what was rolled out, file, environment and flags into a valid Config.
 
-    Keys of `flags` are dotted names (`gossip.listen`); values of None were not given. Raises ConfigError.
+    Keys of `flags` are dotted names (`gossip.listen`); values of None were not given. Raises ConfigError. At
+    the start of a node, settings that were rolled out are left out when they are on trial or make no sense.
     """
     text = ""
     merged: dict[str, Any] = {}
@@ -91,6 +100,18 @@ def load_config(
         if value is not None:
             _set(merged, name, value)
             origins[name] = f"flag {flag_name(name)}"
+    overlay = Overlay(Path(str(merged["data"]))).read(is_start=is_start)
+    try:
+        return _convert(*_lay_under(overlay, merged, origins), file, text)
+    except ConfigError as error:
+        if not (overlay and is_start):
+            raise
+        config = _convert(merged, origins, file, text)  # or what is wrong is here, and told
+        log.warning("settings that were rolled out are left out", extra={"problem": str(error)})
+        return config
+
+
+def _convert(merged: dict[str, Any], origins: Mapping[str, str], file: Path | None, text: str) -> Config:
     try:
         config = msgspec.convert(merged, Config)
         _check_regions(config)
@@ -99,15 +120,50 @@ def load_config(
     return config
 
 
+def _lay_under(
+    overlay: str, merged: Mapping[str, Any], origins: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what is merged, and where it is from, with an overlay where nothing else is said."""
+    tree: dict[str, Any] = {
+        name: dict(value) if isinstance(value, dict) else value for name, value in merged.items()
+    }
+    told = dict(origins)
+    for name, value in _list_settings(_parse_toml(overlay, "what was rolled out")).items():
+        if _get(tree, name) is None:
+            _set(tree, name, value)
+            told[name] = "rolled out to all nodes"
+    return tree, told
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """Return the settings that a TOML text gives, by dotted name, and other sections of it by theirs.
+
+    Raises ConfigError when they make no sense beside the defaults.
+    """
+    tree = _parse_toml(text, "settings")
+    config = _convert({"node": "any", "data": "/", **tree}, {}, Path("settings"), text)
+    known = list(_list_settings(tree))
+    sections = {name.partition(".")[0] for name in known}
+    return {name: get_setting(config, name) for name in (*known, *(tree.keys() - sections))}
+
+
+def _list_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name in setting_types() if (value := _get(tree, name)) is not None}
+
+
 def _read_toml(file: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
+    return text, _parse_toml(text, str(file))
+
+
+def _parse_toml(text: str, source: str) -> dict[str, Any]:
     try:
-        return text, tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file}: {error}") from None
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _platform_defaults(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
@@ -190,6 +246,14 @@ def setting_types() -> dict[str, Any]:
         elif name not in ("regions", "drivers", "apps", "tcp"):
             found[name] = kind
     return found
+
+
+def get_setting(config: Config, setting: str) -> Any:
+    """Return what a configuration says of a setting with a dotted name."""
+    value: Any = config
+    for part in setting.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def _get(tree: Mapping[str, Any], name: str) -> Any:

@@ -7,18 +7,27 @@ tables, as routing and isthmus read them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
+import os
 import sqlite3
+import time
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+from replication.database import lock_file
 from replication.errors import SchemaError, StoreError
 from replication.schema import Schema
+from replication.schema_plan import plan_schema, read_schema
 from replication.sidetables import read_declared
+from replication.store import Store
 from routing.catalog import load_schema_sql
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from replication.schema_plan import Plan
 
 BUSY_TIMEOUT_S = 10.0
 
@@ -53,3 +62,35 @@ def load_schema(database: Path) -> Schema:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return combine_schema("")  # what becomes of such a file is decided where it is opened to be used
         raise StoreError(f"{database}: {error}") from error
+
+
+def make_plan(connection: sqlite3.Connection, declared: str | None) -> tuple[Plan, str]:
+    """Return what it takes to bring a file to a schema file, and the text of that; None: the one that it has.
+
+    Raises SchemaError.
+    """
+    text = read_declared(connection) if declared is None else declared
+    return plan_schema(connection, combine_schema(text)), text
+
+
+def read_plan(database: Path, declared: str | None) -> tuple[Plan, str]:
+    """Return the same of a file that others may have open. Blocks; raises SchemaError and sqlite3.Error."""
+    with closing(sqlite3.connect(database, isolation_level=None, timeout=BUSY_TIMEOUT_S)) as connection:
+        connection.execute("PRAGMA query_only = ON")
+        return make_plan(connection, declared)
+
+
+@contextlib.contextmanager
+def open_alone(database: Path) -> Iterator[sqlite3.Connection]:
+    """Provide the file of a node without an agent, with all gathered that was written to it.
+
+    Blocks; raises StoreError when an agent has it.
+    """
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, lock_file(database))
+        with closing(sqlite3.connect(database)) as connection:
+            current = read_schema(connection)
+        store = Store.open(database, current)
+        undo.callback(store.close)
+        store.capture(time.time_ns() // 1_000_000)
+        yield store.connection

@@ -150,6 +150,7 @@ class FeedServer:
         # Called with a machine that requests wait for; may be replaced.
         self.on_start: Callable[[str], None] = lambda _: None
         self.trials: Trials | None = None  # may be set before `start`
+        self.deaths = 0  # of followers that went without a word
         self.last_seq = last_seq
         self._recent: deque[tuple[int, bytes]] = deque(maxlen=COMMITS_KEPT)
         self._followers: dict[asyncio.StreamWriter, str] = {}
@@ -260,6 +261,7 @@ class FeedServer:
         worker = self._followers.pop(writer, None)
         if worker is None or worker in self._followers.values():
             return
+        self.deaths += is_death
         self.failing.pop(worker, None)
         self._on_gone(worker)
         if self._interested is not None:

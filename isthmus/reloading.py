@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from isthmus.config import Config, ConfigError
-from isthmus.config_sources import setting_types
+from isthmus.config_sources import get_setting, setting_types
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -33,6 +33,7 @@ class Lifecycle(msgspec.Struct, frozen=True):
 
     generation: int = 1  # counts upgrades that succeeded
     reload_problem: str = ""
+    kept: str = ""  # which process goes on with its former settings all the same, and why
     changed: tuple[str, ...] = ()  # settings that the last reload changed
     restart: tuple[str, ...] = ()  # settings that the sources say otherwise, until a restart or an upgrade
     upgrade_problem: str = ""
@@ -63,7 +64,7 @@ def plan_reload(told: Config, used: Config, fresh: Config) -> ReloadPlan:
     changed: list[str] = []
     restart: list[str] = []
     for setting in (*setting_types(), "regions", "apps", "tcp"):
-        if _get(told, setting) != _get(fresh, setting):
+        if get_setting(told, setting) != get_setting(fresh, setting):
             live = is_live(setting) and not (setting.startswith("gossip.") and told.gossip.sealed is False)
             (changed if live else restart).append(setting)
     try:
@@ -74,13 +75,6 @@ def plan_reload(told: Config, used: Config, fresh: Config) -> ReloadPlan:
         raise ConfigError(f"{error}; that takes a restart, with {', '.join(restart)}") from None
 
 
-def _get(config: Config, setting: str) -> Any:
-    value: Any = config
-    for part in setting.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def _with(config: Config, fresh: Config, settings: list[str]) -> Config:
     """Return the configuration with these settings as in the fresh one."""
     changes: dict[str, Any] = {}
@@ -88,9 +82,9 @@ def _with(config: Config, fresh: Config, settings: list[str]) -> Config:
     for setting in settings:
         section, dot, key = setting.partition(".")
         if dot:
-            sections.setdefault(section, {})[key] = _get(fresh, setting)
+            sections.setdefault(section, {})[key] = get_setting(fresh, setting)
         else:
-            changes[setting] = _get(fresh, setting)
+            changes[setting] = get_setting(fresh, setting)
     for section, keys in sections.items():
         changes[section] = msgspec.structs.replace(getattr(config, section), **keys)
     return msgspec.structs.replace(config, **changes)
@@ -120,17 +114,18 @@ class Reloader:
         self.lifecycle = Lifecycle()
         self._read = read or (lambda: self.told)
 
-    async def reload(self, adopt: Callable[[Config], Awaitable[None]]) -> Lifecycle:
+    async def reload(self, adopt: Callable[[Config], Awaitable[str]]) -> Lifecycle:
         """Have the node adopt what the sources say now.
 
-        `adopt` raises ConfigError when it cannot be done, and has changed nothing then.
+        `adopt` raises ConfigError when it cannot be done, and has changed nothing then. It returns why one
+        process goes on with its former settings, if one does.
         """
-        problem = ""
+        problem = kept = ""
         changed: tuple[str, ...] = ()
         restart = self.lifecycle.restart
         try:
             plan = plan_reload(self.told, self.used, self._read())
-            await adopt(plan.used)
+            kept = await adopt(plan.used)
             self.used, self.told, changed, restart = plan
         except ConfigError as error:
             problem = str(error)
@@ -138,6 +133,6 @@ class Reloader:
             log.exception("the configuration could not be read again")
             problem = f"internal error: {error!r}"
         self.lifecycle = msgspec.structs.replace(
-            self.lifecycle, reload_problem=problem, changed=changed, restart=restart
+            self.lifecycle, reload_problem=problem, kept=kept, changed=changed, restart=restart
         )
         return self.lifecycle

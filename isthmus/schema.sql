@@ -31,3 +31,29 @@ CREATE TABLE quarantines (
     what TEXT NOT NULL DEFAULT '[]',         -- JSON list of rows: table, then key
     PRIMARY KEY (site, hlc, node)
 );
+
+-- Settings or tables that all nodes are to take up, some of them first. Written where it is begun, and by
+-- whoever finds out what becomes of it. See docs/rollouts.md.
+CREATE TABLE rollouts (
+    id TEXT NOT NULL PRIMARY KEY,
+    kind TEXT NOT NULL DEFAULT '',           -- config, schema
+    body TEXT NOT NULL DEFAULT '',           -- the settings as TOML, or the schema file
+    steps TEXT NOT NULL DEFAULT '[]',        -- JSON list of lists of nodes: who takes it up with whom, in turn
+    bake_ms INTEGER NOT NULL DEFAULT 0,      -- how long a step is watched
+    status TEXT NOT NULL DEFAULT '',         -- running, done, back
+    reason TEXT NOT NULL DEFAULT '',         -- why it went back
+    node TEXT NOT NULL DEFAULT '',           -- where it was begun
+    created_by TEXT NOT NULL DEFAULT '',     -- who asked for it
+    created_ms INTEGER NOT NULL DEFAULT 0,
+    finished_ms INTEGER NOT NULL DEFAULT 0   -- 0: it goes on
+);
+
+-- How it goes on one node. Written by that node, or by another when it is gone.
+CREATE TABLE rollout_reports (
+    rollout TEXT NOT NULL,
+    node TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT '',          -- trying, good, failed, back
+    detail TEXT NOT NULL DEFAULT '',
+    at_ms INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (rollout, node)
+);

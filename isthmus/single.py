@@ -82,7 +82,7 @@ class _Single:
         self._worker.refresh()
         return lifecycle
 
-    async def _adopt(self, config: Config) -> None:
+    async def _adopt(self, config: Config) -> str:
         await asyncio.to_thread(check_files, config, self._reloader.used)
         try:
             await self._agent.adopt(config)
@@ -90,6 +90,7 @@ class _Single:
         except RefusedError as error:
             raise ConfigError(str(error)) from error
         setup_logging(config.log.format, config.log.level, "node")
+        return ""
 
     def _handle_hangup(self) -> None:
         task = asyncio.create_task(self.reload())

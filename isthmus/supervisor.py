@@ -219,8 +219,9 @@ class Supervisor:
             if time.monotonic() - started > STABLE_S:
                 backoff = RESTART_MIN_S
             # One that has served before may do so again: the others go on without it meanwhile.
-            log.error(
-                "a process died and is restarted",
+            log.log(
+                logging.INFO if child.is_lost else logging.ERROR,
+                f"a process {'ended' if child.is_lost else 'died'} and is restarted",  # noqa: G004 - two words
                 extra={
                     "child": child.name,
                     "exit": code,
@@ -320,7 +321,7 @@ class Supervisor:
             await self._tell(reloaded=True)
             notify("READY=1")
 
-    async def _adopt(self, config: Config) -> None:
+    async def _adopt(self, config: Config) -> str:
         """Have the agent adopt a configuration, which may refuse it, and then the others."""
         await asyncio.to_thread(check_files, config, self._reloader.used)
         agent = self._agent()
@@ -329,10 +330,13 @@ class Supervisor:
             raise ConfigError(problem)
         workers = [child for child in self._all() if child.role == "worker" and child.ready.is_set()]
         answers = await asyncio.gather(*(child.order(ADOPT_S, adopt=config) for child in workers))
+        kept = ""
         for child, problem in zip(workers, answers, strict=True):
             if problem:
                 log.error("a worker keeps its settings", extra={"child": child.name, "problem": problem})
+                kept = f"{child.name}: {problem}"
         setup_logging(config.log.format, config.log.level, "node")
+        return kept
 
     async def _tell(self, *, reloaded: bool = False) -> None:
         """Let the agent know what it may be asked for."""

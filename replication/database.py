@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import aiosqlite
 
 from replication.core.change import Commit, SqlValue
-from replication.errors import BusyError, ReadOnlyError, ReplacedError, ReplicationError, StoreError
+from replication.errors import BusyError, InUseError, ReadOnlyError, ReplacedError, ReplicationError, StoreError
 from replication.schema import Schema
 from replication.store import Store, Synchronous
 from replication.tables import read_lossy
@@ -417,5 +417,5 @@ def lock_file(path: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(lock)
-        raise StoreError(f"{path}: another agent has it open") from error
+        raise InUseError(f"{path}: another agent has it open") from error
     return lock

@@ -52,6 +52,10 @@ class StoreError(ReplicationError):
     """The database file cannot be used: not ours, damaged, or full."""
 
 
+class InUseError(StoreError):
+    """Another agent has the database open."""
+
+
 class ReadOnlyError(StoreError):
     """The disk is full or fails: nothing can be written until that is over; reads go on."""
 

@@ -57,10 +57,7 @@ class DeployRoutes:
         return _json(release.describe(), 202)
 
     async def _cancel(self, request: web.Request) -> web.Response:
-        by = request.query.get("by", "")
-        if not (by.isascii() and by.isprintable()):
-            raise RegistryError("who cancels it is told in printable ASCII")
-        release = await self._conductor.cancel(request.match_info["app"], by)
+        release = await self._conductor.cancel(request.match_info["app"], read_who(request))
         return _json(release.describe(), 202)
 
     async def _list(self, request: web.Request) -> web.Response:
@@ -79,6 +76,14 @@ class DeployRoutes:
         wish = msgspec.json.decode(await request.read(), type=Wish)
         app = request.match_info["app"]
         return _json(await self._spreader.scale(app, wish.count, wish.regions, dry_run=wish.dry_run))
+
+
+def read_who(request: web.Request) -> str:
+    """Return who asks, as the request says. Raises RegistryError."""
+    by = request.query.get("by", "")
+    if not (by.isascii() and by.isprintable()):
+        raise RegistryError("who cancels it is told in printable ASCII")
+    return by
 
 
 def _json(data: object, status: int = 200) -> web.Response:

@@ -20,6 +20,7 @@ from isthmus import credentials
 from isthmus.checking import checker
 from isthmus.deploys import conductor
 from isthmus.machines import wiring
+from isthmus.rollouts import keeper as rollouts
 from isthmus.staging import keeper
 from proxy.metrics import unfold
 
@@ -53,6 +54,7 @@ def known_metrics() -> dict[str, tuple[str, str]]:
         **checker.METRICS,
         **wiring.METRICS,
         **keeper.METRICS,
+        **rollouts.METRICS,
         **conductor.METRICS,
         **credentials.METRICS,
         **OWN_METRICS,

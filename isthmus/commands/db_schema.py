@@ -11,7 +11,6 @@ import contextlib
 import os
 import sqlite3
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +99,8 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def run_apply(args: argparse.Namespace) -> int:
     """Carry out the plan of that id; refuse when it is not what it would take any more."""
-    from replication.schema_apply import apply_plan  # noqa: PLC0415 — other verbs start without it
+    from isthmus.declared import make_plan  # noqa: PLC0415 — other verbs start without it
+    from replication.schema_apply import apply_plan  # noqa: PLC0415 — see above
 
     with _told():
         plan, declared = _read_plan(args)
@@ -109,7 +109,7 @@ def run_apply(args: argparse.Namespace) -> int:
         _confirm(args, "Carry it out?")
         try:
             with _stopped(args) as connection:
-                _check_shown(args, _make_plan(connection, args.file)[0])
+                _check_shown(args, make_plan(connection, _read_file(args))[0])
                 apply_plan(connection, plan, declared)
         except ConfigError:
             if not plan.only_adds:
@@ -157,22 +157,17 @@ def run_forget(args: argparse.Namespace) -> int:
 
 
 def _read_plan(args: argparse.Namespace) -> tuple[Plan, str]:
+    """Return the plan, and the text of the schema file that it is for."""
+    from isthmus.declared import read_plan  # noqa: PLC0415 — other verbs start without it
+
     database = _database(args)
     if not database.exists():
         raise ClientError(f"{database}: there is no database; start the node once")
-    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
-        connection.execute("PRAGMA query_only = ON")
-        return _make_plan(connection, args.file)
+    return read_plan(database, _read_file(args))
 
 
-def _make_plan(connection: sqlite3.Connection, file: Path | None) -> tuple[Plan, str]:
-    """Return the plan, and the text of the schema file that it is for."""
-    from isthmus.declared import combine_schema  # noqa: PLC0415 — other verbs start without it
-    from replication.schema_plan import plan_schema  # noqa: PLC0415 — see above
-    from replication.sidetables import read_declared  # noqa: PLC0415 — see above
-
-    declared = read_declared(connection) if file is None else file.read_text("utf-8")
-    return plan_schema(connection, combine_schema(declared)), declared
+def _read_file(args: argparse.Namespace) -> str | None:
+    return None if args.file is None else args.file.read_text("utf-8")
 
 
 def _tell_plan(plan: Plan) -> str:
@@ -204,23 +199,17 @@ def _database(args: argparse.Namespace) -> Path:
 @contextlib.contextmanager
 def _stopped(args: argparse.Namespace) -> Iterator[sqlite3.Connection]:
     """Provide the file of a stopped node, alone, with all that was written to it gathered."""
-    from replication.database import lock_file  # noqa: PLC0415 — other verbs start without it
-    from replication.schema_plan import read_schema  # noqa: PLC0415 — see above
-    from replication.store import Store  # noqa: PLC0415 — see above
+    from isthmus.declared import open_alone  # noqa: PLC0415 — other verbs start without it
 
     database = _database(args)
     if not database.exists():
         raise ClientError(f"{database}: there is no database; start the node once")
     data_lock = asyncio.run(lock_data_dir(Config(node="schema", data=str(database.parent))))
-    with contextlib.ExitStack() as undo:
-        undo.callback(os.close, data_lock)
-        undo.callback(os.close, lock_file(database))
-        with contextlib.closing(sqlite3.connect(database)) as connection:
-            current = read_schema(connection)
-        store = Store.open(database, current)
-        undo.callback(store.close)
-        store.capture(time.time_ns() // 1_000_000)
-        yield store.connection
+    try:
+        with open_alone(database) as connection:
+            yield connection
+    finally:
+        os.close(data_lock)
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def run_deploy(args: argparse.Namespace) -> int:
     """Begin, cancel or follow a deploy."""
     client = make_client(args)
     if args.cancel:
-        release = client.post(f"/v1/deploys/{quote(args.app)}/cancel?by={quote(_whoami())}")
+        release = client.post(f"/v1/deploys/{quote(args.app)}/cancel?by={quote(find_whoami())}")
         return _follow(client, release, args)
     if args.follow:
         return _follow(client, client.get(f"/v1/releases/{quote(args.app)}/last?after=999999999"), args)
@@ -111,7 +111,8 @@ def _parse_machine(text: str) -> dict[str, str]:
     return {"address": address, **({"region": region} if region else {})}
 
 
-def _whoami() -> str:
+def find_whoami() -> str:
+    """Return who asks for a change, for those who look at it later."""
     try:
         return f"{getpass.getuser()}@{socket.gethostname()}"[:128]
     except (KeyError, OSError):
@@ -120,7 +121,7 @@ def _whoami() -> str:
 
 def _begin(client: AdminClient, args: argparse.Namespace, order: dict[str, Any]) -> int:
     names = ("strategy", "max_unavailable", "ready_s", "watch_s", "drain_s")
-    order |= {"app": args.app, "by": _whoami()}
+    order |= {"app": args.app, "by": find_whoami()}
     order |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return _follow(client, client.post("/v1/deploys", order), args)
 

@@ -103,11 +103,11 @@ def run(args: argparse.Namespace) -> int:
     flags: dict[str, Any] = {setting: getattr(args, flag) for flag, setting in _SETTINGS.items()}
     flags["apps"] = _front(args)
 
-    def read() -> Config:
-        return load_config(file, flags)
+    def read(*, is_start: bool = False) -> Config:
+        return load_config(file, flags, is_start=is_start)
 
     handover = take_over(os.environ)
-    config = read_or_revive(read, handover)
+    config = read_or_revive(lambda: read(is_start=True), handover)
     setup_logging(config.log.format, config.log.level, "node")
     if args.dry_run:
         return _rehearse(config)

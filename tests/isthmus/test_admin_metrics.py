@@ -16,6 +16,7 @@ from isthmus.admin.metrics import GONE_MAX, OWN_METRICS, WorkerTotals, expose, k
 from isthmus.checking import checker
 from isthmus.deploys import conductor
 from isthmus.machines import wiring
+from isthmus.rollouts import keeper as rollouts
 from isthmus.staging import keeper
 from proxy.metrics import ProxyMetrics
 
@@ -154,6 +155,7 @@ def test_no_two_parts_describe_the_same_metric() -> None:
         checker.METRICS,
         wiring.METRICS,
         keeper.METRICS,
+        rollouts.METRICS,
         conductor.METRICS,
         credentials.METRICS,
         OWN_METRICS,
