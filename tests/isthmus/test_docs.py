@@ -15,6 +15,7 @@ from isthmus.admin.explain import ExplainRoutes
 from isthmus.admin.facts import FactRoutes
 from isthmus.admin.keys import KeyRoutes
 from isthmus.admin.lifecycle import LifecycleRoutes
+from isthmus.admin.rollouts import RolloutRoutes
 from isthmus.admin.metrics import known_metrics
 from isthmus.admin.server import AdminServer
 from isthmus.admin.staging import StagingRoutes
@@ -164,6 +165,7 @@ def paths() -> set[str]:
             ExplainRoutes(None, None, None, None, None),
             FactRoutes(None, None, None, None, None, None, None),
             DeployRoutes(None, None, None, None),
+            RolloutRoutes(None),
             StagingRoutes(None, list),
         ],
     }
