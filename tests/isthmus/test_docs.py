@@ -15,8 +15,8 @@ from isthmus.admin.explain import ExplainRoutes
 from isthmus.admin.facts import FactRoutes
 from isthmus.admin.keys import KeyRoutes
 from isthmus.admin.lifecycle import LifecycleRoutes
-from isthmus.admin.rollouts import RolloutRoutes
 from isthmus.admin.metrics import known_metrics
+from isthmus.admin.rollouts import RolloutRoutes
 from isthmus.admin.server import AdminServer
 from isthmus.admin.staging import StagingRoutes
 from isthmus.config import (
