@@ -217,7 +217,8 @@ class AgentRole:
         spreader = Spreader(self._table, self._agent, registry, drivers, node=config.node, clock_ms=_now_ms)
         lifecycle, last_probes = (lambda: self._control.lifecycle), self._checker.last_probes
         staged = self._staging.count
-        views = Views(config, self._agent, self._table, self._feed, lifecycle, last_probes, staged)
+        rollout = self._rollouts.describe
+        views = Views(config, self._agent, self._table, self._feed, lifecycle, last_probes, staged, rollout)
         self._admin = AdminServer(
             config.admin,
             views,

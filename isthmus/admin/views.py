@@ -65,11 +65,13 @@ class Views:
         lifecycle: Callable[[], Lifecycle] = Lifecycle,
         last_probes: Callable[[], Mapping[tuple[str, str], LastProbe]] = dict,
         staged: Callable[[], Mapping[str, int]] = dict,
+        rollout: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self._config = config
         self._lifecycle = lifecycle
         self._last_probes = last_probes
         self._staged = staged
+        self._rollout = rollout
         self._agent = agent
         self._table = table
         self._feed = feed
@@ -94,6 +96,7 @@ class Views:
             "replication": self._agent.status(),
             "rejected_rows": rejected,
             "staged": self._staged(),
+            "rollout": self._rollout(),
         }
 
     def nodes(self) -> Rows:

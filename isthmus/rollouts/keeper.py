@@ -446,12 +446,20 @@ class Keeper:
         ]
         return {**shown, "nodes": nodes}
 
+    def describe(self) -> dict[str, Any]:
+        """Return the rollout that is under way, and those that this node could not take up, as last seen."""
+        running = find_running(self._rollouts)
+        latest = [one for kind in Kind if (one := find_latest(self._rollouts, kind)) is not None]
+        own = {one.id: self._reports.get(one.id, {}).get(self._node) for one in latest}
+        return {
+            "running": None if running is None else self._show(running, self._reports),
+            "failed": [
+                id_ for id_, report in own.items() if report is not None and report.state is State.FAILED
+            ],
+        }
+
     def samples(self) -> Iterator[Sample]:
         """Yield the metrics that METRICS names."""
-        yield "isthmus_rollouts_running", (), float(find_running(self._rollouts) is not None)
-        failed = 0
-        for kind in Kind:
-            latest = find_latest(self._rollouts, kind)
-            own = None if latest is None else self._reports.get(latest.id, {}).get(self._node)
-            failed += own is not None and own.state is State.FAILED
-        yield "isthmus_rollout_failed", (), float(failed > 0)
+        shown = self.describe()
+        yield "isthmus_rollouts_running", (), float(shown["running"] is not None)
+        yield "isthmus_rollout_failed", (), float(bool(shown["failed"]))
