@@ -120,10 +120,16 @@ class Spreader:
             return ""
         try:
             made = await self._drivers[like.driver].create(template, region)
-            config = MachineConfig(address=made.address, id=made.id, region=region, driver=like.driver)
-        except (DriverError, ValueError) as error:
+        except DriverError as error:
             return str(error)
-        _, added = await self._registry.plan_machines(app, [config], "")
+        known = self._table.machine(made.id) is not None
+        if known or made.id in {change["machine"] for change in changes}:
+            return f"{like.driver} says that it has made {made.id}, which is there already"
+        try:
+            config = MachineConfig(address=made.address, id=made.id, region=region, driver=like.driver)
+            _, added = await self._registry.plan_machines(app, [config], "")
+        except (RegistryError, ValueError) as error:
+            return f"{like.driver} has made {made.id}, which cannot be added: {error}"
         await self._database.execute([*added, *await self._start(app, made.id)])
         changes.append(_describe(region, made.id, "create"))
         return ""

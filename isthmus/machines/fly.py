@@ -7,7 +7,7 @@ a machine is named by its own id in the app of that name, unless the configurati
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 import orjson
@@ -21,6 +21,20 @@ if TYPE_CHECKING:
 
 # While it stops or is suspended, it is looked at so often.
 LOOK_S = 0.5
+
+# States of a machine there, some of them; it is in others only for a moment.
+RUNNING: Final = frozenset(("started", "starting"))
+ENDED: Final = frozenset(("stopped", "suspended", "destroyed", "failed"))
+# Refusals that are about the machine. For others (who asks, how often, faults) it is not to lose its memory.
+CANNOT: Final = frozenset((400, 409, 412, 422, 501))
+
+
+class RefusedError(DriverError):
+    """The API does not want to."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class FlyDriver:
@@ -36,56 +50,76 @@ class FlyDriver:
     async def start(self, machine: Machine) -> None:
         """Start or resume it; with another image first, if it is to have one. That starts it too."""
         if machine.release:
-            config = (await self._call("GET", machine, "")).get("config")
-            if isinstance(config, dict) and config.get("image") != machine.release:
+            config = await self._find_config(machine)
+            if config.get("image") != machine.release:
                 await self._call("POST", machine, "", {"config": {**config, "image": machine.release}})
                 return
-        await self._call("POST", machine, "start")
+        await self._change(machine, "start", RUNNING)
 
     async def stop(self, machine: Machine) -> None:
         """Stop it, and wait until it is."""
-        await self._call("POST", machine, "stop")
-        await self._wait(machine, "stopped")
+        await self._change(machine, "stop", ENDED)
+        await self._wait(machine, "stop")
 
     async def suspend(self, machine: Machine) -> bool:
         """Suspend it; the API refuses that for some machines, which are stopped."""
         try:
-            await self._call("POST", machine, "suspend")
-        except DriverError:
+            await self._change(machine, "suspend", ENDED)
+        except RefusedError as refusal:
+            if refusal.status not in CANNOT:
+                raise
             await self.stop(machine)
             return False
-        await self._wait(machine, "suspended")
-        return True
+        return await self._wait(machine, "suspend") == "suspended"
 
     async def is_running(self, machine: Machine) -> bool | None:
         """Ask for its state."""
-        answer = await self._call("GET", machine, "")
-        state = answer.get("state")
-        if state in {"started", "starting"}:
+        state = await self._find_state(machine)
+        if state in RUNNING:
             return True
-        return False if state in {"stopped", "suspended", "created", "destroyed", "failed"} else None
+        return False if state in ENDED or state == "created" else None
 
     async def create(self, like: Machine, region: str) -> Made:
         """Make one with the same configuration; its address is the private one."""
-        config = (await self._call("GET", like, "")).get("config")
+        config = await self._find_config(like)
         path = f"/v1/apps/{quote(self._config.app or like.app, safe='')}/machines"
         made = await self._ask("POST", path, "a new machine", {"region": region, "config": config})
-        if not made.get("id") or not made.get("private_ip"):
-            raise DriverError("the Machines API does not say what it has made")
-        host = f"[{made['private_ip']}]"
-        return Made(str(made["id"]), host if like.port is None else f"{host}:{like.port}")
+        machine, address = made.get("id"), made.get("private_ip")
+        if not (machine and address and isinstance(machine, str) and isinstance(address, str)):
+            raise DriverError("the Machines API does not say what it has made: `id` and `private_ip`")
+        host = f"[{address}]" if ":" in address else address
+        return Made(machine, host if like.port is None else f"{host}:{like.port}")
 
     def explain_end(self, machine: Machine) -> tuple[str, bool]:  # noqa: ARG002 — as Driver has it
         """Whoever has stopped it there did not say so here."""
         return "it was stopped elsewhere", True
 
-    async def _wait(self, machine: Machine, state: str) -> None:
+    async def _find_config(self, machine: Machine) -> dict[str, Any]:
+        config = (await self._call("GET", machine, "")).get("config")
+        if not isinstance(config, dict):
+            raise DriverError(f"the Machines API does not say how {machine.id} is configured")
+        return config
+
+    async def _find_state(self, machine: Machine) -> str:
+        return str((await self._call("GET", machine, "")).get("state"))
+
+    async def _change(self, machine: Machine, action: str, reached: frozenset[str]) -> None:
+        """Ask for it. A refusal does not matter where there is nothing left to do."""
+        try:
+            await self._call("POST", machine, action)
+        except RefusedError as refusal:
+            if refusal.status not in CANNOT or await self._find_state(machine) not in reached:
+                raise
+
+    async def _wait(self, machine: Machine, action: str) -> str:
+        """Return in which state it has ended."""
         try:
             async with asyncio.timeout(self._config.timeout_ms / 1000):
-                while (await self._call("GET", machine, "")).get("state") != state:  # noqa: ASYNC110 — of others
+                while (state := await self._find_state(machine)) not in ENDED:  # noqa: ASYNC110 — of others
                     await asyncio.sleep(LOOK_S)
+                return state
         except TimeoutError:
-            raise DriverError(f"it was not {state} within {self._config.timeout_ms} ms") from None
+            raise DriverError(f"it did not {action} within {self._config.timeout_ms} ms") from None
 
     async def _call(
         self, method: str, machine: Machine, action: str, body: dict[str, Any] | None = None
@@ -100,7 +134,8 @@ class FlyDriver:
         headers = {"Authorization": f"Bearer {self._config.token}", "Content-Type": "application/json"}
         status, answer = await ask(method, f"{self._base}{path}", self._config.timeout_ms, payload, headers)
         if not 200 <= status < 300:
-            raise DriverError(f"the Machines API answers {what} with {explain_refusal(status, answer)}")
+            told = f"the Machines API answers {what} with {explain_refusal(status, answer)}"
+            raise RefusedError(told, status)
         try:
             found = orjson.loads(answer or b"{}")
         except orjson.JSONDecodeError:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import aiohttp
+import msgspec
 import orjson
 
 from isthmus.machines.driver import DriverError, Machine, Made
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 # What of an answer that refuses is told.
 ANSWER_CHARS_MAX = 200
+# The description of a machine takes a few kilobytes.
+ANSWER_BYTES_MAX = 1 << 20
 
 
 def sign(secret: str, at_s: int, body: bytes) -> str:
@@ -31,22 +35,38 @@ def sign(secret: str, at_s: int, body: bytes) -> str:
 async def ask(
     method: str, url: str, timeout_ms: int, body: bytes, headers: dict[str, str]
 ) -> tuple[int, bytes]:
-    """Send one request; follows no redirect. Raises DriverError when there is no answer."""
+    """Send one request; follows no redirect. Raises DriverError when there is no answer.
+
+    What it says names the host alone: users, paths and queries of a URL may be secrets, and all nodes see it.
+    """
+    answer = bytearray()
     try:
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(timeout_ms / 1000)) as session,
             session.request(method, url, data=body, headers=headers, allow_redirects=False) as response,
         ):
-            return response.status, await response.content.read(1 << 20)
-    except (TimeoutError, aiohttp.ClientError, OSError) as error:
-        told = str(error) or f"no answer within {timeout_ms} ms"
-        raise DriverError(f"{url.partition('?')[0]}: {told}") from None
+            async for piece in response.content.iter_any():
+                answer += piece
+                if len(answer) > ANSWER_BYTES_MAX:
+                    raise aiohttp.ClientPayloadError(f"more than {ANSWER_BYTES_MAX} bytes")
+            return response.status, bytes(answer)
+    except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
+        host = urlsplit(url).netloc.rpartition("@")[2]
+        told = str(error).replace(url, host) or f"no answer within {timeout_ms} ms"
+        raise DriverError(f"{host}: {told}") from None
 
 
 def explain_refusal(status: int, answer: bytes) -> str:
     """Return what an answer says that will not do."""
     text = " ".join(answer.decode("utf-8", "replace").split())
     return f"{status}: {text[:ANSWER_CHARS_MAX]}" if text else str(status)
+
+
+class _Answer(msgspec.Struct):
+    """What a webhook says of the machine that it has made."""
+
+    machine: Annotated[str, msgspec.Meta(min_length=1)]
+    address: Annotated[str, msgspec.Meta(min_length=1)]
 
 
 class WebhookDriver:
@@ -85,10 +105,10 @@ class WebhookDriver:
         """Have one more made; the answer has its id as `machine`, and its `address`."""
         _, answer = await self._post("create", like._replace(id="", region=region))
         try:
-            made = orjson.loads(answer)
-            return Made(str(made["machine"]), str(made["address"]))
-        except (orjson.JSONDecodeError, KeyError, TypeError):
+            made = msgspec.json.decode(answer, type=_Answer)
+        except msgspec.DecodeError:
             raise DriverError("the webhook does not say what it has made: `machine` and `address`") from None
+        return Made(made.machine, made.address)
 
     def explain_end(self, machine: Machine) -> tuple[str, bool]:  # noqa: ARG002 — as Driver has it
         """Nobody says so."""

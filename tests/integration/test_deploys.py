@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import subprocess
 import sys
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
-from tests.integration.processes import ROOT, Node, clean_environment, free_port, request, wait_for
+from tests.integration.processes import (
+    ROOT,
+    Node,
+    clean_environment,
+    closing_all,
+    free_port,
+    request,
+    wait_for,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -151,3 +161,94 @@ def test_blue_green_flips_to_spares_and_a_rollback_flips_back(node: Node) -> Non
     said = isthmus(node, "releases", "web").stdout
     shown = [line.split()[1:4] for line in said.splitlines()[1:3]]
     assert shown == [["5", "v2", "complete"], ["4", "v1", "complete"]]
+
+
+class Maker(http.server.BaseHTTPRequestHandler):
+    """A webhook, the Machines API, and the machines that both make: what is asked for is there at once."""
+
+    protocol_version = "HTTP/1.1"
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/v1/"):
+            self._answer({"id": "flown-1", "state": "started", "config": {"image": "web:1"}})
+        else:
+            self._answer({"host": self.server.server_address[0]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+        self.asked.append(f"{self.path} {body.get('action', '')}".strip())
+        port = self.server.server_address[1]
+        if self.path.endswith("/machines"):
+            self._answer({"id": "flown-2", "private_ip": "127.0.0.2", "state": "created"})
+        else:
+            self._answer({"machine": "hooked-2", "address": f"127.0.0.2:{port}"})
+
+    def _answer(self, said: dict[str, Any]) -> None:
+        body = json.dumps(said).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def made_machines() -> Iterator[int]:
+    """Serve at two addresses, with the same port: the machines that are there, and those to come."""
+    port = free_port("127.0.0.2")
+    servers = [http.server.ThreadingHTTPServer((host, port), Maker) for host in ("127.0.0.1", "127.0.0.2")]
+    for server in servers:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+    try:
+        yield port
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+
+
+def test_scale_has_drivers_make_machines_that_then_serve(tmp_path: Path) -> None:
+    with made_machines() as port, closing_all() as started:
+        apps = "".join(
+            f"""
+[[apps]]
+name = "{name}"
+hosts = ["{name}.test"]
+[[apps.machines]]
+id = "{name}-1"
+address = "127.0.0.1:{port}"
+driver = "{name}"
+"""
+            for name in ("hooked", "flown")
+        )
+        text = f"""
+proxy.listen = "127.0.0.1:0"
+admin.listen = "127.0.0.1:0"
+gossip.listen = "127.0.0.1:0"
+[drivers.hooked]
+type = "webhook"
+url = "http://127.0.0.1:{port}/hook"
+secret = "s"
+[drivers.flown]
+type = "fly"
+url = "http://127.0.0.1:{port}"
+token = "t"
+{apps}"""
+        node = Node("n1", tmp_path, text)
+        started.append(node)
+        scaled = isthmus(node, "scale", "count", "2", "--app", "hooked")
+        assert (scaled.stdout, scaled.stderr, scaled.returncode) == ("local: create hooked-2\n", "", 0)
+        (change,) = node.change("apps/flown/scale", {"count": 2})["changes"]
+        assert (change["done"], change["machine"]) == ("create", "flown-2")
+        for name in ("hooked", "flown"):
+            wait_for(f"a request to {name}-2", lambda name=name: _answering(node, name) == "127.0.0.2")
+        # The Machines API starts what it makes; a webhook is told to.
+        assert Maker.asked.count("/hook create") == Maker.asked.count("/v1/apps/flown/machines") == 1
+        assert Maker.asked[Maker.asked.index("/hook create") :].count("/hook start") == 1
+
+
+def _answering(node: Node, app: str) -> str:
+    return str(node.get("/", headers={"Host": f"{app}.test"}).json()["host"])

@@ -38,11 +38,14 @@ class FakeDriver:
     def __init__(self) -> None:
         self.made: list[str] = []
         self.failure = ""
+        self.answer: Made | None = None  # in place of a new machine
 
     async def create(self, like: Machine, region: str) -> Made:
         if self.failure:
             raise DriverError(self.failure)
         self.made.append(f"{region} like {like.id}")
+        if self.answer is not None:
+            return self.answer
         return Made(f"new-{len(self.made)}", f"10.9.0.{len(self.made)}:80")
 
 
@@ -373,6 +376,34 @@ async def test_what_only_a_person_can_do_is_said(world: World) -> None:
     world.database.put("apps", name="web")
     world.driver.failure = "no capacity"
     assert await scale(world, 2, "ams", "gru") == ["gru has 0 of 1 machines: no capacity"]
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (Made("m1", "10.0.0.1:80"), "fake says that it has made m1, which is there already"),
+        (Made("m/2", "10.0.0.2:80"), "fake has made m/2, which cannot be added: `m/2` is no name"),
+        (Made("m2", "nowhere at all"), "fake has made m2, which cannot be added: 'nowhere at all' is not"),
+        (Made("m2", "10.0.0.2"), "fake has made m2, which cannot be added: `10.0.0.2` names no port"),
+    ],
+)
+async def test_machine_that_cannot_be_one_is_told_of_and_not_added(
+    world: World, made: Made, told: str
+) -> None:
+    await world.add("10.0.0.1", driver="fake")
+    world.driver.answer = made
+    (advice,) = await scale(world, 3)
+    assert advice.startswith(f"ams has 1 of 3 machines: {told}")
+    assert len(world.driver.made) == 1
+    assert world.database.rows("SELECT id FROM machines") == [("m1",)]
+
+
+async def test_driver_that_makes_the_same_machine_again_and_again_is_told_of(world: World) -> None:
+    await world.add("10.0.0.1", driver="fake")
+    world.driver.answer = Made("m2", "10.0.0.2:80")
+    created, advice = await scale(world, 3)
+    assert created == "ams create m2"
+    assert advice.endswith("fake says that it has made m2, which is there already")
 
 
 async def test_app_that_is_not_there_or_is_being_deployed_is_not_scaled(world: World) -> None:
