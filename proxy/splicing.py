@@ -4,8 +4,8 @@ Decides when bytes move; refuses to know what they are and where they end beyond
 between the two sockets, and pages change hands instead of being copied through this process: a sixth less
 CPU for a megabyte. Linux only, and not where bytes are looked at or changed: TLS, chunks, compression.
 
-Invariant: a splice reads exactly as many bytes as it was told, and none of them is lost while it runs; what a
-slow reader leaves waiting is at most one pipe.
+Invariant: a splice passes on exactly as many bytes as it was told, and none of them is lost while it runs; what
+a slow reader leaves waiting is at most one pipe.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Owner(Protocol):
     def handle_spliced(self, size: int, *, waits: bool) -> None:
         """So many bytes went on; `waits` when the reader had no room for others."""
 
-    def handle_splice_ended(self) -> None:
-        """All bytes went on."""
+    def handle_splice_ended(self, *, rest: bool) -> None:
+        """All bytes went on; `rest` when others came behind them."""
 
     def handle_splice_cut(self) -> None:
         """The writer has closed its side, or failed."""
@@ -93,6 +93,7 @@ class Splice:
         self._owner: Owner | None = owner
         self._left = left  # not yet in the pipe
         self._held = 0  # in the pipe
+        self._rest = False  # a byte of what is not to go on, in the pipe too
         self._pipe = pipes.take()
         self._files: list[int] = []
         try:
@@ -113,7 +114,7 @@ class Splice:
             self._loop.remove_writer(file)
         _close(*self._files)
         self._files.clear()
-        self._pipes.put(self._pipe, empty=not self._held)
+        self._pipes.put(self._pipe, empty=not self._held and not self._rest)
 
     def _fill(self) -> None:
         # Until there is no more: after a reset uvloop tells of a file once, however much is still to be read.
@@ -122,7 +123,8 @@ class Splice:
             if owner is None or self._waits_to_write:
                 return
             try:
-                size = os.splice(self._files[0], self._pipe[1], min(self._left, PIPE_BYTES), flags=_FLAGS)
+                # One more than there is to be, as the next answer must not begin with it.
+                size = os.splice(self._files[0], self._pipe[1], min(self._left, PIPE_BYTES) + 1, flags=_FLAGS)
             except BlockingIOError:
                 return
             except OSError:
@@ -131,6 +133,9 @@ class Splice:
                 self.stop()
                 owner.handle_splice_cut()
                 return
+            if size > self._left:
+                size = self._left
+                self._rest = True
             self._left -= size
             self._held += size
             self._drain()
@@ -158,7 +163,7 @@ class Splice:
             self.stop()
         owner.handle_spliced(size, waits=self._held > 0)
         if not self._held and not self._left:
-            owner.handle_splice_ended()
+            owner.handle_splice_ended(rest=self._rest)
 
     def _wait(self, *, to_write: bool) -> None:
         if to_write == self._waits_to_write:

@@ -412,12 +412,12 @@ class Upstream(asyncio.Protocol, Machine):
         exchange.count_spliced(size, waits=waits)
         self.deadline = NEVER if waits else self._loop.time() + self.pool.settings.stream_timeout_s
 
-    def handle_splice_ended(self) -> None:
+    def handle_splice_ended(self, *, rest: bool) -> None:
         """All of the body is there."""
         exchange = self._exchange
         assert exchange is not None
         self._splice = None
-        self._end(rest=False)
+        self._end(rest=rest)
         self.resume_reading()
         exchange.handle_response_body(b"", ended=True)
 

@@ -66,6 +66,17 @@ async def test_requests_behind_a_large_answer_wait_for_its_end(edge: Edge, moved
     assert moved
 
 
+async def test_what_comes_behind_it_is_nobodys_answer(edge: Edge, moved: list[int]) -> None:
+    machine = await edge.machine(answer=lambda r: HEAD % len(BODY) + BODY + HEAD % 4 + b"evil")
+    await edge.start()
+    client = await edge.client()
+    for _ in range(3):
+        client.send(b"GET / HTTP/1.1\r\nHost: app.test\r\n\r\n")
+    assert [(await client.read_response()).body == BODY for _ in range(3)] == [True] * 3
+    assert len(machine.connections) == 3
+    assert moved
+
+
 async def test_a_slow_client_gets_all_of_it_and_leaves_no_file_behind(edge: Edge, moved: list[int]) -> None:
     await edge.machine(answer=lambda r: HEAD % len(BODY) + BODY)
     await edge.start()
@@ -123,7 +134,7 @@ class Outcome:
     def handle_spliced(self, size: int, *, waits: bool) -> None:
         self.size += size
 
-    def handle_splice_ended(self) -> None:
+    def handle_splice_ended(self, *, rest: bool) -> None:
         self.end = "ended"
 
     def handle_splice_cut(self) -> None:
