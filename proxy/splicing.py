@@ -4,8 +4,8 @@ Decides when bytes move; refuses to know what they are and where they end beyond
 between the two sockets, and pages change hands instead of being copied through this process: a sixth less
 CPU for a megabyte. Linux only, and not where bytes are looked at or changed: TLS, chunks, compression.
 
-Invariant: a splice passes on exactly as many bytes as it was told, and none of them is lost while it runs; what
-a slow reader leaves waiting is at most one pipe.
+Invariant: a splice passes on exactly as many bytes as it was told, and none of them is lost while it runs;
+what a slow reader leaves waiting is at most one pipe.
 """
 
 from __future__ import annotations
