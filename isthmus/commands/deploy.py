@@ -96,7 +96,7 @@ def run_deploy(args: argparse.Namespace) -> int:
         release = client.post(f"/v1/deploys/{quote(args.app)}/cancel?by={quote(find_whoami())}")
         return _follow(client, release, args)
     if args.follow:
-        return _follow(client, client.get(f"/v1/releases/{quote(args.app)}/last?after=999999999"), args)
+        return _follow(client, client.get(f"/v1/releases/{quote(args.app)}/last"), args)
     machines = [_parse_machine(text) for text in args.machine]
     return _begin(client, args, {"release": args.release, "machines": machines})
 
@@ -145,8 +145,6 @@ def _follow(client: AdminClient, release: dict[str, Any], args: argparse.Namespa
                     raise
                 time.sleep(LOOK_S)
                 continue
-            if seen["lines"] and seen["lines"][0]["number"] <= 1 < after:
-                after = 0
             for line in seen["lines"]:
                 after = max(after, line["number"])
                 screen.tell(line)

@@ -31,6 +31,7 @@ from isthmus.deploys.releases import (
 )
 from isthmus.deploys.sight import Sights
 from isthmus.registry import RegistryError
+from replication.errors import StatementError
 from routing.types import MachineState
 
 if TYPE_CHECKING:
@@ -65,15 +66,15 @@ class Line(NamedTuple):
 
 
 class _Journal:
-    """What was told of one deploy."""
+    """What was told of one deploy. Numbers go on after those of an earlier agent: they follow the clock."""
 
     def __init__(self) -> None:
         self.lines: deque[Line] = deque(maxlen=LINES_MAX)
-        self._count = 0
+        self._number = 0
 
     def tell(self, at_ms: int, text: str) -> None:
-        self._count += 1
-        self.lines.append(Line(self._count, at_ms, text))
+        self._number = max(self._number + 1, at_ms)
+        self.lines.append(Line(self._number, at_ms, text))
 
 
 class _Conducted:
@@ -142,7 +143,11 @@ class Conductor:
             release = self._plan(order, new, releases, current)
             coming = [m for batch in release.course.batches if not batch.in_place for m in batch.new]
             statements += [*cordon(coming, cordoned=True), put_release(release)]
-            await self._database.execute(statements)
+            try:
+                await self._database.execute(statements)
+            except StatementError:
+                self._refuse_running(await read_releases(self._database, order.app))
+                raise  # it was not that another node has begun at the same moment
         self._tell(release, self._announce(release))
         self._conduct(release)
         return release
@@ -300,7 +305,7 @@ class Conductor:
         )
         return (
             f"release {release.version}{what} of {release.app}: {release.strategy}, "
-            f"{len(release.machines)} machines in {len(batches)} steps{checked}"
+            f"{_count(len(release.machines), 'machine')} in {_count(len(batches), 'step')}{checked}"
         )
 
     # Conducting
@@ -384,3 +389,7 @@ class Conductor:
             del self._journals[next(iter(self._journals))]
         journal.tell(self._clock_ms(), text)
         log.info("deploy", extra={"app": release.app, "release": release.version, "told": text})
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

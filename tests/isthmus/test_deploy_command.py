@@ -61,8 +61,8 @@ async def test_deploy_is_followed_to_its_end_and_listed(isthmus: Command, ports:
     code, out, _ = await isthmus("deploy", "web", "v2", *flags)
     assert code == 0, out
     lines = out.splitlines()
-    first = "release 1 v2 of web: rolling, 1 machines in 1 steps; it has no checks: an open port will do"
-    assert lines[0].endswith(first)
+    first = "release 1 v2 of web: rolling, 1 machine in 1 step; it has no checks: an open port will do"
+    assert lines[0].endswith(f"  {first}")
     assert lines[-2].endswith("  complete")
     assert lines[-1] == "release 1 of web is complete"
     _, listed, _ = await isthmus("releases", "web", "--json")
@@ -72,7 +72,7 @@ async def test_deploy_is_followed_to_its_end_and_listed(isthmus: Command, ports:
     regions = {(row["region"], row["state"]): row["machines"] for row in json.loads(shown)}
     assert regions == {("ams", "cordoned"): 1, ("gru", "started"): 1}
     code, out, _ = await isthmus("deploy", "web", "--follow", "--json")
-    assert (code, json.loads(out.splitlines()[0])["number"]) == (0, 1)
+    assert (code, json.loads(out.splitlines()[0])["text"]) == (0, first)
 
 
 async def test_deploy_that_fails_is_told_by_the_exit_code(isthmus: Command) -> None:

@@ -15,6 +15,7 @@ from isthmus.deploys.releases import Order, read_releases
 from isthmus.deploys.spread import Spreader, plan_counts
 from isthmus.machines.driver import DriverError, Machine, Made
 from isthmus.registry import Registry, RegistryError
+from replication.errors import StatementError
 from tests.fakes.table import TableDatabase
 from tests.isthmus.waiting import eventually
 
@@ -234,12 +235,16 @@ async def test_next_agent_goes_on_where_the_last_one_was(world: World) -> None:
     world.prober.outcome = Outcome(False, "Connection refused")
     version = await world.deploy("10.1.0.1", by="ana")
     await world.look()
+    told_before = (await world.conductor.follow("web", version, 0))["lines"]
     await world.conductor.stop()
     world.conductor = world.make_conductor()
     world.prober.outcome = Outcome(True, "connected")
     await world.conductor.start()
     assert await world.end(version) == ("complete", "")
     assert world.serving() == {"10.1.0.1"}
+    # Who has followed the last agent up to its end misses nothing of the next one.
+    told = (await world.conductor.follow("web", version, told_before[-1]["number"]))["lines"]
+    assert told[0]["text"] == "the agent has started again; going on"
 
 
 async def test_cancelled_deploy_goes_back_and_says_who_wanted_it(world: World) -> None:
@@ -267,6 +272,21 @@ async def test_one_deploy_of_an_app_at_a_time_until_its_node_is_gone(world: Worl
         Status.COMPLETE,
         Status.ABANDONED,
     ]
+
+
+async def test_deploy_that_another_node_begins_at_the_same_moment_is_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.add("10.0.0.1")
+    theirs = {"app": "web", "version": 1, "node": "n2", "status": "running", "machines": "[]", "course": "{}"}
+
+    async def execute(_statements: Any) -> None:
+        world.database.put("releases", **theirs)
+        raise StatementError(1, "UNIQUE constraint failed: releases.app, releases.version")
+
+    monkeypatch.setattr(world.database, "execute", execute)
+    with pytest.raises(RegistryError, match="release 1 of `web` is running on node `n2`"):
+        await world.deploy("10.1.0.1")
 
 
 async def test_write_that_fails_is_tried_again(world: World) -> None:
