@@ -65,7 +65,7 @@ def add_parser(verbs: Any) -> None:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--max-unavailable", metavar="N", type=float, help="machines at a time, or a share below 1 (0.33)"
+        "--max-unavailable", metavar="N", type=float, help="machines at a time, or a share below 1 (a third)"
     )
     parser.add_argument(
         "--timeout", metavar="S", type=float, dest="ready_s", help="seconds for machines to get ready (300)"

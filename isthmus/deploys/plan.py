@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # As on Fly: a third of the machines may be away at a time.
-UNAVAILABLE_USUAL: Final = 0.33
+UNAVAILABLE_USUAL: Final = 1 / 3
 
 
 class Strategy(Enum):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.deploys.plan import Batch, Strategy, compute_batch_size, plan_batches
+from isthmus.deploys.plan import UNAVAILABLE_USUAL, Batch, Strategy, compute_batch_size, plan_batches
 
 ROLLING, CANARY, BLUEGREEN = Strategy.ROLLING, Strategy.CANARY, Strategy.BLUEGREEN
 
@@ -39,6 +39,11 @@ def test_batches(strategy: Strategy, old: str, new: str, max_unavailable: float,
 )
 def test_share_is_rounded_down_and_never_none(machines: int, max_unavailable: float, size: int) -> None:
     assert compute_batch_size(machines, max_unavailable) == size
+
+
+def test_a_third_of_the_machines_is_usual() -> None:
+    sizes = [compute_batch_size(machines, UNAVAILABLE_USUAL) for machines in (1, 2, 3, 4, 6, 9, 300)]
+    assert sizes == [1, 1, 1, 1, 2, 3, 100]
 
 
 @given(
