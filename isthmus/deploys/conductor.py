@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
+from isthmus.config_machines import PROCESS
 from isthmus.deploys.course import Action, Kind, Stage, Status
 from isthmus.deploys.plan import Strategy, plan_batches
 from isthmus.deploys.releases import (
@@ -185,7 +186,7 @@ class Conductor:
         statements = []
         for release in releases:
             if release.is_running:
-                if release.node in self._present() or release.node == self._node:
+                if self._is_there(release.node):
                     raise RegistryError(
                         f"release {release.version} of `{release.app}` is {release.status.value}"
                         f" on node `{release.node}`"
@@ -229,7 +230,8 @@ class Conductor:
     def _find_spares(self, app: str, serving: Sequence[Target]) -> list[str]:
         """Return cordoned machines with a driver, as many in each region as serve there."""
         found = self._table.app(app)
-        spares = [t for t in (found.targets() if found is not None else ()) if t.cordoned and t.driver]
+        cordoned = [t for t in (found.targets() if found is not None else ()) if t.cordoned and t.driver]
+        spares = [target for target in cordoned if self._is_there(target.node)]
         chosen: list[str] = []
         for region, count in sorted(Counter(target.region for target in serving).items()):
             there = sorted(target.id for target in spares if target.region == region)
@@ -253,11 +255,15 @@ class Conductor:
             what = f"complete release {order.to}" if order.to else "earlier release that was complete"
             raise RegistryError(f"app `{order.app}` has no {what}")
         target = max(wanted, key=lambda release: release.version)
-        gone = [machine for machine in target.machines if self._table.machine(machine) is None]
+        machines, serving = list(target.machines), self._serving(order.app)
+        if any(served.driver and served.id in machines for served in serving):
+            # They go back in place, all that serve: how many there are was changed since by somebody else.
+            machines = [served.id for served in serving]
+        gone = [machine for machine in machines if self._table.machine(machine) is None]
         if gone:
             raise RegistryError(f"release {target.version} had machines that are gone: {', '.join(gone)}")
         settled = msgspec.structs.replace(order, release=target.release, to=None)
-        return settled, list(target.machines)
+        return settled, machines
 
     def _plan(
         self, order: Order, new: Sequence[str], releases: Sequence[Release], current: Release | None
@@ -273,6 +279,7 @@ class Conductor:
         if not in_place:
             come = [machine for machine in new if machine not in serving]
             go = [machine for machine in serving if machine not in new]
+        self._refuse_unable(come, order.release)
         strategy = Strategy(order.strategy)
         if in_place and strategy is Strategy.BLUEGREEN:
             strategy = Strategy.ROLLING
@@ -293,6 +300,22 @@ class Conductor:
             Saved(batches, order.settings, before, current.release if current is not None else ""),
         )
 
+    def _refuse_unable(self, machines: Sequence[str], release: str) -> None:
+        """Refuse what is known to fail before any machine is taken out of service for it."""
+        targets = [t for m in machines if (t := self._table.machine(m)) is not None and t.driver]
+        if "/" in release and any(target.driver == PROCESS for target in targets):
+            raise RegistryError(f"`{release}` is no release for processes of a node: it has a /")
+        gone = [target for target in targets if not self._is_there(target.node)]
+        if gone:
+            nodes = ", ".join(sorted({target.node for target in gone}))
+            raise RegistryError(
+                f"node {nodes} is gone, and nobody else starts {', '.join(target.id for target in gone)}: "
+                "start it again, or `isthmus machine cordon` these to deploy without them"
+            )
+
+    def _is_there(self, node: str) -> bool:
+        return node == self._node or node in self._present()
+
     def _has_driver(self, machine: str) -> bool:
         target = self._table.machine(machine)
         return target is not None and bool(target.driver)
@@ -311,7 +334,7 @@ class Conductor:
     # Conducting
 
     def _make_sights(self) -> Sights:
-        return Sights(self._table, self._prober)
+        return Sights(self._table, self._prober, self._is_there)
 
     def _conduct(self, release: Release) -> None:
         conducted = self._running[release.app] = _Conducted(release, self._make_sights())

@@ -15,7 +15,7 @@ from isthmus.deploys.course import Sight
 from routing.types import CheckRow, CheckStatus, GoalRow, MachineState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from isthmus.checking.probe import Prober
     from routing.table import RoutingTable
@@ -29,11 +29,12 @@ TRY_S: Final = 0.5
 
 
 class Sights:
-    """Looks at the machines of one deploy."""
+    """Looks at the machines of one deploy. `is_there(node)`: whether a node can be reached."""
 
-    def __init__(self, table: RoutingTable, prober: Prober) -> None:
+    def __init__(self, table: RoutingTable, prober: Prober, is_there: Callable[[str], bool]) -> None:
         self._table = table
         self._prober = prober
+        self._is_there = is_there
         self._tried: dict[str, tuple[float, str]] = {}  # when a port was tried, and what was wrong
 
     async def look(self, machines: Iterable[str], *, is_waiting: bool) -> dict[str, Sight]:
@@ -65,12 +66,13 @@ class Sights:
 
     def _describe(self, target: Target, trouble: str) -> Sight:
         goal = self._goal(target)
+        is_lost = bool(target.driver) and not self._is_there(target.node)
         return Sight(
             target.state,
             target.version,
             bool(target.driver),
             not trouble,
-            trouble,
+            f"its node {target.node} is gone" if is_lost else trouble,
             target.problem,
             target.since_ms,
             target.load,

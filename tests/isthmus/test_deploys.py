@@ -58,7 +58,7 @@ class World:
         self.present = {"n1", "n2"}
         self.now_ms = 1_000_000
         self.looks = 0
-        self.registry = Registry(self.database, "n1", "ams", (), drivers=("fake",))
+        self.registry = Registry(self.database, "n1", "ams", (), drivers=("fake", "process"))
         self.conductor = self.make_conductor()
         self.spreader = Spreader(
             self.database.table,
@@ -115,6 +115,12 @@ class World:
         seen = await eventually(f"release {version} is over", over)
         await eventually("its task is", lambda: "web" not in self.conductor._running)
         return seen["status"], seen["problem"]
+
+    async def run(self, version: int) -> tuple[str, str]:
+        """Have the machines run a release, and wait until it is over."""
+        self.database.connection.execute("UPDATE machines SET state = 'started', version = ?", (version,))
+        self.database.put("apps", name="web")
+        return await self.end(version)
 
     def serving(self) -> set[str]:
         sql = "SELECT address FROM machines WHERE cordoned = 0 AND state = 'started'"
@@ -195,6 +201,22 @@ async def test_rollback_brings_the_machines_of_the_release_before_back(world: Wo
         await world.conductor.begin(Order(app="web", to=99), world.registry)
 
 
+@pytest.mark.parametrize("kept", [{"m1"}, {"m1", "m2", "m3"}])
+async def test_rollback_restarts_all_machines_that_serve_however_many_they_were(
+    world: World, kept: set[str]
+) -> None:
+    await world.add("10.0.0.1", "10.0.0.2", "10.0.0.3", driver="fake")
+    world.database.connection.execute("UPDATE machines SET cordoned = 1 WHERE id = 'm3'")
+    world.database.put("apps", name="web")
+    for release in ("v1", "v2"):
+        assert await world.run(await world.deploy(release=release)) == ("complete", "")
+    marks = ", ".join(f"'{machine}'" for machine in kept)
+    world.database.connection.execute(f"UPDATE machines SET cordoned = id NOT IN ({marks})")
+    world.database.put("apps", name="web")
+    assert await world.run(await world.deploy(to=0)) == ("complete", "")
+    assert {goal[0] for goal in world.goals() if goal[2:] == (3, "v1")} == kept
+
+
 async def test_machines_that_came_with_an_older_release_are_removed_and_no_others(world: World) -> None:
     await world.add("10.0.0.1")
     for address in ("10.1.0.1", "10.2.0.1", "10.3.0.1"):
@@ -214,6 +236,18 @@ async def test_machines_with_a_driver_get_the_release_as_their_goal(world: World
     world.database.connection.execute("UPDATE machines SET version = 1")
     world.database.put("apps", name="web")
     assert await world.end(version) == ("complete", "")
+
+
+async def test_machines_of_a_node_that_is_gone_are_not_waited_for(world: World) -> None:
+    await world.add("10.0.0.1", "10.0.0.2", driver="fake")
+    world.database.connection.execute("UPDATE machines SET node = 'n9' WHERE id = 'm2'")
+    world.database.put("apps", name="web")
+    with pytest.raises(RegistryError, match="node n9 is gone, and nobody else starts m2: start it again, or"):
+        await world.deploy(release="v1")
+    world.present.add("n9")
+    version = await world.deploy(release="v1", ready_s=0.0)
+    world.present.remove("n9")
+    assert "m2: its node n9 is gone" in (await world.end(version))[1]
 
 
 async def test_failure_gives_the_release_before_back_as_the_goal(world: World) -> None:
@@ -307,6 +341,7 @@ async def test_write_that_fails_is_tried_again(world: World) -> None:
             {"release": "v2", "strategy": "bluegreen"},
             "needs 2 cordoned machines with a driver in ams",
         ),
+        ("process", {"release": "apps/v2"}, "`apps/v2` is no release for processes of a node"),
         ("", {"app": "nobody"}, "there is no app `nobody`"),
         ("", {"to": 0}, "no earlier release"),
         ("", {"machines": [{"address": "127.0.0.1:80", "command": ["sh"]}]}, "a command is only taken"),
