@@ -48,7 +48,7 @@ CREATE TABLE rollouts (
     finished_ms INTEGER NOT NULL DEFAULT 0   -- 0: it goes on
 );
 
--- How it goes on one node. Written by that node, or by another when it is gone.
+-- How it goes on one node. Written by that node alone.
 CREATE TABLE rollout_reports (
     rollout TEXT NOT NULL,
     node TEXT NOT NULL,

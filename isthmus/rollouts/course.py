@@ -99,14 +99,6 @@ class Undo(NamedTuple):
     rollout: Rollout
 
 
-class Blame(NamedTuple):
-    """Write for a node that does not say so itself that it failed."""
-
-    rollout: Rollout
-    node: str
-    why: str
-
-
 class End(NamedTuple):
     """Write what became of a rollout."""
 
@@ -115,7 +107,7 @@ class End(NamedTuple):
     reason: str = ""
 
 
-Action = Take | Undo | Blame | End
+Action = Take | Undo | End
 
 
 def plan_steps(
@@ -145,9 +137,23 @@ def find_latest(rollouts: Iterable[Rollout], kind: Kind) -> Rollout | None:
 
 
 def find_running(rollouts: Iterable[Rollout]) -> Rollout | None:
-    """Return the rollout that is under way; begun on both sides of a cut, one waits for the other."""
+    """Return the rollout that is under way; of those that were begun on both sides of a cut, the first."""
     running = [one for one in rollouts if one.status is Status.RUNNING]
     return min(running, key=lambda rollout: rollout.order, default=None)
+
+
+def _find_overtaken(rollouts: Collection[Rollout], first: Rollout) -> End | None:
+    """Return the end of one that makes no sense beside what was begun beyond a cut.
+
+    Nodes that have tried one must not lay another over it, which would then be taken back with it.
+    """
+    for one in sorted(rollouts, key=lambda one: one.order):
+        if one.status is Status.RUNNING and one is not first:
+            return End(one, Status.BACK, f"rollout {first.id} was begun before it, beyond a cut")
+    latest = find_latest(rollouts, first.kind)
+    if latest is not None and latest.order > first.order:
+        return End(first, Status.BACK, f"rollout {latest.id} was begun after it, beyond a cut, and is done")
+    return None
 
 
 def plan_node(
@@ -162,17 +168,28 @@ def plan_node(
 
     `present` are the nodes that take part, with this one.
     """
-    for rollout in sorted(rollouts, key=lambda one: one.order):
+    over: set[Kind] = set()  # of which something is here that lies over what came before
+    is_trying = False
+    for rollout in sorted(rollouts, key=lambda one: one.order, reverse=True):
         own = reports.get(rollout.id, {}).get(node)
-        if rollout.status is Status.BACK and own is not None and own.state in {State.TRYING, State.GOOD}:
-            return Undo(rollout)
+        if own is not None and own.state in {State.TRYING, State.GOOD} and rollout.kind not in over:
+            if rollout.status is Status.BACK:
+                return Undo(rollout)
+            over.add(rollout.kind)
+            is_trying |= own.state is State.TRYING
     running = find_running(rollouts)
     if running is not None:
+        overtaken = _find_overtaken(rollouts, running)
+        if overtaken is not None:
+            return overtaken if node == min(present) else None
         said = reports.get(running.id, {})
-        return _plan_running(running, said, node, present, waits)
+        action = _plan_running(running, said, node, present, waits)
+        return None if is_trying and isinstance(action, Take) else action
     for kind in Kind:
         latest = find_latest(rollouts, kind)
-        if latest is not None and node not in reports.get(latest.id, {}):
+        own = None if latest is None else reports.get(latest.id, {}).get(node)
+        # Of two nodes that end one at once the later word counts, and some may have gone back by then.
+        if latest is not None and not is_trying and (own is None or own.state is State.BACK):
             return Take(latest, 0)
     return None
 
@@ -198,12 +215,13 @@ def _plan_running(
     return _find_lost(rollout, waits)
 
 
-def _find_lost(rollout: Rollout, waits: Mapping[str, Wait]) -> Blame | None:
+def _find_lost(rollout: Rollout, waits: Mapping[str, Wait]) -> End | None:
+    # What a node reports stays its own word: it may be well, beyond a cut, and has to go back as others do.
     for name, wait in sorted(waits.items()):
         if wait.gone_ms >= SILENT_MS:
-            return Blame(rollout, name, "it is gone since it has begun to try")
+            return End(rollout, Status.BACK, f"{name}: it is gone since it has begun to try")
         if wait.trying_ms >= rollout.bake_ms + LATE_MS:
-            return Blame(rollout, name, "it does not say how it goes")
+            return End(rollout, Status.BACK, f"{name}: it does not say how it goes")
     return None
 
 

@@ -24,7 +24,6 @@ from isthmus.config_values import ValueOfKeyError
 from isthmus.declared import read_plan
 from isthmus.registry import RegistryError
 from isthmus.rollouts.course import (
-    Blame,
     End,
     Kind,
     Rollout,
@@ -174,7 +173,7 @@ class Keeper:
     async def step(self) -> bool:
         """Do what is due; return whether time alone may bring something more to do."""
         self._rollouts, self._reports = await read_rollouts(self._database)
-        if not self._is_settled:
+        if not self._is_settled or self._is_adrift():
             await self._settle()
             self._is_settled = True
             return True
@@ -187,6 +186,11 @@ class Keeper:
         if action is not None:
             await self._do(action)
         return action is not None or self._trial is not None or find_running(self._rollouts) is not None
+
+    def _is_adrift(self) -> bool:
+        """True when all nodes wait for what this one no longer tries: something went wrong on the way."""
+        said = [nodes[self._node].state for nodes in self._reports.values() if self._node in nodes]
+        return self._trial is None and State.TRYING in said
 
     def _wait(self, present: set[str]) -> dict[str, Wait]:
         """Return how long others have been trying, as far as this node has seen it."""
@@ -216,19 +220,31 @@ class Keeper:
             ours = errand if errand is not None and errand.rollout == rollout.id else None
             if own is not None and own.state in {State.TRYING, State.GOOD}:
                 await self._settle_one(rollout, own.state, ours)
-        if errand is not None and errand.stage in {Stage.UNDONE, Stage.FAILED}:
-            await asyncio.to_thread(self._errands.forget)
+        if self._trial is None and errand is not None and errand.stage is not Stage.KEPT:
+            await self._drop(errand)
+
+    async def _drop(self, errand: Errand) -> None:
+        """Have nothing of a change of tables that nobody waits for."""
+        if errand.plan and errand.stage not in {Stage.UNDONE, Stage.FAILED}:
+            await self._ask_to_undo(errand)
+        await asyncio.to_thread(self._errands.forget)
 
     async def _settle_one(self, rollout: Rollout, said: State, errand: Errand | None) -> None:
         stage = None if errand is None else errand.stage
         if said is State.TRYING and stage is Stage.TAKEN:
             self._begin_trial(rollout)
+        elif said is State.TRYING and (stage is Stage.KEPT or await self._has_settings(rollout)):
+            await self._report(rollout, State.GOOD)  # it had passed, and there was no time to say so
         elif errand is not None and stage is Stage.FAILED:
             await self._tell_failure(rollout, errand.problem)
         elif errand is not None and stage is Stage.UNDONE and rollout.status is Status.BACK:
             await self._report(rollout, State.BACK)
         elif said is State.TRYING:
             await self._tell_failure(rollout, DIED)
+
+    async def _has_settings(self, rollout: Rollout) -> bool:
+        is_config = rollout.kind is Kind.CONFIG
+        return is_config and await asyncio.to_thread(self._overlay.read) == rollout.body
 
     # What is to be done
 
@@ -238,9 +254,6 @@ class Keeper:
                 await self._take(rollout)
             case Undo(rollout):
                 await self._undo(rollout)
-            case Blame(rollout, node, why):
-                now_ms = self._wall_ms()
-                await self._database.execute([put_report(rollout, node, State.FAILED, why, now_ms)])
             case End(rollout, status, reason):
                 told = {"rollout": rollout.id, "status": status.value, "why": reason}
                 log.info("a rollout is over", extra=told)
@@ -250,12 +263,7 @@ class Keeper:
         log.info("taking up what is rolled out", extra={"rollout": rollout.id, "kind": rollout.kind.value})
         await self._report(rollout, State.TRYING)
         if rollout.kind is Kind.CONFIG:
-            watch = self._watch()
-            await asyncio.to_thread(self._overlay.put_on_trial, rollout.body)
-            lifecycle = await self._control.reload()
-            self._begin_trial(rollout, watch)
-            if problem := lifecycle.reload_problem or lifecycle.kept:
-                await self._fail(rollout, problem)
+            await self._take_settings(rollout)
             return
         try:
             plan, _ = await asyncio.to_thread(read_plan, self._config().database, rollout.body)
@@ -267,6 +275,20 @@ class Keeper:
             return
         await asyncio.to_thread(self._errands.put, Errand(rollout.id, rollout.body))
         await self._go_on_as_another()
+
+    async def _take_settings(self, rollout: Rollout) -> None:
+        try:
+            # The row may be of a newer version, or of somebody who wrote it by hand.
+            check_settings(rollout.body)
+        except ConfigError as error:
+            await self._tell_failure(rollout, str(error))
+            return
+        watch = self._watch()
+        await asyncio.to_thread(self._overlay.put_on_trial, rollout.body)
+        lifecycle = await self._control.reload()
+        self._begin_trial(rollout, watch)
+        if problem := lifecycle.reload_problem or lifecycle.kept:
+            await self._fail(rollout, problem)
 
     async def _undo(self, rollout: Rollout) -> None:
         log.info("taking back what was rolled out", extra={"rollout": rollout.id, "why": rollout.reason})
@@ -280,16 +302,17 @@ class Keeper:
 
     async def _go_back(self, settings: str) -> None:
         """Have settings that all nodes have, in place of what was tried."""
-        await asyncio.to_thread(self._overlay.put_on_trial, settings)
+        await asyncio.to_thread(self._overlay.put, settings)
         await self._control.reload()
-        await asyncio.to_thread(self._overlay.settle)
 
     async def _undo_tables(self, rollout: Rollout) -> None:
         errand = await asyncio.to_thread(self._errands.read)
         if errand is not None and errand.rollout == rollout.id and errand.plan:
-            asked = msgspec.structs.replace(errand, stage=Stage.TO_UNDO)
-            await asyncio.to_thread(self._errands.put, asked)
-            await self._go_on_as_another()
+            await self._ask_to_undo(errand)
+
+    async def _ask_to_undo(self, errand: Errand) -> None:
+        await asyncio.to_thread(self._errands.put, msgspec.structs.replace(errand, stage=Stage.TO_UNDO))
+        await self._go_on_as_another()
 
     async def _go_on_as_another(self) -> None:
         """Have the next agent started, and never return."""
@@ -377,7 +400,8 @@ class Keeper:
             "",
             self._node,
             order.by,
-            self._wall_ms(),
+            # A clock that is behind must not put it before what is done already.
+            max([self._wall_ms(), *(one.created_ms + 1 for one in rollouts)]),
             0,
         )
         if not order.dry_run:

@@ -38,6 +38,11 @@ class Overlay:
             _write(self._former, self.read())
         _write(self._current, settings)
 
+    def put(self, settings: str) -> None:
+        """Replace the settings by those that need no trial, and end any."""
+        _write(self._current, settings)
+        self.settle()
+
     def settle(self) -> None:
         """Forget what was there before a trial."""
         self._former.unlink(missing_ok=True)
