@@ -106,7 +106,7 @@ class WebhookDriver:
         _, answer = await self._post("create", like._replace(id="", region=region))
         try:
             made = msgspec.json.decode(answer, type=_Answer)
-        except msgspec.DecodeError:
+        except ValueError:  # of msgspec, and of text that is not UTF-8
             raise DriverError("the webhook does not say what it has made: `machine` and `address`") from None
         return Made(made.machine, made.address)
 

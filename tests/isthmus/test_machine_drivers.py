@@ -31,6 +31,7 @@ class Fake:
         self.status = 200
         self.refused = {"start", "stop", "suspend", "create"}  # which actions get that status, at the API
         self.text = "{}"
+        self.body: bytes | None = None  # in place of the text
         self.states: dict[str, str] = {}  # of machines, at the Machines API
         self.slow: dict[str, int] = {}  # looks until a machine is in its state
         self.url = ""
@@ -43,7 +44,7 @@ class Fake:
         self.asked.append((request.method, request.path, request.headers, await request.read()))
         if request.path.endswith("/in-halves"):
             return await self.answer_in_halves(request)
-        return web.Response(status=self.status, text=self.text)
+        return web.Response(status=self.status, body=self.body or self.text.encode())
 
     async def answer_in_halves(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
@@ -328,6 +329,12 @@ async def test_webhook_makes_one_more_and_says_where_it_is(fake: Fake) -> None:
 )
 async def test_webhook_that_does_not_say_what_it_has_made_is_a_failure(fake: Fake, text: str) -> None:
     fake.text = text
+    with pytest.raises(DriverError, match="does not say what it has made"):
+        await webhook(fake).create(MACHINE, "gru")
+
+
+async def test_webhook_whose_answer_is_no_text_is_a_failure(fake: Fake) -> None:
+    fake.body = b'{"machine": "\xff", "address": "a:1"}'
     with pytest.raises(DriverError, match="does not say what it has made"):
         await webhook(fake).create(MACHINE, "gru")
 
