@@ -170,13 +170,12 @@ class Keeper:
         return task
 
     def restart(self, machines: Iterable[str]) -> None:
-        """Have machines end whose command is another one now; their goal has them started again."""
+        """Have machines end whose command is another one now, as one that is to run another release does."""
         for machine in machines:
             kept = self._kept.get(machine)
-            if kept is not None and kept.state not in _RESTING:
-                if kept.task is not None:
-                    kept.task.cancel()
-                kept.task = self._spawn(self._do(kept, Step.STOP))
+            if kept is not None:
+                kept.is_changed = True
+                kept.failures, kept.not_before = 0, self._now()  # those were of the command before
 
     # Steps
 
@@ -196,7 +195,9 @@ class Keeper:
         for kept in self._kept.values():
             if self._load(kept):
                 kept.busy_at = now
-            if kept.task is None and (now >= kept.not_before or self._is_outdated(kept)):
+            # What its last start failed with says nothing of another release.
+            is_due = now >= kept.not_before or (kept.state is MachineState.STOPPED and self._is_outdated(kept))
+            if kept.task is None and is_due:
                 self._advance(kept, now)
         self._write_changed()
 
@@ -210,6 +211,7 @@ class Keeper:
                 self._goals.put(kept.machine.id, MachineState.STOPPED, "ended")
             return
         if kept.state is MachineState.STOPPED:
+            kept.is_changed = False
             self._take_release(kept)
         settings = self._settings
         step = plan_step(
@@ -265,15 +267,16 @@ class Keeper:
     def _goal(self, kept: Kept) -> MachineState:
         """Return what it is to be; a machine without a goal is to stay as it is."""
         goal = self._goals.find(kept.machine.id)
+        if self._is_outdated(kept):
+            return MachineState.STOPPED  # first of all, whatever it is to be then
         if goal is not None:
-            # What runs another release has to be stopped, whatever it is to be then.
-            return MachineState.STOPPED if self._is_outdated(kept) else goal.state
+            return goal.state
         return MachineState.STARTED if kept.state is MachineState.STARTING else kept.state
 
     def _is_outdated(self, kept: Kept) -> bool:
-        """True when it is to run another release than it does."""
+        """True when it is to run another release or command than it does."""
         goal = self._goals.find(kept.machine.id)
-        return goal is not None and goal.version not in {None, kept.version}
+        return kept.is_changed or (goal is not None and goal.version not in {None, kept.version})
 
     def _take_release(self, kept: Kept) -> None:
         """Have its next start be that of the release which it is to run; what failed was another one."""

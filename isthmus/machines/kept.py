@@ -51,6 +51,7 @@ class Kept:
         self.next_poll = now
         self.written: tuple[MachineState, str, int] | None = None
         self.wants_down = False  # it has ended, and is not to be started again
+        self.is_changed = False  # its command is another one since it was started; until it is stopped
 
     @property
     def says(self) -> tuple[MachineState, str, int]:

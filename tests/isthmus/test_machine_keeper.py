@@ -280,6 +280,49 @@ async def test_release_that_does_not_start_is_left_without_its_pause(
     assert world.problem() == ""
 
 
+async def test_stop_that_fails_has_its_pause_before_another_release_too(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.machines.life.RETRY_S_FIRST", 3_600.0)
+    monkeypatch.setattr("isthmus.machines.life.RETRY_S_MAX", 3_600.0)
+    world.machine(goal="started")
+    await world.start(drain_ms=0)
+    await world.settle("started")
+    world.driver.failures = [DriverError("try later")] * 10
+    world.release(2, "v2")
+    await eventually("the failure", lambda: world.problem() == "try later")
+    kept = world.keeper._kept["m1"]
+    world.keeper._tick()
+    assert (kept.task, world.driver.calls) == (None, ["start m1", "stop m1"])
+
+
+async def test_machine_whose_command_has_changed_is_drained_stopped_and_started(world: World) -> None:
+    world.machine(goal="started")
+    world.load(1)
+    await world.start(drain_ms=60_000)
+    await world.settle("started")
+    world.keeper.restart(["m1"])
+    await world.settle("draining")
+    assert world.driver.calls == ["start m1"]
+    world.load(0)
+    world.keeper._kept["m1"].since -= 10.0
+    await world.settle("started")
+    assert world.driver.calls == ["start m1", "stop m1", "start m1"]
+
+
+async def test_command_that_changes_is_tried_without_the_pause_of_the_last_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.machines.life.RETRY_S_FIRST", 3_600.0)
+    monkeypatch.setattr("isthmus.machines.life.RETRY_S_MAX", 3_600.0)
+    world.driver.failures = [DriverError("no such file")]
+    world.machine(goal="started")
+    await world.start()
+    await eventually("the failure", lambda: world.problem() == "no such file")
+    world.keeper.restart(["m1"])
+    await world.settle("started")
+
+
 async def test_machine_is_drained_of_what_all_nodes_have_there_before_it_is_stopped(world: World) -> None:
     world.machine(goal="started")
     world.load(1)
