@@ -196,7 +196,9 @@ class Keeper:
             if self._load(kept):
                 kept.busy_at = now
             # What its last start failed with says nothing of another release.
-            is_due = now >= kept.not_before or (kept.state is MachineState.STOPPED and self._is_outdated(kept))
+            is_due = now >= kept.not_before or (
+                kept.state is MachineState.STOPPED and self._is_outdated(kept)
+            )
             if kept.task is None and is_due:
                 self._advance(kept, now)
         self._write_changed()
