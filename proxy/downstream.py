@@ -44,6 +44,7 @@ from .core.request_head import RequestHead, parse_request_head
 from .core.traced_exchange import TracedExchange
 from .core.usual_heads import Fields, read_usual_request
 from .core.wishes import take_wishes
+from .holding import go_on_reading, hold_reading
 from .sweeper import NEVER
 
 if TYPE_CHECKING:
@@ -347,13 +348,13 @@ class Downstream(asyncio.Protocol, Client):
         """Stop reading from the client."""
         if not self._paused and self._transport is not None:
             self._paused = True
-            self._transport.pause_reading()
+            hold_reading(self._transport)
 
     def resume_reading(self) -> None:
         """Go on reading from the client."""
         if self._paused and self._transport is not None:
             self._paused = False
-            self._transport.resume_reading()
+            go_on_reading(self._transport)
 
     # What the server calls
 

@@ -19,6 +19,7 @@ from .admission import MEMORY
 from .core.phase import Phase
 from .core.proxy_protocol import render_announcement
 from .core.tcp_session import TcpSession
+from .holding import go_on_reading, hold_reading
 from .sweeper import NEVER
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class Side(asyncio.Protocol):
         transport = self.transport
         if not self._paused and transport is not None and not transport.is_closing():
             self._paused = True
-            transport.pause_reading()
+            hold_reading(transport)
 
     def resume_reading(self) -> None:
         """Go on reading from this side."""
@@ -140,7 +141,7 @@ class Side(asyncio.Protocol):
         if self._paused and transport is not None and not transport.is_closing():
             self._paused = False
             if not self._received_end:
-                transport.resume_reading()
+                go_on_reading(transport)
 
     def close(self) -> None:
         """Close once everything is sent."""

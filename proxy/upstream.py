@@ -19,6 +19,7 @@ from .core.framing import COPIED_BYTES_MAX, Body, BodyError, ChunkedBody, Data, 
 from .core.plane import Machine
 from .core.response_head import SWITCHING_PROTOCOLS, parse_response_head
 from .core.usual_heads import read_usual_response
+from .holding import go_on_reading, hold_reading
 from .splicing import IS_POSSIBLE, SPLICED_BYTES_MIN, SPLICES_MAX, Splice
 from .sweeper import NEVER
 
@@ -103,14 +104,14 @@ class Upstream(asyncio.Protocol, Machine):
         """Stop reading the answer."""
         if not self._paused and self.transport is not None:
             self._paused = True
-            self.transport.pause_reading()
+            hold_reading(self.transport)
             self.deadline = NEVER  # the client's limits hold meanwhile
 
     def resume_reading(self) -> None:
         """Go on reading the answer."""
         if self._paused and self.transport is not None:
             self._paused = False
-            self.transport.resume_reading()
+            go_on_reading(self.transport)
             if self._state is _BODY:
                 self.deadline = self._loop.time() + self.pool.settings.stream_timeout_s
             elif self._state is _TUNNEL:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import os
+import socket
 import ssl
 from typing import TYPE_CHECKING
 
@@ -14,6 +17,7 @@ from tests.fakes.site_certificates import SiteAuthority
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.fakes.machine import Connection
     from tests.proxy.edge import Edge
 
 AUTHORITY = SiteAuthority()
@@ -80,6 +84,44 @@ async def test_machine_may_be_known_by_its_certificate_alone_or_by_nothing(
     edge.put_app("app", "app.test", options='{"machine_tls": {"verify": false}}')
     assert (await edge.get()).status == 200
     assert len(machine.connections) == 2  # other settings, another connection
+
+
+async def test_what_a_machine_sent_before_it_left_arrives_though_the_client_was_slow(
+    edge: Edge, tmp_path: Path
+) -> None:
+    async def send_and_leave(connection: Connection) -> None:
+        await connection.read_request()
+        connection.writer.write(b"HTTP/1.1 200 OK\r\n\r\nfirst ")
+        await held.wait()
+        connection.writer.write(b"last" * 10_000)
+        await let_all_run()
+        # As many servers do: without close_notify.
+        plain = connection.writer.get_extra_info("socket").fileno()
+        with socket.socket(fileno=os.dup(plain)) as sock:
+            sock.shutdown(socket.SHUT_WR)
+        await let_all_run()
+        left.set()
+
+    held, left = asyncio.Event(), asyncio.Event()
+    machine = TlsMachine(tmp_path)
+    machine.behave = send_and_leave
+    await serve(edge, machine, {"verify": False})
+    client = await edge.client()
+    client.send(b"GET / HTTP/1.1\r\nHost: app.test\r\nConnection: close\r\n\r\n")
+    received = await client.reader.readuntil(b"first ")
+    (upstream,) = edge.server._pool.connections
+    upstream.pause_reading()
+    held.set()
+    await left.wait()
+    upstream.resume_reading()
+    received += await client.read_to_end()
+    assert received.count(b"last") == 10_000
+    assert received.endswith(b"0\r\n\r\n")
+
+
+async def let_all_run() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("shown", [True, False])
