@@ -81,19 +81,19 @@ class _Running:
         return not any(fields[2] == group for fields in stats if fields[0] not in _ENDED)
 
     def signal(self, number: signal.Signals) -> None:
-        """Signal all that it has started, if it is still there."""
-        if self.is_alive():
+        """Signal all that it has started, also what is left of it when it has ended itself.
+
+        As long as there is something left the kernel gives the number of its group to nobody else; a process
+        that has that number by now is another one.
+        """
+        if read_started(self.record.pid) in {None, self.record.started}:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.record.pid, number)
 
     def reap(self) -> int | None:
-        """Return what it exited with, and kill what it left behind; None for one that is not our child."""
-        if self.popen is None:
-            return None
-        # Before it is waited for: until then the kernel gives the number of its group to nobody else.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.record.pid, signal.SIGKILL)
-        return self.popen.wait()
+        """Kill what it left behind, and return what it exited with; None for one that is not our child."""
+        self.signal(signal.SIGKILL)  # before it is waited for, since that frees its number
+        return None if self.popen is None else self.popen.wait()
 
 
 class ProcessDriver:
@@ -162,7 +162,7 @@ class ProcessDriver:
         if not await _becomes(running.is_gone, 5.0 if config is None else config.kill_timeout_ms / 1000):
             log.warning("a machine does not end and is killed", extra={"machine": machine.id})
             running.signal(signal.SIGKILL)
-            if not await _becomes(lambda: not running.is_alive(), GONE_S):
+            if not await _becomes(running.is_gone, GONE_S):
                 raise DriverError(f"process {running.record.pid} does not end")
         self._collect(machine.id)
         self._ends.pop(machine.id, None)

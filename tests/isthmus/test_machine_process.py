@@ -177,6 +177,29 @@ async def test_next_agent_goes_on_with_what_runs_and_hears_it(
         second.close()
 
 
+@pytest.mark.parametrize("ends_by_itself", [False, True])
+async def test_next_agent_leaves_nothing_behind_of_what_has_ended(
+    tmp_path: Path, *, ends_by_itself: bool
+) -> None:
+    deaf = f"(trap '' TERM; echo ready > {tmp_path}/ready; exec sleep 60) &"
+    end = f"while [ ! -e {tmp_path}/go ]; do sleep 0.02; done" if ends_by_itself else "wait"
+    async with driving(tmp_path, f"{deaf} {end}", kill_timeout_ms=50) as first:
+        await first.start(MACHINE)
+        await eventually("its start", lambda: _read(tmp_path / "ready"))
+        first.close()
+        second = ProcessDriver(tmp_path / "machines", first.configs)
+        second.adopt()
+        left = second._running["m1"]
+        if ends_by_itself:
+            (tmp_path / "go").touch()
+            await eventually("its end", lambda: not left.is_alive())
+            assert await second.is_running(MACHINE) is False
+        else:
+            await second.stop(MACHINE)
+        await eventually("the end of what it has started", left.is_gone)
+        second.close()
+
+
 async def test_process_that_has_got_the_number_of_an_old_one_is_left_alone(tmp_path: Path) -> None:
     directory = tmp_path / "machines"
     directory.mkdir()
