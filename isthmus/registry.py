@@ -333,14 +333,18 @@ class Registry:
             if (await self._database.query(sql, (app,))).rows:
                 raise RegistryError(f"`{machine.address}` names no port, and the app has no internal_port")
         if machine.region:
-            own = {row[0] for row in (await self._database.query("SELECT code FROM regions")).rows}
-            problem = unknown_region(machine.region, own | {self._region})
-            if problem:
-                raise RegistryError(problem)
+            await self.refuse_unknown_region(machine.region)
         sql = "SELECT app FROM machines WHERE id = ?"
         rows: Rows = (await self._database.query(sql, (machine.id,))).rows
         if rows and rows[0][0] != app:
             raise RegistryError(f"machine `{machine.id}` already belongs to app `{rows[0][0]}`")
+
+    async def refuse_unknown_region(self, code: str) -> None:
+        """Raise RegistryError for a region that nobody knows."""
+        own = {row[0] for row in (await self._database.query("SELECT code FROM regions")).rows}
+        problem = unknown_region(code, own | {self._region})
+        if problem:
+            raise RegistryError(problem)
 
     def _app_statements(self, app: AppConfig, owner: str) -> list[Statement]:
         statements: list[Statement] = [

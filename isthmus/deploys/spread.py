@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from isthmus.config_machines import MachineConfig
+from isthmus.config_machines import PROCESS, MachineConfig
 from isthmus.deploys.releases import cordon, find_current, read_releases, retire, run
 from isthmus.machines.driver import DriverError, Machine
 from isthmus.registry import RegistryError
@@ -56,6 +56,8 @@ class Spreader:
             raise RegistryError(f"there is no app `{app}`", found=False)
         machines = sorted(found.targets(), key=lambda target: target.id)
         serving = [t for t in machines if _counts(t)]
+        for region in regions:
+            await self._registry.refuse_unknown_region(region)
         regions = regions or sorted({target.region for target in serving or machines})
         if not regions:
             raise RegistryError(f"app `{app}` has no machine, so its regions have to be said: --region")
@@ -66,7 +68,7 @@ class Spreader:
         advice: list[str] = []
         for region, want in plan_counts(count, regions).items():
             here = [target for target in serving if target.region == region]
-            for target in here[want:]:
+            for target in sorted(here, key=lambda target: not target.healthy)[want:]:
                 changes.append(_describe(region, target.id, "stop"))
                 if not dry_run:
                     await self._database.execute(self._stop(target))
@@ -115,7 +117,7 @@ class Spreader:
             )
         port = like.port
         template = Machine(like.id, app, like.region, like.host, port)
-        if dry_run:
+        if dry_run and like.driver != PROCESS:  # which only says that it makes none
             changes.append(_describe(region, "", f"create with {like.driver}"))
             return ""
         try:

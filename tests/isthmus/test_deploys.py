@@ -64,7 +64,7 @@ class World:
             self.database.table,
             self.database,
             self.registry,
-            {"fake": self.driver},
+            {"fake": self.driver, "process": self.driver},
             node="n1",
             clock_ms=self.clock_ms,
         )
@@ -421,6 +421,26 @@ async def test_those_that_are_too_many_are_stopped_and_come_back_first(world: Wo
     assert await scale(world, 2) == ["ams start m2"]
     assert world.goals()[1][:2] == ("m2", "started")
     assert world.driver.made == []
+
+
+async def test_one_that_fails_its_checks_is_stopped_first(world: World) -> None:
+    await world.add("10.0.0.1", "10.0.0.2", driver="fake")
+    world.database.put("services", app="web", checks='[{"name": "up"}]')
+    world.database.put("checks", machine="m1", name="up", status="critical")
+    assert await scale(world, 1) == ["ams stop m1"]
+
+
+async def test_nothing_is_made_in_a_region_that_nobody_knows(world: World) -> None:
+    await world.add("10.0.0.1", driver="fake")
+    with pytest.raises(RegistryError, match="unknown region `amm`"):
+        await scale(world, 2, "ams", "amm")
+    assert world.driver.made == []
+
+
+async def test_processes_are_not_made_and_the_dry_run_says_so(world: World) -> None:
+    await world.add("10.0.0.1", driver="process")
+    world.driver.failure = "processes are declared"
+    assert await scale(world, 2, dry_run=True) == ["ams has 1 of 2 machines: processes are declared"]
 
 
 async def test_what_only_a_person_can_do_is_said(world: World) -> None:
