@@ -56,14 +56,10 @@ class Spreader:
             raise RegistryError(f"there is no app `{app}`", found=False)
         machines = sorted(found.targets(), key=lambda target: target.id)
         serving = [t for t in machines if _counts(t)]
-        for region in regions:
-            await self._registry.refuse_unknown_region(region)
+        await self._refuse(app, regions)
         regions = regions or sorted({target.region for target in serving or machines})
         if not regions:
             raise RegistryError(f"app `{app}` has no machine, so its regions have to be said: --region")
-        for release in await read_releases(self._database, app):
-            if release.is_running:
-                raise RegistryError(f"release {release.version} of `{app}` is {release.status.value}")
         changes: list[dict[str, Any]] = []
         advice: list[str] = []
         for region, want in plan_counts(count, regions).items():
@@ -84,6 +80,14 @@ class Spreader:
                     advice.append(f"{region} has {want - missing} of {want} machines: {problem}")
                     break
         return {"app": app, "regions": plan_counts(count, regions), "changes": changes, "advice": advice}
+
+    async def _refuse(self, app: str, regions: Sequence[str]) -> None:
+        """Refuse a region that nobody knows, and all while a deploy of the app runs."""
+        for region in regions:
+            await self._registry.refuse_unknown_region(region)
+        for release in await read_releases(self._database, app):
+            if release.is_running:
+                raise RegistryError(f"release {release.version} of `{app}` is {release.status.value}")
 
     def _stop(self, target: Target) -> list[Statement]:
         now_ms = self._clock_ms()

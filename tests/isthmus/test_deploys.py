@@ -426,7 +426,7 @@ async def test_those_that_are_too_many_are_stopped_and_come_back_first(world: Wo
 async def test_one_that_fails_its_checks_is_stopped_first(world: World) -> None:
     await world.add("10.0.0.1", "10.0.0.2", driver="fake")
     world.database.put("services", app="web", checks='[{"name": "up"}]')
-    world.database.put("checks", machine="m1", name="up", status="critical")
+    world.database.put("checks", machine="m1", name="up", node="n1", status="critical")
     assert await scale(world, 1) == ["ams stop m1"]
 
 
