@@ -6,7 +6,9 @@ sentence that says what to do.
 
 from __future__ import annotations
 
+import argparse
 import http.client
+import math
 import os
 import urllib.parse
 from pathlib import Path
@@ -18,7 +20,7 @@ from isthmus.config_sources import default_data_dir
 from isthmus.supervisor import read_node_info
 
 if TYPE_CHECKING:
-    import argparse
+    from collections.abc import Callable
 
 TIMEOUT_S = 10.0
 
@@ -102,6 +104,21 @@ def add_asking_flags(parser: argparse.ArgumentParser) -> None:
     """Add these, and the flag that has the answer printed as it came."""
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_client_flags(parser)
+
+
+def number_type(least: float, most: float, kind: type[float] = float) -> Callable[[str], float]:
+    """Return the type of a flag that takes numbers from `least` to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"`{text}` is no number from {least:.10g} to {most:.10g}")
+        return number
+
+    return read
 
 
 def make_client(args: argparse.Namespace) -> AdminClient:

@@ -116,11 +116,9 @@ def _parse(question: Question) -> _Parsed:
     if parts.scheme not in _PORTS or not parts.hostname:
         raise QuestionError(f"`{question.url}` is no URL with http or https and a host")
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    lines = (
-        f"{question.method} {path} HTTP/1.1",
-        f"Host: {parts.netloc.rpartition('@')[2]}",
-        *question.headers,
-    )
+    says_host = any(line.lower().startswith("host:") for line in question.headers)
+    host = () if says_host else (f"Host: {parts.netloc.rpartition('@')[2]}",)
+    lines = (f"{question.method} {path} HTTP/1.1", *host, *question.headers)
     for line in lines:
         if "\r" in line or "\n" in line or (line in question.headers and ":" not in line):
             raise QuestionError(f"{line[:80]!r} is no line of a request")

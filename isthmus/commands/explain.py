@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from isthmus.client import ClientError, add_asking_flags, make_client
+from isthmus.client import ClientError, add_asking_flags, make_client, number_type
 from isthmus.commands.listing import format_ago, format_table
 from isthmus.logs import escape
 
@@ -47,7 +47,11 @@ def add_parser(verbs: Any) -> None:
         help="print a header that has requests to this host answered with lines `Isthmus-Trace`",
     )
     parser.add_argument(
-        "--ttl", metavar="SECONDS", type=int, default=300, help="with --sign: how long it is good for [300]"
+        "--ttl",
+        metavar="SECONDS",
+        type=number_type(1, 3_600, int),
+        default=300,
+        help="with --sign: how long it is good for [300]",
     )
     add_asking_flags(parser)
     parser.set_defaults(run=run)
@@ -110,7 +114,8 @@ def _format_path(told: dict[str, Any]) -> Iterator[str]:
     """Yield what the request passes before a machine is chosen."""
     route, app, service = told["route"], told["app"], told["service"]
     if route is None:
-        yield _line("route", "no hostname leads anywhere")
+        is_refused = told["outcome"]["result"] == "refused"
+        yield _line("route", "not looked for" if is_refused else "no hostname leads anywhere")
     else:
         by = f" (declared by {route['by']})" if route["by"] else ""
         yield _line("route", f"{route['hostname']} {route['path']} -> {route['app']}{by}")

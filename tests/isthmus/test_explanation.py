@@ -286,3 +286,13 @@ def test_a_request_that_leads_nowhere_is_told_too() -> None:
     text = "\n".join(format_explanation(ask(world(), url="http://nobody.test/")))
     assert "no hostname leads anywhere" in text
     assert "-> unrouted" in text
+
+
+def test_a_request_that_is_refused_has_no_route_that_was_looked_for() -> None:
+    text = "\n".join(format_explanation(ask(world(), "Content-Length: 1", "Content-Length: 2")))
+    assert "route     not looked for" in text
+
+
+def test_a_host_among_the_headers_takes_the_place_of_that_of_the_url() -> None:
+    assert ask(world(), "hOST: other.test")["outcome"]["result"] == "unrouted"
+    assert ask(world(), "Host: a.test", "Host: b.test")["outcome"]["result"] == "refused"
