@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from isthmus.client import ClientError, add_client_flags, make_client, quote
+from isthmus.client import ClientError, add_client_flags, make_client, number_type, quote
 from isthmus.logs import escape
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from isthmus.client import AdminClient
 
 STRATEGIES = ("rolling", "canary", "bluegreen")
+SECONDS = number_type(0, 86_400)
 LOOK_S = 0.2
 # An agent that is restarted goes on with its deploys; so long it may be away.
 AWAY_S = 60.0
@@ -56,7 +57,12 @@ def add_parser(verbs: Any) -> None:
     )
     rollback.add_argument("app", metavar="APP")
     rollback.add_argument(
-        "version", metavar="VERSION", nargs="?", type=int, default=0, help="which one (the one before)"
+        "version",
+        metavar="VERSION",
+        nargs="?",
+        type=number_type(0, 10**9, int),
+        default=0,
+        help="which one (the one before)",
     )
     rollback.add_argument("--strategy", choices=STRATEGIES, help="how it takes over (rolling)")
     _add_flags(rollback)
@@ -65,22 +71,29 @@ def add_parser(verbs: Any) -> None:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--max-unavailable", metavar="N", type=float, help="machines at a time, or a share below 1 (a third)"
+        "--max-unavailable",
+        metavar="N",
+        type=number_type(0.001, 1_000_000),
+        help="machines at a time, or a share below 1 (a third)",
     )
     parser.add_argument(
-        "--timeout", metavar="S", type=float, dest="ready_s", help="seconds for machines to get ready (300)"
+        "--timeout",
+        metavar="S",
+        type=SECONDS,
+        dest="ready_s",
+        help="seconds for machines to get ready (300)",
     )
     parser.add_argument(
         "--watch",
         metavar="S",
-        type=float,
+        type=SECONDS,
         dest="watch_s",
         help="seconds that new machines are watched with requests (2; canary and bluegreen 10)",
     )
     parser.add_argument(
         "--drain",
         metavar="S",
-        type=float,
+        type=SECONDS,
         dest="drain_s",
         help="seconds for old machines without a driver to finish what they have (10)",
     )
@@ -112,11 +125,12 @@ def _parse_machine(text: str) -> dict[str, str]:
 
 
 def find_whoami() -> str:
-    """Return who asks for a change, for those who look at it later."""
+    """Return who asks for a change, for those who look at it later: in ASCII, as the node wants it."""
     try:
-        return f"{getpass.getuser()}@{socket.gethostname()}"[:128]
+        who = f"{getpass.getuser()}@{socket.gethostname()}"
     except (KeyError, OSError):
-        return socket.gethostname()[:128]
+        who = socket.gethostname()
+    return who.encode("ascii", "replace").decode()[:128]
 
 
 def _begin(client: AdminClient, args: argparse.Namespace, order: dict[str, Any]) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from isthmus.client import add_asking_flags, make_client, quote
+from isthmus.client import add_asking_flags, make_client, number_type, quote
 from isthmus.commands.listing import format_table
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def add_parser(verbs: Any) -> None:
         description="Have so many machines in all, spread over the regions as evenly as can be. Those that "
         "are missing are started, or made by their driver; those that are too many are stopped and kept out.",
     )
-    count.add_argument("count", metavar="N", type=int)
+    count.add_argument("count", metavar="N", type=number_type(0, 1_000, int))
     count.add_argument("--app", metavar="APP", help="which app (the only one, if there is one)")
     count.add_argument("--region", metavar="CODE,CODE", help="where (where it has machines)")
     count.add_argument("--dry-run", action="store_true", help="only say what would be done")

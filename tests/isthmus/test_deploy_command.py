@@ -10,6 +10,7 @@ import pytest
 
 from isthmus.agent_role import AgentRole
 from isthmus.cli import main
+from isthmus.commands.deploy import find_whoami
 from isthmus.config import AdminConfig, AppConfig, Config, GossipConfig, MachineConfig, ProxyConfig
 
 if TYPE_CHECKING:
@@ -87,6 +88,30 @@ async def test_deploy_that_fails_is_told_by_the_exit_code(isthmus: Command) -> N
         "isthmus: app `web` has no earlier release that was complete\n",
     )
     assert (await isthmus("deploy", "web", "--cancel"))[2] == "isthmus: no deploy of `web` is running\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (("deploy", "web", "v2", "--timeout", "-1"), "argument --timeout: `-1` is no number from 0 to 86400"),
+        (("deploy", "web", "v2", "--watch", "nan"), "argument --watch: `nan` is no number from 0 to 86400"),
+        (("rollback", "web", "x"), "argument VERSION: `x` is no number from 0 to 1000000000"),
+        (("scale", "count", "1.5"), "argument N: `1.5` is no number from 0 to 1000"),
+        (("explain", "http://a.test", "--ttl", "0"), "argument --ttl: `0` is no number from 1 to 3600"),
+    ],
+)
+def test_number_out_of_range_is_told_by_its_flag(
+    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], problem: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(flags)
+    assert ended.value.code == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_who_asks_is_told_in_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("getpass.getuser", lambda: "jürgen")
+    assert find_whoami().startswith("j?rgen@")
 
 
 async def test_scale_says_what_is_left_for_a_person(isthmus: Command) -> None:
