@@ -34,7 +34,8 @@ def adapt_response(
     if options.compression is None:
         return None, body
     room = plane.metrics.compressing < plane.settings.compressions_max
-    encoder = start_encoder(options.compression, request, head, len(body) if ended else -1, room=room)
+    known = len(body) if ended and request.method != b"HEAD" else -1
+    encoder = start_encoder(options.compression, request, head, known, room=room)
     if encoder is None:
         return None, body
     plane.metrics.compressing += 1

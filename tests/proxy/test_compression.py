@@ -253,8 +253,12 @@ def test_wishes_that_make_no_sense_are_refused(wishes: object, problem: str) -> 
         parse_compression(wishes)
 
 
-async def test_a_head_request_gets_the_fields_that_its_get_would_get(edge: Edge) -> None:
-    client = await serve(edge, HTML)
+@pytest.mark.parametrize("framing", [b"Content-Length: %d" % len(TEXT), b"Transfer-Encoding: chunked"])
+async def test_a_head_request_gets_the_fields_that_its_get_would_get(edge: Edge, framing: bytes) -> None:
+    start = b'HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nETag: "1"\r\n' + framing + b"\r\n\r\n"
+    body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(TEXT), TEXT) if framing.endswith(b"chunked") else TEXT
+    client = await serve(edge, start)
+    edge.machines[0].answer = lambda r: start if r.line.startswith(b"HEAD") else start + body
     client.send(b"HEAD / HTTP/1.1\r\nHost: app.test\r\nAccept-Encoding: br\r\n\r\n")
     said = await client.read_response(to_head=True)
     told = (await client.get(b"/", b"Accept-Encoding: br")).fields
