@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 
@@ -25,7 +25,7 @@ from isthmus.config import (
     parse_listen,
     unknown_region,
 )
-from routing.catalog import canonical_hostname, canonical_prefix, parse_address
+from routing.catalog import WEIGHT_MAX, canonical_hostname, canonical_prefix, parse_address
 from routing.options import HANDLERS, TLS_VERSIONS, parse_options
 from routing.scaling import NAMES as SCALING
 from routing.types import WEIGHT_USUAL
@@ -92,7 +92,7 @@ class NewMachine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     id: str = ""
     region: str = ""
     driver: str = ""
-    weight: int = WEIGHT_USUAL
+    weight: Annotated[int, msgspec.Meta(ge=1, le=WEIGHT_MAX)] = WEIGHT_USUAL
 
 
 def put_goal(machine: str, state: str, node: str, reason: str) -> Statement:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from isthmus.client import add_client_flags, make_client, quote
+from isthmus.client import add_client_flags, make_client, number_type, quote
+from routing.catalog import WEIGHT_MAX
 
 if TYPE_CHECKING:
     import argparse
@@ -32,7 +33,9 @@ def add_parser(verbs: Any) -> None:
     add.add_argument("--id", metavar="ID", help="its id (made from node, app and address)")
     add.add_argument("--region", metavar="CODE", help="where it is (the node's region)")
     add.add_argument("--driver", metavar="NAME", help="what of the node's drivers starts and stops it")
-    add.add_argument("--weight", metavar="N", type=int, help="its share of requests (usual: 100)")
+    add.add_argument(
+        "--weight", metavar="N", type=number_type(1, WEIGHT_MAX, int), help="its share of requests (100)"
+    )
     add_client_flags(add)
     add.set_defaults(run=run_add)
 

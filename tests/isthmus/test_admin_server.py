@@ -209,6 +209,13 @@ REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
     "missing key": ("POST", "/v1/machines", {"app": "web"}, 400, "missing required field `address`"),
     "wrong type": ("POST", "/v1/apps", {"name": 5}, 400, "Expected `str`, got `int` - at `$.name`"),
     "wrong value": ("POST", "/v1/apps", {"name": "a", "soft_limit": 0}, 400, ">= 1"),
+    "no weight": (
+        "POST",
+        "/v1/machines",
+        {"app": "web", "address": "127.0.0.1:4", "weight": 0},
+        400,
+        "Expected `int` >= 1 - at `$.weight`",
+    ),
     "no object": ("POST", "/v1/apps", [1], 400, "Expected `object`, got `array`"),
     "bad address": (
         "POST",
