@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing outside this folder is touched.
-.PHONY: help setup demo compile check test bench bench-idle bench-replication bench-simulated soak chaos fuzz autobahn clean
+.PHONY: help setup demo compile check test bench bench-idle bench-replication bench-routing bench-simulated soak chaos fuzz autobahn clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -21,8 +21,8 @@ help:
 	@echo "make test    unit, property and end-to-end tests"
 	@echo "make check   lint, types, import contracts"
 	@echo "make bench   CPU per request beside nginx, HAProxy, Envoy and Caddy; make bench-replication: beside cr-sqlite"
-	@echo "make bench-idle  what 10,000 connections cost that wait for their next request"
-	@echo "make bench-routing  a table of a million machines; how requests spread over machines; 5,000 checks"
+	@echo "make bench-idle  what 10,000 idle connections cost; what others notice of these, and of slow ones"
+	@echo "make bench-routing  a table of a million machines; how requests spread; a machine stopped; 5,000 checks"
 	@echo "make bench-simulated  a thousand simulated nodes; an hour without a region"
 	@echo "make soak    simulate many clusters with faults; SEEDS=1000 says how many"
 	@echo "make chaos   kill -9 a writer at random moments and look at what it left; KILLS=1000 says how often"
@@ -77,12 +77,14 @@ bench: setup $(BENCH_STAMP)
 
 bench-idle: setup
 	@$(BIN)/python -m bench.proxy.idle
+	@$(BIN)/python -m bench.proxy.crowded
 
 bench-replication: $(STAMP)
 	@$(BIN)/python -m bench.replication
 
 bench-routing: setup
 	@$(BIN)/python -m bench.routing
+	@$(BIN)/python -m bench.routing.stopping
 	@$(BIN)/python -m bench.checks
 
 bench-simulated: $(STAMP)

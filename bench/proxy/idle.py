@@ -18,13 +18,12 @@ from bench.table import Target, describe_machine, print_table, show_number
 from isthmus import compiled
 
 from .__main__ import MEMORY_LIMIT_MB, find_busiest
+from .crowd import CONNECTIONS_PER_ADDRESS
 from .processes import Program, read_cpu, read_memory
 from .programs import find, start_isthmus, start_machine
 
 CONNECTIONS = 10_000
 BYTES_LIMIT = 12_288
-# A node takes only so many of one client; the whole of 127.0.0.0/8 is this machine.
-CONNECTIONS_PER_ADDRESS = 500
 REQUEST = b"GET /small HTTP/1.1\r\nHost: bench.test\r\nUser-Agent: idle\r\nAccept: */*\r\n\r\n"
 SETTLE_S = 1.0
 SPARE_FILES = 200

@@ -29,9 +29,7 @@ def measure_latency(
 
     `cpu_us` is what a request costs isthmus: it sets the rate.
     """
-    rate = 0.5 / (cpu_us / 1e6)
-    script = folder / "delay.lua"
-    script.write_text(SCRIPT.replace("@mean@", str(max(1, round(CONNECTIONS / rate * 1000)))), "utf-8")
+    script = write_script(folder, 0.5 / (cpu_us / 1e6))
     rounds: dict[str, list[tuple[float, float]]] = {program.name: [] for program in programs}
     for _ in range(ROUNDS):
         for program in programs:
@@ -40,6 +38,13 @@ def measure_latency(
         name: (statistics.median(half for half, _ in seen), statistics.median(tail for _, tail in seen))
         for name, seen in rounds.items()
     }
+
+
+def write_script(folder: Path, rate: float) -> Path:
+    """Write the script that makes wrk ask so many times a second, if answers take no time."""
+    file = folder / "delay.lua"
+    file.write_text(SCRIPT.replace("@mean@", str(max(1, round(CONNECTIONS / rate * 1000)))), "utf-8")
+    return file
 
 
 def run_round(wrk: str, script: Path, program: Program) -> tuple[float, float]:

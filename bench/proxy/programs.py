@@ -57,26 +57,26 @@ def read_version(program: str) -> str:
     return version[0] if version else "?"
 
 
-def configure(template: str, folder: Path, port: int, upstream: int) -> Path:
+def configure(template: str, folder: Path, **values: object) -> Path:
     """Write a configuration from its template; return the file."""
     text = (HERE / template).read_text("utf-8")
-    for name, value in (("folder", str(folder)), ("port", str(port)), ("upstream", str(upstream))):
-        text = text.replace(f"@{name}@", value)
+    for name, value in {"folder": folder, **values}.items():
+        text = text.replace(f"@{name}@", f"{value}")
     file = folder / template
     file.write_text(text, "utf-8")
     return file
 
 
 @contextmanager
-def start_machine(nginx: str, folder: Path) -> Iterator[Program]:
-    """Serve files of the sizes that are asked for."""
+def start_machine(nginx: str, folder: Path, options: str = "") -> Iterator[Program]:
+    """Serve files of the sizes that are asked for; options are those of nginx's `listen`."""
     folder.chmod(0o755)  # nginx serves as a user of its own when root starts it
     files = folder / "files"
     files.mkdir()
     for name, size in FILES.items():
         (files / name).write_bytes((b"isthmus " * (size // 8))[:size])
     port = find_port()
-    file = configure("upstream.conf", folder, port, port)
+    file = configure("upstream.conf", folder, upstream=port, options=options)
     with running("machine", "", [nginx, "-c", str(file)], port, folder / "upstream.log") as program:
         yield program
 
@@ -94,7 +94,7 @@ def start_proxies(folder: Path, upstream: int) -> Iterator[list[Program]]:
             path = find(program)
             if path is not None:
                 port = find_port()
-                file = str(configure(template, folder, port, upstream))
+                file = str(configure(template, folder, port=port, upstream=upstream))
                 command = [path, *(file if argument == "@" else argument for argument in arguments)]
                 log = folder / f"{program}.log"
                 peer = running(
