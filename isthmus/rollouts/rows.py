@@ -6,6 +6,7 @@ out, as any client may write them.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -37,9 +38,9 @@ async def read_rollouts(database: Database) -> tuple[list[Rollout], Reports]:
             continue
     reports: Reports = {}
     sql = "SELECT rollout, node, state, detail, at_ms FROM rollout_reports"
-    for rollout, node, state, *rest in (await database.query(sql)).rows:
-        if state in {known.value for known in State}:
-            reports.setdefault(rollout, {})[node] = Report(State(state), *rest)
+    for rollout, node, *said in (await database.query(sql)).rows:
+        with contextlib.suppress(msgspec.ValidationError):
+            reports.setdefault(rollout, {})[node] = msgspec.convert(said, Report)
     return rollouts, reports
 
 

@@ -156,14 +156,14 @@ def test_agent_that_dies_over_the_undoing_is_followed_by_one_that_ends_it(
     data.ask()
     data.carry_out()
     data.turn(Stage.TO_UNDO)
+    rollback = module.rollback
     for after in (False, True):
 
         def undo(connection: sqlite3.Connection, *, after: bool = after) -> None:
             if after:
-                module_rollback(connection)
+                rollback(connection)
             raise _DiedError
 
-        module_rollback = module.rollback
         with monkeypatch.context() as patch:
             patch.setattr(module, "rollback", undo)
             with pytest.raises(_DiedError):

@@ -1,4 +1,4 @@
-"""Settings that were rolled out: what is on disk at every moment, and what they are worth beside a node's own."""
+"""Settings that were rolled out: what is on disk at every moment, and who else has a say."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[str]:
 def after_a_death_at_each_point(
     directory: Path, prepare: Callable[[Overlay], Any], act: Callable[[Overlay], Any]
 ) -> set[tuple[str, str]]:
-    """Return what a node starts with, and what it has after it has put back what was on trial, of all deaths."""
+    """Return what a node starts with, and what it has when a trial is put back, of all deaths."""
     found = set()
     for number in range(100):
         data = directory / str(number)
