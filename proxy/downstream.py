@@ -46,6 +46,7 @@ from .core.usual_heads import Fields, read_usual_request
 from .core.wishes import take_wishes
 from .holding import go_on_reading, hold_reading
 from .sweeper import NEVER
+from .upstream import NO_LINGER
 
 if TYPE_CHECKING:
     from routing.table import Service
@@ -300,8 +301,13 @@ class Downstream(asyncio.Protocol, Client):
 
     def abort(self) -> None:
         """Cut the connection."""
-        if self._transport is not None:
-            self._transport.abort()
+        transport, exchange = self._transport, self._exchange
+        if transport is not None:
+            if exchange is not None and exchange.head.minor == 0:
+                # To HTTP/1.0 an end in good order may be that of the answer.
+                sock = transport.get_extra_info("socket")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+            transport.abort()
 
     def announce(self, version: str, forwarded: bytes) -> bytes:
         """Return the PROXY header for the client of a request that has these lines about it."""

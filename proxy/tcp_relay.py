@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import struct
 from typing import TYPE_CHECKING, Final, cast
 
 from .admission import MEMORY
@@ -21,6 +20,7 @@ from .core.proxy_protocol import render_announcement
 from .core.tcp_session import TcpSession
 from .holding import go_on_reading, hold_reading
 from .sweeper import NEVER
+from .upstream import NO_LINGER
 
 if TYPE_CHECKING:
     from routing.table import Service
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 # Linux lets a socket take megabytes that it cannot send yet, for each slow reader. tcp(7); not in `socket`.
 _TCP_NOTSENT_LOWAT: Final = 25
-# Closing throws away what is not sent and tells the peer so.
-_NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 
 class Side(asyncio.Protocol):
@@ -152,7 +150,7 @@ class Side(asyncio.Protocol):
         """Cut the connection, and let its peer know that this is no end."""
         if self.transport is not None:
             sock = self.transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             self.transport.abort()
 
     def count(self, size: int) -> None:

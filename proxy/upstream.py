@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .pool import MachineAddress, Pool
 
 # Closing throws away what is not sent and tells the peer so.
-_NO_LINGER: Final = struct.pack("ii", 1, 0)
+NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 
 class State(Enum):
@@ -186,7 +186,7 @@ class Upstream(asyncio.Protocol, Machine):
         """Close at once, and so that the other side knows this for no end in good order."""
         if self.transport is not None:
             sock = self.transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
         self.close()
 
     def leave_tunnel(self) -> None:

@@ -357,6 +357,23 @@ async def test_a_client_that_leaves_takes_its_request_with_it(edge: Edge) -> Non
     assert edge.metrics.aborted["client"] == 1
 
 
+async def test_to_http_1_0_an_answer_cut_short_ends_with_a_reset(edge: Edge) -> None:
+    async def break_off(connection: Connection) -> None:
+        await connection.read_request()
+        connection.writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n")
+        await seen.wait()
+
+    seen = asyncio.Event()
+    await edge.machine(behave=break_off)
+    await edge.start()
+    client = await edge.client()
+    client.send(b"GET / HTTP/1.0\r\nHost: app.test\r\n\r\n")
+    await client.reader.readuntil(b"\r\n\r\nhalf")
+    seen.set()
+    with pytest.raises(ConnectionResetError):
+        await client.reader.read()
+
+
 async def test_an_answer_cut_short_is_cut_for_the_client_too(edge: Edge) -> None:
     await edge.machine(
         behave=lambda c: _answer_once(
