@@ -509,7 +509,7 @@ class TestByHand:
             "INSERT INTO rollouts (id, kind, status, steps) VALUES ('y', 'config', 'running', '5')",
             "INSERT INTO rollouts (id, kind, status, steps) VALUES ('z', 'config', 'running', x'ff')",
             f"INSERT INTO rollout_reports(rollout, node, state) VALUES ('{id_}', 'n7', 'glad')",
-            f"INSERT INTO rollout_reports(rollout, node, state, detail) VALUES ('{id_}', 'n8', 'good', x'ff')",
+            f"INSERT INTO rollout_reports(rollout, node, state, detail) VALUES ('{id_}', 'n8', 'good', x'')",
             f"INSERT INTO rollout_reports(rollout, node, state, at_ms) VALUES ('{id_}', 'n9', 'good', 'x')",
         ):
             await one.execute([(sql, ())])
