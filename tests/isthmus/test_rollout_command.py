@@ -174,7 +174,7 @@ def test_file_that_cannot_be_read_is_told_by_name(run: Any, tmp_path: Path) -> N
     with pytest.raises(ClientError, match=r"x\.toml: No such file"):
         run(FakeClient({}), "config", str(tmp_path / "x.toml"))
     (tmp_path / "x.toml").write_bytes(b"\xff")
-    with pytest.raises(ClientError, match="x.toml: "):
+    with pytest.raises(ClientError, match=r"x\.toml: "):
         run(FakeClient({}), "config", str(tmp_path / "x.toml"))
 
 
