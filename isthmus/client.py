@@ -11,6 +11,7 @@ import http.client
 import math
 import os
 import urllib.parse
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,8 @@ class AdminClient:
             ) from None
         finally:
             connection.close()
+        if response.status == HTTPStatus.UNAUTHORIZED:
+            raise ClientError("the admin token is missing or wrong: give it with --token or ISTHMUS_TOKEN")
         if response.status >= 400:
             told = answer.get("error") if isinstance(answer, dict) else None
             raise ClientError(str(told or f"{self._address} answers with status {response.status}"))

@@ -12,9 +12,8 @@ import msgspec
 import orjson
 
 from isthmus.client import ClientError, add_client_flags, make_client
-from isthmus.doctor.app_rules import count_of
 from isthmus.doctor.facts import ProbeFacts, Snapshot
-from isthmus.doctor.finding import Diagnosis, Severity, diagnose
+from isthmus.doctor.finding import Diagnosis, Severity, count_of, diagnose
 from isthmus.doctor.rules import RULES
 from isthmus.logs import escape
 

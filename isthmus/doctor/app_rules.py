@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from isthmus.doctor.finding import Finding, Rule, Severity
+from isthmus.doctor.finding import Finding, Rule, Severity, count_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,11 +26,6 @@ NOTICED_MS_MOST = 60_000
 ASLEEP_MS_MOST = 30 * 86_400_000
 # What any path that nothing serves is answered with.
 _NOT_FOUND = 404
-
-
-def count_of(count: int, noun: str) -> str:
-    """Return a number with its noun."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def _usable(snapshot: Snapshot, app: str) -> list[MachineFacts]:
@@ -193,7 +188,7 @@ def find_nowhere(snapshot: Snapshot) -> Iterator[Finding]:
             yield Finding(
                 CRITICAL,
                 app,
-                f"none of its {count_of(len(machines), 'machine')} takes requests: {told}",
+                f"of its {count_of(len(machines), 'machine')} none takes requests: {told}",
                 "unhealthy ones are still tried, others are not",
                 f"all requests for {app}",
                 f"isthmus machines, then isthmus machine start {machines[0].id}",

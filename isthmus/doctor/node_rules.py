@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from typing import TYPE_CHECKING
 
-from isthmus.doctor.finding import Finding, Rule, Severity
+from isthmus.doctor.finding import Finding, Rule, Severity, count_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,7 +96,7 @@ def find_gone_nodes(snapshot: Snapshot) -> Iterator[Finding]:
         yield Finding(
             WARNING,
             name,
-            f"it is {states.get(name, 'unknown')} and owns {len(machines)} machines",
+            f"it is {states.get(name, 'unknown')} and owns {count_of(len(machines), 'machine')}",
             "nobody starts, stops or deploys them; others only judge whether they answer",
             _describe(*sorted(machines)[:5]),
             f"start {name} again, or isthmus machine remove {min(machines)}",

@@ -85,7 +85,7 @@ async def test_refusal_of_the_node_is_told_in_its_words(address: str) -> None:
 @pytest.mark.parametrize("token", ["", "wrong"])
 async def test_missing_token_is_told(address: str, token: str) -> None:
     client = AdminClient(address, token)
-    with pytest.raises(ClientError, match="the admin token is missing or wrong"):
+    with pytest.raises(ClientError, match="missing or wrong: give it with --token or ISTHMUS_TOKEN"):
         await asyncio.to_thread(client.get, "/v1/status")
 
 

@@ -173,7 +173,7 @@ CASES = [
         but(machines=machines(is_routable=False, verdict="unhealthy: alive critical")),
         "web",
         C,
-        "none of its 4 machines takes requests: 4 unhealthy",
+        "of its 4 machines none takes requests: 4 unhealthy",
     ),
     Case(
         "shadowed",
@@ -296,8 +296,8 @@ CASES = [
     Case("few-nodes", but(nodes=(node("a1", is_self=True),)), "cluster", N, "a1 is its only node"),
     Case("few-nodes", but(nodes=WELL.nodes[:2]), "cluster", N, "all 2 nodes are in ams"),
     Case("few-nodes", but(nodes=WELL.nodes[:3]), "gru", N, "g1 is its only node", but(nodes=WELL.nodes)),
-    Case("gone-nodes", but(nodes=nodes(g2={"state": "dead"})), "g2", W, "it is dead and owns 1 machines"),
-    Case("gone-nodes", but(nodes=WELL.nodes[:3]), "g2", W, "it is unknown and owns 1 machines"),
+    Case("gone-nodes", but(nodes=nodes(g2={"state": "dead"})), "g2", W, "it is dead and owns 1 machine"),
+    Case("gone-nodes", but(nodes=WELL.nodes[:3]), "g2", W, "it is unknown and owns 1 machine"),
     Case("stale-nodes", but(nodes=nodes(g1={"staleness_ms": 40_000})), "g1", W, "in the last 40 s"),
     Case(
         "stale-nodes",
