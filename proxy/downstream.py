@@ -188,8 +188,9 @@ class Downstream(asyncio.Protocol, Client):
         transport = self._transport
         if transport is not None and self._state is not _LINGER and not transport.can_write_eof():
             transport.abort()
-        # An incomplete request stays incomplete.
-        self._half_closed = self._state is _BUSY and self._plane.settings.half_close
+        # An incomplete request stays incomplete; others may wait for the client to read.
+        waits = self._state is _BUSY or (self._blocked and bool(self._buffer))
+        self._half_closed = waits and self._plane.settings.half_close
         return self._half_closed
 
     def _limit_buffer(self) -> None:

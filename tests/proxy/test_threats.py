@@ -306,6 +306,21 @@ async def test_a_client_that_closes_its_side_gets_all_its_answers_where_that_is_
     await wait_for(lambda: edge.metrics.connections_open == 0)
 
 
+async def test_requests_that_wait_for_a_slow_reader_are_served_behind_its_end(edge: Edge) -> None:
+    await edge.machine()
+    await edge.start(half_close=True)
+    client = await edge.client()
+    await client.get()
+    (downstream,) = edge.server._clients
+    downstream.pause_writing()
+    client.send(get() + get())
+    client.writer.write_eof()
+    await wait_for(lambda: downstream._half_closed)
+    downstream.resume_writing()
+    assert (await client.read_to_end()).count(b"HTTP/1.1 200 OK") == 2
+    await wait_for(lambda: edge.metrics.connections_open == 0)
+
+
 async def test_half_a_request_is_none_wherever_its_client_closes(edge: Edge) -> None:
     machine = await edge.machine()
     await edge.start(half_close=True)
