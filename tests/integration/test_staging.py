@@ -74,10 +74,11 @@ def deaths(node: Node, directory: Path) -> int:
 class Traffic:
     """Requests to one node, one after the other, until it is closed."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, pause_s: float = 0.0) -> None:
         self.ok = 0
         self.failed: list[str] = []
         self._node = node
+        self._pause_s = pause_s
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -91,6 +92,7 @@ class Traffic:
             else:
                 self.ok += status == 200
                 self.failed += [str(status)] * (status != 200)
+            self._is_over.wait(self._pause_s)
 
     def close(self) -> None:
         self._is_over.set()
