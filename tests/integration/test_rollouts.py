@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.processes import ROOT, Node, clean_environment, closing_all, request, wait_for
+from tests.integration.processes import (
+    ROOT,
+    Node,
+    clean_environment,
+    closing_all,
+    free_port,
+    request,
+    wait_for,
+)
 from tests.integration.test_staging import HOST, Traffic
 
 if TYPE_CHECKING:
@@ -31,7 +39,7 @@ listen = "127.0.0.1:0"
 [admin]
 listen = "127.0.0.1:0"
 [gossip]
-listen = "127.0.0.1:0"
+listen = "{gossip}"
 join = [{join}]
 """
 PAUSE_S = 0.01
@@ -50,13 +58,15 @@ class Fleet:
     def __init__(self, directory: Path, started: list[Any]) -> None:
         self.directory = directory
         self.started = started
+        self.gossip = {name: f"127.0.0.1:{free_port()}" for name in ("n1", "n2", "n3")}
         self.nodes: list[Node] = []
         for name, region in (("n1", "ams"), ("n2", "gru"), ("n3", "syd")):
             self.nodes.append(self.start(name, region))
 
     def start(self, name: str, region: str) -> Node:
-        join = f'"{self.nodes[0].gossip}"' if self.nodes else ""
-        node = Node(name, self.directory, CONFIG.format(region=region, join=join))
+        gossip = self.gossip[name]
+        join = ", ".join(f'"{address}"' for address in self.gossip.values() if address != gossip)
+        node = Node(name, self.directory, CONFIG.format(region=region, gossip=gossip, join=join))
         self.started.append(node)
         return node
 
@@ -192,7 +202,7 @@ def test_tables_are_undone_on_all_nodes_when_the_agent_of_one_dies_and_no_reques
         for node in fleet.nodes:
             wait_for("the row to arrive", lambda node=node: rows(node) == [[7, "seven"]])
 
-        id_ = fleet.roll_out("schema", MORE, 2.5)
+        id_ = fleet.roll_out("schema", MORE, 2.0)
         two = fleet.nodes[1]
         wait_for("n2 to have the tables on trial", lambda: stage(two) == "taken")
         os.kill(wait_for("n2 to answer", lambda: agent_pid(two)), signal.SIGKILL)
