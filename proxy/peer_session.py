@@ -35,6 +35,7 @@ from .core.peer_frames import (
     parse_open,
     parse_release,
 )
+from .holding import go_on_reading, hold_reading
 from .sweeper import NEVER
 
 if TYPE_CHECKING:
@@ -250,13 +251,13 @@ class PeerSession(asyncio.Protocol):
         """Stop reading what the machine is to get."""
         if not self._paused and self._transport is not None:
             self._paused = True
-            self._transport.pause_reading()
+            hold_reading(self._transport)
 
     def resume_reading(self) -> None:
         """Go on reading what the machine is to get."""
         if self._paused and self._transport is not None:
             self._paused = False
-            self._transport.resume_reading()
+            go_on_reading(self._transport)
 
     def end_tunnel(self) -> None:
         """The machine has ended its connection."""
