@@ -179,6 +179,7 @@ class Keeper:
             return True
         if self._trial is not None:
             await self._review(self._trial)
+        await self._find_lost_settings()
         present = {*self._others(), self._node}
         action = plan_node(
             self._rollouts, self._reports, node=self._node, present=present, waits=self._wait(present)
@@ -191,6 +192,16 @@ class Keeper:
         """True when all nodes wait for what this one no longer tries: something went wrong on the way."""
         said = [nodes[self._node].state for nodes in self._reports.values() if self._node in nodes]
         return self._trial is None and State.TRYING in said
+
+    async def _find_lost_settings(self) -> None:
+        """Take up anew what this node says that it has, where its files were lost since."""
+        latest = find_latest(self._rollouts, Kind.CONFIG)
+        if latest is None or self._trial is not None or find_running(self._rollouts) is not None:
+            return
+        said = self._reports.get(latest.id, {})
+        has_it = self._node in said and said[self._node].state is State.GOOD
+        if has_it and await asyncio.to_thread(self._overlay.read) != latest.body:
+            del said[self._node]
 
     def _wait(self, present: set[str]) -> dict[str, Wait]:
         """Return how long others have been trying, as far as this node has seen it."""

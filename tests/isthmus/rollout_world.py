@@ -115,10 +115,9 @@ class Node:
         self.name = name
         self.region = region
         self.data = world.directory / name
-        self.data.mkdir()
         self.file = self.data / "isthmus.toml"
-        self.file.write_text(f'node = "{name}"\nregion = "{region}"\ndata = "{self.data}"\n{text}')
-        self.config: Config = load_config(self.file, {}, {}, is_start=True)
+        self.text = f'node = "{name}"\nregion = "{region}"\ndata = "{self.data}"\n{text}'
+        self.install()
         self.database = self.config.database
         self.lifecycle = Lifecycle()
         self.allergies: dict[str, str] = {}  # to part of the settings: `reload_problem` or `kept`
@@ -132,6 +131,12 @@ class Node:
         self.dies_at = -1
         self.is_up = False
         self.up()
+
+    def install(self) -> None:
+        """Make the directory of the node, and start its processes but for the agent."""
+        self.data.mkdir()
+        self.file.write_text(self.text)
+        self.config: Config = load_config(self.file, {}, {}, is_start=True)
 
     def up(self) -> None:
         """Start an agent."""

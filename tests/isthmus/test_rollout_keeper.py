@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -152,6 +153,20 @@ class TestSettings:
         await world.advance(STEP)
         assert world.settings() == [7, 7, 7]
         assert {name: value for name, _, value in three.keeper.samples()}["isthmus_rollout_failed"] == 0
+
+    async def test_node_that_lost_its_files_takes_up_what_it_says_it_has(self, world: World) -> None:
+        one, two, _ = nodes(world)
+        id_ = await one.begin(SEVEN)
+        await world.advance(ALL)
+        two.down()
+        shutil.rmtree(two.data)
+        two.install()
+        two.up()
+        two.store.apply_snapshot(one.store.snapshot(1 << 20), world.now_ms)
+        assert (two.config.proxy.queue_max, two.states(id_)["n2"]) == (USUAL, "good")
+        await world.advance(5 * STEP_MS)
+        assert world.settings() == [7, 7, 7]
+        assert world.end(id_) == ("done", "")
 
     async def test_row_that_nobody_checked_is_refused_by_the_first_node(self, world: World) -> None:
         one = nodes(world)[0]
