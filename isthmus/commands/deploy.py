@@ -159,6 +159,11 @@ def _follow(client: AdminClient, release: dict[str, Any], args: argparse.Namespa
                     raise
                 time.sleep(LOOK_S)
                 continue
+            if seen["node"] != release["node"]:
+                raise ClientError(
+                    f"release {version} of {app} was begun on node {seen['node']} at the same moment, with "
+                    f"{seen['release']}; this one was given up, so deploy again"
+                )
             for line in seen["lines"]:
                 after = max(after, line["number"])
                 screen.tell(line)

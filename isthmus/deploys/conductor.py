@@ -53,6 +53,9 @@ METRICS: Final[Mapping[str, tuple[str, str]]] = {
 
 TICK_S: Final = 0.1
 RETRY_S: Final = 1.0
+# A deploy that two nodes have begun at the same moment has one row, and so one conductor, once both know of
+# it. Goals that both had set by then could not be told apart, as the version is the same.
+SETTLE_S: Final = 2.0
 LINES_MAX: Final = 1_000
 # What was told of the last deploys can still be read.
 JOURNALS_MAX: Final = 32
@@ -150,7 +153,7 @@ class Conductor:
                 self._refuse_running(await read_releases(self._database, order.app))
                 raise  # it was not that another node has begun at the same moment
         self._tell(release, self._announce(release))
-        self._conduct(release)
+        self._conduct(release, since_ms=self._clock_ms())
         return release
 
     async def cancel(self, app: str, by: str) -> Release:
@@ -336,13 +339,19 @@ class Conductor:
     def _make_sights(self) -> Sights:
         return Sights(self._table, self._prober, self._is_there)
 
-    def _conduct(self, release: Release) -> None:
+    def _conduct(self, release: Release, since_ms: int = 0) -> None:
+        """Go on with a release; what was written at `since_ms` has to be known first."""
         conducted = self._running[release.app] = _Conducted(release, self._make_sights())
+        conducted.written_ms = since_ms
         conducted.task = asyncio.get_running_loop().create_task(self._run(conducted))
 
     async def _run(self, conducted: _Conducted) -> None:
         app = conducted.release.app
         try:
+            for _ in range(int(SETTLE_S / TICK_S)):
+                if self._is_known(conducted.written_ms):
+                    break
+                await asyncio.sleep(TICK_S)
             while conducted.course.position.stage is not Stage.OVER:
                 try:
                     if not await self._step(conducted):

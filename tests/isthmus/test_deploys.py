@@ -58,6 +58,7 @@ class World:
         self.present = {"n1", "n2"}
         self.now_ms = 1_000_000
         self.looks = 0
+        self.known = True
         self.registry = Registry(self.database, "n1", "ams", (), drivers=("fake", "process"))
         self.conductor = self.make_conductor()
         self.spreader = Spreader(
@@ -75,7 +76,7 @@ class World:
 
     def is_known(self, _since_ms: int) -> bool:
         self.looks += 1
-        return True
+        return self.known
 
     async def look(self) -> None:
         """Wait until the machines were looked at some more times."""
@@ -321,6 +322,19 @@ async def test_deploy_that_another_node_begins_at_the_same_moment_is_refused(
     monkeypatch.setattr(world.database, "execute", execute)
     with pytest.raises(RegistryError, match="release 1 of `web` is running on node `n2`"):
         await world.deploy("10.1.0.1")
+
+
+async def test_of_two_that_were_begun_at_the_same_moment_one_changes_nothing(world: World) -> None:
+    await world.add("10.0.0.1", driver="fake")
+    goals = world.goals()
+    world.known = False
+    await world.deploy(release="v1")
+    await world.look()
+    assert world.goals() == goals
+    world.database.connection.execute("UPDATE releases SET node = 'n2', release = 'v2'")  # theirs stands
+    world.known = True
+    await eventually("it has let go", lambda: "web" not in world.conductor._running)
+    assert world.goals() == goals
 
 
 async def test_write_that_fails_is_tried_again(world: World) -> None:
