@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from isthmus.agent_role import AgentRole
 from isthmus.cli import main
+from isthmus.client import AdminClient
 from isthmus.commands.deploy import find_whoami
 from isthmus.config import AdminConfig, AppConfig, Config, GossipConfig, MachineConfig, ProxyConfig
 
@@ -107,6 +108,20 @@ def test_number_out_of_range_is_told_by_its_flag(
         main(flags)
     assert ended.value.code == 2
     assert problem in capsys.readouterr().err
+
+
+async def test_deploy_that_another_node_has_begun_at_the_same_moment_is_told_as_given_up(
+    isthmus: Command, ports: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = AdminClient.get
+
+    def get_theirs(self: AdminClient, path: str) -> Any:
+        return {**get(self, path), "node": "n2", "release": "v3"}
+
+    monkeypatch.setattr(AdminClient, "get", get_theirs)
+    code, _, err = await isthmus("deploy", "web", "v2", "--machine", f"127.0.0.1:{ports[1]}", "--drain", "0")
+    assert code == 1
+    assert "release 1 of web was begun on node n2 at the same moment, with v3; this one was given up" in err
 
 
 def test_who_asks_is_told_in_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
