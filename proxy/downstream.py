@@ -306,8 +306,7 @@ class Downstream(asyncio.Protocol, Client):
         if transport is not None:
             if exchange is not None and exchange.head.minor == 0:
                 # To HTTP/1.0 an end in good order may be that of the answer.
-                sock = transport.get_extra_info("socket")
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             transport.abort()
 
     def announce(self, version: str, forwarded: bytes) -> bytes:
@@ -661,11 +660,12 @@ class Downstream(asyncio.Protocol, Client):
         transport = self._transport
         if transport is None:
             return
+        # What waits for a slow client has the time that it always has. Over TLS not all of it can be seen.
+        waits = transport.get_write_buffer_size() > 0
+        waits = waits or (self._state is not _HEAD and not transport.can_write_eof())
         self._state = _LINGER
         self._buffer = b""
         settings = self._plane.settings
-        # What waits for a slow client has the time that it always has.
-        waits = transport.get_write_buffer_size() > 0
         self.deadline = self._plane.now() + (settings.send_timeout_s if waits else settings.linger_s)
         # TLS cannot close one side alone; its transport reads to nowhere by itself until the client is done.
         if unread and transport.can_write_eof():

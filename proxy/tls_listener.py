@@ -284,7 +284,8 @@ class TlsListener:
                 sock,
                 ssl=self._context(taker.versions),
                 ssl_handshake_timeout=timeout_s,
-                ssl_shutdown_timeout=self._plane.settings.linger_s,
+                # For what is still to be sent, too; the connection itself gives up earlier where it can.
+                ssl_shutdown_timeout=self._plane.settings.send_timeout_s,
             )
         except OSError as error:
             self._metrics.count_failure(_explain(error))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
+from proxy.holding import go_on_reading, hold_reading
 from proxy.tls import TlsSettings
 from tests.proxy.edge import wait_for
 from tests.proxy.tls_edge import TlsEdge
@@ -374,6 +375,19 @@ async def test_client_that_leaves_within_an_answer_ends_the_exchange_at_once(
     client.writer.close()
     await wait_for(lambda: edge.metrics.aborted["client"] == 1)
     assert not caplog.records  # uvloop warns of what is written to nobody
+
+
+async def test_client_that_has_not_read_its_last_answer_has_the_time_of_slow_ones(edge: TlsEdge) -> None:
+    await edge.machine()
+    await edge.start(linger_s=0.05)
+    client = await edge.tls_client()
+    hold_reading(client.writer.transport)
+    client.send(b"GET / HTTP/1.1\r\nHost: app.test\r\nConnection: close\r\n\r\n")
+    await wait_for(lambda: edge.metrics.app("app").bytes_out == 2)
+    await asyncio.sleep(0.2)
+    assert edge.metrics.connections_open == 1
+    go_on_reading(client.writer.transport)
+    assert (await client.read_to_end()).endswith(b"ok")
 
 
 async def test_drain_lets_the_request_in_flight_finish(edge: TlsEdge) -> None:
