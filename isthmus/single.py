@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 
@@ -60,6 +60,7 @@ class _Single:
         self._turn = asyncio.Event()  # set when the node is to stop, and when its agent is lost
         self._is_stopping = False
         self._reloading: set[asyncio.Task[Lifecycle]] = set()
+        self._counted: dict[str, list[Any]] = {}  # by the worker, as the last agent left it
         # Set in `run`:
         self._reloader: Reloader
         self._agent: AgentRole
@@ -101,6 +102,19 @@ class _Single:
         self._is_stopping = True
         self._turn.set()
 
+    def _make_agent(self, config: Config, *, is_successor: bool = False) -> AgentRole:
+        def keep(counted: dict[str, list[Any]]) -> None:
+            self._counted = counted
+
+        return AgentRole(
+            config,
+            self._turn.set,
+            is_successor=is_successor,
+            control=self,
+            counted=self._counted,
+            on_counted=keep,
+        )
+
     async def _stop_agent(self) -> None:
         await self._agent.stop()
 
@@ -117,7 +131,7 @@ class _Single:
             undo.callback(os.close, lock)
             undo.callback(claimed.close)
             try:
-                self._agent = AgentRole(claimed.config, self._turn.set, control=self)
+                self._agent = self._make_agent(claimed.config)
                 addresses = await self._agent.start()
                 undo.push_async_callback(self._stop_agent)
                 config = self._reloader.used = with_addresses(claimed.config, addresses)
@@ -145,6 +159,6 @@ class _Single:
             self._turn.clear()
             log.error("the agent is started afresh; the worker goes on")
             await self._stop_agent()
-            self._agent = AgentRole(self._reloader.used, self._turn.set, is_successor=True, control=self)
+            self._agent = self._make_agent(self._reloader.used, is_successor=True)
             await self._agent.start()
             await self._turn.wait()

@@ -23,7 +23,14 @@ from typing import Any, TypeVar
 import aiosqlite
 
 from replication.core.change import Commit, SqlValue
-from replication.errors import BusyError, InUseError, ReadOnlyError, ReplacedError, ReplicationError, StoreError
+from replication.errors import (
+    BusyError,
+    InUseError,
+    ReadOnlyError,
+    ReplacedError,
+    ReplicationError,
+    StoreError,
+)
 from replication.schema import Schema
 from replication.store import Store, Synchronous
 from replication.tables import read_lossy

@@ -20,6 +20,7 @@ _APART: Final = {
     "regions": "regions are in the table that all nodes share, by the file of any node",
     "gossip.keys": "a table that all nodes read is no place for keys; see `isthmus key`",
     "gossip.keys_file": "a table that all nodes read is no place for keys; see `isthmus key`",
+    "tracing.headers": "a table that all nodes read is no place for secrets; say it on each node",
 }
 
 

@@ -225,6 +225,7 @@ def test_live_settings_of_no_one_node_can_be_rolled_out(text: str) -> None:
         ("workers = 2", "`workers` cannot"),
         ("[gossip]\nkeys = ['eHh4eHh4eHh4eHh4eHh4eHh4eHh4eHh4eHh4eHh4eHg=']", "no place for keys"),
         ("[gossip]\nkeys_file = '/k'", "see `isthmus key`"),
+        ("[tracing]\nheaders = {a = 'b'}", "no place for secrets"),
         ("[gossip]\njoin = ['127.0.0.1:1']", "`gossip.join` cannot"),
         ("[[apps]]\nname = 'web'\nhosts = ['a.test']", "`apps` cannot be rolled out: apps are in the table"),
         ("[regions.here]\nlatitude = 1.0\nlongitude = 1.0", "`regions` cannot be rolled out"),
