@@ -8,7 +8,6 @@ no byte of the next request is parsed before its answer is complete.
 from __future__ import annotations
 
 import asyncio
-import socket
 from enum import Enum
 from typing import TYPE_CHECKING, Final, cast
 
@@ -44,11 +43,12 @@ from .core.request_head import RequestHead, parse_request_head
 from .core.traced_exchange import TracedExchange
 from .core.usual_heads import Fields, read_usual_request
 from .core.wishes import take_wishes
-from .holding import go_on_reading, hold_reading
 from .sweeper import NEVER
-from .upstream import NO_LINGER
+from .transports import bound_unsent, go_on_reading, hold_reading, reset
 
 if TYPE_CHECKING:
+    import socket
+
     from routing.table import Service
 
     from .core.forwarding import Forwarding
@@ -75,8 +75,6 @@ _DISCARD: Final = State.DISCARD
 _TUNNEL: Final = State.TUNNEL
 _LINGER: Final = State.LINGER
 
-# Linux lets a socket take megabytes that it cannot send yet, for each slow reader. tcp(7); not in `socket`.
-_TCP_NOTSENT_LOWAT: Final = 25
 # Room for the method and the space behind it; no registered method is half as long.
 _METHOD_BYTES_MAX: Final = 32
 
@@ -126,8 +124,7 @@ class Downstream(asyncio.Protocol, Client):
             if self.announced is not None:
                 peer = self.announced[0]
             self._peer = peer[0].partition("%")[0]
-            bound = plane.settings.write_buffer_bytes_max
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, bound)
+            bound_unsent(transport, plane.settings.write_buffer_bytes_max)
         else:
             self._peer = "127.0.0.1"
         self._trusted = self._forwarding.trusts(self._peer)
@@ -306,8 +303,9 @@ class Downstream(asyncio.Protocol, Client):
         if transport is not None:
             if exchange is not None and exchange.head.minor == 0:
                 # To HTTP/1.0 an end in good order may be that of the answer.
-                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
-            transport.abort()
+                reset(transport)
+            else:
+                transport.abort()
 
     def announce(self, version: str, forwarded: bytes) -> bytes:
         """Return the PROXY header for the client of a request that has these lines about it."""

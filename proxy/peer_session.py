@@ -35,8 +35,8 @@ from .core.peer_frames import (
     parse_open,
     parse_release,
 )
-from .holding import go_on_reading, hold_reading
 from .sweeper import NEVER
+from .transports import go_on_reading, hold_reading
 
 if TYPE_CHECKING:
     from routing.target import Target

@@ -11,16 +11,14 @@ TLS cannot end in one direction only: with it, on either side, the end of one is
 from __future__ import annotations
 
 import asyncio
-import socket
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, cast
 
 from .admission import MEMORY
 from .core.phase import Phase
 from .core.proxy_protocol import render_announcement
 from .core.tcp_session import TcpSession
-from .holding import go_on_reading, hold_reading
 from .sweeper import NEVER
-from .upstream import NO_LINGER
+from .transports import bound_unsent, go_on_reading, hold_reading, reset
 
 if TYPE_CHECKING:
     from routing.table import Service
@@ -28,9 +26,6 @@ if TYPE_CHECKING:
     from .core.plane import Plane
     from .core.proxy_protocol import Endpoint
     from .metrics import MachineMetrics
-
-# Linux lets a socket take megabytes that it cannot send yet, for each slow reader. tcp(7); not in `socket`.
-_TCP_NOTSENT_LOWAT: Final = 25
 
 
 class Side(asyncio.Protocol):
@@ -53,9 +48,7 @@ class Side(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
         bound = self.plane.settings.write_buffer_bytes_max
         self.transport.set_write_buffer_limits(bound)
-        sock = transport.get_extra_info("socket")
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, bound)
+        bound_unsent(self.transport, bound)
 
     def data_received(self, data: bytes) -> None:
         """Pass bytes on, or keep the first ones until there is somebody to pass them to."""
@@ -149,9 +142,7 @@ class Side(asyncio.Protocol):
     def abort(self) -> None:
         """Cut the connection, and let its peer know that this is no end."""
         if self.transport is not None:
-            sock = self.transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
-            self.transport.abort()
+            reset(self.transport)
 
     def count(self, size: int) -> None:
         """Count bytes that this side has sent, and that something moves."""

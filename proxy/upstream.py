@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
-import struct
 from enum import Enum
 from typing import TYPE_CHECKING, Final, cast
 
@@ -19,18 +17,15 @@ from .core.framing import COPIED_BYTES_MAX, Body, BodyError, ChunkedBody, Data, 
 from .core.plane import Machine
 from .core.response_head import SWITCHING_PROTOCOLS, parse_response_head
 from .core.usual_heads import read_usual_response
-from .holding import go_on_reading, hold_reading
 from .splicing import IS_POSSIBLE, SPLICED_BYTES_MIN, SPLICES_MAX, Splice
 from .sweeper import NEVER
+from .transports import go_on_reading, hold_reading, reset
 
 if TYPE_CHECKING:
     from .core.exchange import Exchange
     from .core.plane import TunnelEnd
     from .core.response_head import ResponseHead
     from .pool import MachineAddress, Pool
-
-# Closing throws away what is not sent and tells the peer so.
-NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 
 class State(Enum):
@@ -185,8 +180,7 @@ class Upstream(asyncio.Protocol, Machine):
     def reset(self) -> None:
         """Close at once, and so that the other side knows this for no end in good order."""
         if self.transport is not None:
-            sock = self.transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+            reset(self.transport)
         self.close()
 
     def leave_tunnel(self) -> None:

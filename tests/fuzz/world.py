@@ -8,7 +8,9 @@ moves it. Machines read with h11, so what the proxy makes of a request is judged
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
+import os
 import random
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -50,6 +52,16 @@ class Received(NamedTuple):
     target: bytes
     fields: tuple[tuple[bytes, bytes], ...]
     body: bytes
+
+
+class Socket:
+    """Has options that change nothing, and no file, so that all goes through the transport."""
+
+    def setsockopt(self, *_: object) -> None:
+        pass
+
+    def fileno(self) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 class Transport(asyncio.Transport):
@@ -120,7 +132,7 @@ class Transport(asyncio.Transport):
         pass
 
     def get_extra_info(self, name: str, default: object = None) -> object:
-        return default
+        return Socket() if name == "socket" else default
 
 
 class Machine:

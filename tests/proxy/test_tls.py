@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
-from proxy.holding import go_on_reading, hold_reading
 from proxy.tls import TlsSettings
+from proxy.transports import go_on_reading, hold_reading
 from tests.proxy.edge import wait_for
 from tests.proxy.tls_edge import TlsEdge
 

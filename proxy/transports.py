@@ -1,4 +1,4 @@
-"""How a connection is not read for a while, so that nothing is lost if it ends meanwhile.
+"""How a connection is not read for a while, how little of it waits unsent, and how it is cut.
 
 Decides where bytes wait; refuses to know who holds them back and why. Invariant: what was sent before the end
 of a connection is delivered before its end is.
@@ -7,7 +7,28 @@ of a connection is delivered before its end is.
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+import contextlib
+import socket
+import struct
+from typing import Any, Final, cast
+
+# Linux lets a socket take megabytes that it cannot send yet, for each slow reader. tcp(7); not in `socket`.
+_TCP_NOTSENT_LOWAT: Final = 25
+# Closing throws away what is not sent and tells the peer so.
+_NO_LINGER: Final = struct.pack("ii", 1, 0)
+
+
+def bound_unsent(transport: asyncio.Transport, size: int) -> None:
+    """Let the kernel take no more than about `size` bytes that it cannot send yet."""
+    transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, size)
+
+
+def reset(transport: asyncio.Transport) -> None:
+    """Cut the connection so that its peer knows this for no end in good order."""
+    # One that ended by itself may be closed before its protocol is told; uvloop has a ValueError for that.
+    with contextlib.suppress(OSError, ValueError):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+    transport.abort()
 
 
 def hold_reading(transport: asyncio.Transport) -> None:
