@@ -16,7 +16,7 @@ import msgspec
 
 from isthmus.config_machines import PROCESS
 from isthmus.deploys.course import Action, Kind, Stage, Status
-from isthmus.deploys.plan import Strategy, plan_batches
+from isthmus.deploys.plan import Strategy, mix_regions, plan_batches
 from isthmus.deploys.releases import (
     OWNER,
     Order,
@@ -199,14 +199,14 @@ class Conductor:
         return statements
 
     def _serving(self, app: str) -> list[Target]:
-        """Return the machines of an app that serve, or would if they were needed, in the order of regions."""
+        """Return the machines of an app that serve, or would if they were needed, regions mixed."""
         found = self._table.app(app)
-        targets = [
-            target
+        serving = {
+            target.id: target
             for target in (found.targets() if found is not None else ())
             if not target.cordoned and (target.driver or target.state is MachineState.STARTED)
-        ]
-        return sorted(targets, key=lambda target: (target.region, target.id))
+        }
+        return [serving[id_] for id_ in mix_regions((t.region, t.id) for t in serving.values())]
 
     async def _find_new(self, order: Order, registry: Registry) -> tuple[list[str], list[Statement]]:
         """Return the machines that are to serve once it is complete, and what adds them."""

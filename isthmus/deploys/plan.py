@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 # As on Fly: a third of the machines may be away at a time.
 UNAVAILABLE_USUAL: Final = 1 / 3
@@ -40,6 +40,22 @@ class Batch(msgspec.Struct, frozen=True):
     def in_place(self) -> bool:
         """True when the machines themselves become the new release."""
         return self.old == self.new
+
+
+def mix_regions(machines: Iterable[tuple[str, str]]) -> list[str]:
+    """Return the machines of (region, machine) pairs in an order of which each part has all regions' share.
+
+    So a batch takes no region away that has other machines.
+    """
+    regions: dict[str, list[str]] = {}
+    for region, machine in sorted(machines):
+        regions.setdefault(region, []).append(machine)
+    places = [
+        ((index + 0.5) / len(there), region, machine)
+        for region, there in regions.items()
+        for index, machine in enumerate(there)
+    ]
+    return [machine for _, _, machine in sorted(places)]
 
 
 def plan_batches(

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.deploys.plan import UNAVAILABLE_USUAL, Batch, Strategy, compute_batch_size, plan_batches
+from isthmus.deploys.plan import (
+    UNAVAILABLE_USUAL,
+    Batch,
+    Strategy,
+    compute_batch_size,
+    mix_regions,
+    plan_batches,
+)
 
 ROLLING, CANARY, BLUEGREEN = Strategy.ROLLING, Strategy.CANARY, Strategy.BLUEGREEN
 
@@ -44,6 +51,25 @@ def test_share_is_rounded_down_and_never_none(machines: int, max_unavailable: fl
 def test_a_third_of_the_machines_is_usual() -> None:
     sizes = [compute_batch_size(machines, UNAVAILABLE_USUAL) for machines in (1, 2, 3, 4, 6, 9, 300)]
     assert sizes == [1, 1, 1, 1, 2, 3, 100]
+
+
+@pytest.mark.parametrize(
+    ("there", "max_unavailable", "expected"),
+    [
+        ({"ams": 3, "gru": 3, "syd": 3}, UNAVAILABLE_USUAL, ["ams gru syd"] * 3),
+        ({"ams": 2, "gru": 2, "syd": 2}, UNAVAILABLE_USUAL, ["ams gru", "syd ams", "gru syd"]),
+        ({"ams": 6, "gru": 2}, 0.5, ["ams ams gru ams", "ams ams gru ams"]),
+        ({"ams": 1, "gru": 1}, 1, ["ams", "gru"]),
+        ({"ams": 4}, 2, ["ams ams", "ams ams"]),
+    ],
+)
+def test_a_batch_has_its_share_of_each_region(
+    there: dict[str, int], max_unavailable: float, expected: list[str]
+) -> None:
+    machines = [(region, f"{region}{i}") for region, count in there.items() for i in range(count)]
+    order = mix_regions(machines)
+    batches = plan_batches(ROLLING, order, order, max_unavailable)
+    assert [" ".join(machine[:3] for machine in batch.new) for batch in batches] == expected
 
 
 @given(
