@@ -10,7 +10,7 @@ import re
 import tomllib
 from typing import Any, Final, NamedTuple, TypeVar
 
-from isthmus.toml_lines import find_line
+from isthmus.toml_lines import find_error_line, find_line
 from routing.options import TLS_VERSIONS
 
 T = TypeVar("T")
@@ -159,7 +159,7 @@ def read_fly_toml(text: str, name: str = "") -> FlyApp:
     try:
         fields = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise FlyTomlError(f"1: {error}") from None
+        raise FlyTomlError(f"{find_error_line(text, error)}: {error}") from None
     notes: list[Note] = []
     root = _Table(fields, "", text, notes)
     found = root.take("app", str, "")

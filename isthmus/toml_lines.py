@@ -1,19 +1,32 @@
-"""Find the line of a TOML file on which a key stands.
+"""Find the line of a TOML file on which a key stands, or an error.
 
-Decides nothing about settings; `tomllib` has already accepted the text. Invariant: a line that is returned
-holds the key, or the nearest table or key around it.
+Decides nothing about settings. Invariant: a line that is returned holds the key, or the nearest table or key
+around it.
 """
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tomllib
 
 _HEADER = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]\]?\s*(#.*)?$")
 _KEY = re.compile(r"\s*([A-Za-z0-9_\-.\"' ]+?)\s*=")
 
 
+def find_error_line(text: str, error: tomllib.TOMLDecodeError) -> int:
+    """Return the 1-based line of a text on which `tomllib` could not go on."""
+    told = re.search(r"\(at line (\d+), column \d+\)$", str(error))
+    return int(told[1]) if told else max(1, len(text.splitlines()))
+
+
 def find_line(text: str, path: str) -> int | None:
-    """Return the 1-based line of a path such as `apps[1].machines[0].address`, or of what encloses it."""
+    """Return the 1-based line of a path such as `apps[1].machines[0].address`, or of what encloses it.
+
+    `tomllib` has accepted the text.
+    """
     wanted = _split(path)
     best: tuple[int, int] | None = None  # (how many parts match, line)
     table: list[str] = []

@@ -221,6 +221,8 @@ def test_soft_limit_is_never_over_the_hard_one(concurrency: str, expected: tuple
     [
         ("", "1: app: the file names none"),
         ("app = [", "1: "),
+        ("app = 'a'\n\n[http_service", "3: "),
+        ("app = 'a'\nprimary_region ams\n[http_service]", "2: Expected '='"),
         ('app = "a"\n[http_service]\ninternal_port = "x"', "3: http_service.internal_port: must be int"),
         ('app = "a"\n[http_service]\ninternal_port = true', "3: http_service.internal_port: must be int"),
         ('app = "a"\n[http_service]\nauto_stop_machines = "never"', "3: http_service.auto_stop_machines"),
