@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from routing.balancer import ANYWHERE
 from routing.hosts import normalise_host
+from routing.options import TLS_VERSIONS
 
 from .admission import CLIENT_CONNECTIONS, CLIENT_RATE, MEMORY, name_client
 from .core.errors import (
@@ -87,7 +88,8 @@ class Downstream(asyncio.Protocol, Client):
         self.deadline = NEVER
         # Source and destination as a trusted proxy in front told them; set before `connection_made`.
         self.announced: tuple[Endpoint, Endpoint] | None = None
-        self.server_name = b""  # asked for in the TLS handshake, in lower case; set like `announced`
+        # Asked for in the TLS handshake, in lower case; empty: no name; None: no TLS. Set like `announced`.
+        self.server_name: bytes | None = None
         self._plane = plane
         self._forwarding = forwarding
         self._clients = clients
@@ -489,15 +491,24 @@ class Downstream(asyncio.Protocol, Client):
         service = plane.table.find(head.host, head.target, self.port)
         if service is None:
             self._answer_unrouted(head)
-        elif self.server_name and not self._is_meant(head, service):
+        elif self.server_name is not None and not self._is_meant(head, service):
             self._respond(MISDIRECTED, "", head, keep=False)
             return None
         return service
 
     def _is_meant(self, head: RequestHead, service: Service) -> bool:
-        """False when the connection was opened for a name of another app (RFC 9110 section 7.4)."""
-        name = self.server_name
-        if self._trusted or normalise_host(head.host) == name:
+        """False when the connection was opened for another app (RFC 9110 section 7.4)."""
+        name, options = self.server_name, service.options
+        if self._trusted:
+            return True
+        if options is not None and options.tls_versions != TLS_VERSIONS:
+            transport = self._transport
+            if (
+                transport is None
+                or transport.get_extra_info("ssl_object").version() not in options.tls_versions
+            ):
+                return False
+        if not name or normalise_host(head.host) == name:
             return True
         named = self._plane.table.find(name, head.target, self.port)
         return named is None or named.app == service.app

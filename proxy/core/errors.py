@@ -61,7 +61,7 @@ ERRORS: Final[dict[str, tuple[int, str]]] = {
     BAD_ROUTING_FIELD: (400, "a routing header is malformed"),
     NO_ROUTE: (404, "no app is served under this host and path"),
     BODY_OVER_LIMIT: (413, "the request body is larger than is served"),
-    MISDIRECTED: (421, "the connection was opened for a name of another app"),
+    MISDIRECTED: (421, "the connection was opened for another app"),
     PLAIN_HTTP: (400, "this port speaks TLS; ask for https://"),
     OVERLOADED: (503, "this node has more to do than it can"),
     MAINTENANCE: (503, "the app is under maintenance"),

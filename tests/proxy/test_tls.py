@@ -496,3 +496,30 @@ async def test_name_of_another_app_is_no_way_around_the_versions(edge: TlsEdge) 
     client.send(b"GET / HTTP/1.1\r\nHost: strict.test\r\n\r\n")
     assert (await client.read_response()).error == "PH15"
     assert not machine.connections
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "spoken", "status"),
+    [
+        ("", b"strict.test/", ssl.TLSVersion.TLSv1_2, 421),
+        ("", b"strict.test/", ssl.TLSVersion.TLSv1_3, 200),
+        ("unrouted.test", b"strict.test/", ssl.TLSVersion.TLSv1_2, 421),
+        ("app.test", b"app.test/strict/", ssl.TLSVersion.TLSv1_2, 421),
+        ("app.test", b"app.test/strict/", ssl.TLSVersion.TLSv1_3, 200),
+    ],
+)
+async def test_app_that_the_handshake_does_not_name_is_asked_in_its_versions_only(
+    edge: TlsEdge, name: str, asked: bytes, spoken: ssl.TLSVersion, status: int
+) -> None:
+    edge.sources = (str(edge.write("unrouted.test", file="default")), str(edge.directory))
+    edge.put_app("strict", "strict.test", options='{"tls_versions": ["TLSv1.3"]}')
+    edge.table.apply("hostnames", ("app.test", "/strict"), ("app.test", "/strict", "strict", ""))
+    machine = await edge.machine("strict-1", "strict")
+    await edge.machine()
+    await edge.start()
+    context = edge.client_context()
+    context.minimum_version = context.maximum_version = spoken
+    client = await edge.tls_client(name, context)
+    client.send(b"GET http://%s HTTP/1.1\r\nHost: strict.test\r\n\r\n" % asked)
+    assert (await client.read_response()).status == status
+    assert bool(machine.connections) == (status == 200)
