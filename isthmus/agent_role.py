@@ -132,6 +132,7 @@ class AgentRole:
             raise RefusedError(f"the agent cannot start: {error}") from error
         self._on_lost = on_lost
         self._is_lost = False  # set when a successor is to be started in our place
+        self._returns = False  # set when that goes on as the same member, with the same database
         self._is_successor = is_successor
         self._agent = Agent(
             settings, schema, on_commit=self._handle_commit, on_lost=lambda _: self._handle_lost()
@@ -175,7 +176,7 @@ class AgentRole:
             lambda: self._config,
             present=self._present_nodes,
             watch=lambda: Watch(self._totals.samples, lambda: 0 if self._feed is None else self._feed.deaths),
-            restart=self._handle_lost,
+            restart=self._make_way,
         )
         self._feed: FeedServer | None = None
         self._admin: AdminServer | None = None
@@ -241,6 +242,7 @@ class AgentRole:
                     self._credentials,
                     Prober(self._reach),
                     self._staging.describe,
+                    rollout,
                 ),
             ],
         )
@@ -275,7 +277,7 @@ class AgentRole:
         await self._subscriptions.stop()  # before the listener, which would wait for the streams
         if self._admin is not None:
             await self._admin.stop()
-        await self._agent.stop(leaves=leaves)
+        await self._agent.stop(leaves=leaves and not self._returns)
         if self._feed is not None:
             await self._feed.stop()
         self._totals.handle_end()
@@ -299,6 +301,10 @@ class AgentRole:
 
     def refresh(self) -> None:
         """Do nothing: the files of an agent are read when it adopts."""
+
+    def _make_way(self) -> None:
+        self._returns = True
+        self._handle_lost()
 
     def _handle_lost(self) -> None:
         self._is_lost = True

@@ -36,6 +36,7 @@ class FactRoutes:
         credentials: Credentials,
         asker: Asker,
         staged: Callable[[], dict[str, Any]],
+        rollouts: Callable[[], dict[str, Any]],
     ) -> None:
         self._config = config
         self._table = table
@@ -44,6 +45,7 @@ class FactRoutes:
         self._credentials = credentials
         self._asker = asker
         self._staged = staged
+        self._rollouts = rollouts
 
     def routes(self) -> list[web.RouteDef]:
         """Return the paths."""
@@ -60,6 +62,7 @@ class FactRoutes:
             self._credentials.problem or "",
             certificates,
             self._staged(),
+            self._rollouts(),
             now=time.monotonic(),
             now_ms=time.time_ns() // 1_000_000,
         )

@@ -114,6 +114,15 @@ class StagedFacts(Struct, frozen=True):
     rows: tuple[str, ...] = ()  # table and key
 
 
+class BehindFacts(Struct, frozen=True):
+    """A node that could not take up what was rolled out to all."""
+
+    id: str
+    kind: str  # config, schema
+    node: str
+    detail: str = ""
+
+
 class LocalFacts(Struct, frozen=True):
     """The node asked itself."""
 
@@ -161,6 +170,7 @@ class Snapshot(Struct, frozen=True, dict=True):
     services: tuple[ServiceFacts, ...] = ()
     machines: tuple[MachineFacts, ...] = ()
     rejected: tuple[RejectedFacts, ...] = ()
+    behind: tuple[BehindFacts, ...] = ()
     certificates: tuple[CertificateFacts, ...] = ()
     local: LocalFacts | None = None
     probes: tuple[ProbeFacts, ...] | None = None  # None: nobody asked for them

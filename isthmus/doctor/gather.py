@@ -22,6 +22,7 @@ from isthmus.checking.definition import decode_checks, read_definitions
 from isthmus.config import parse_listen
 from isthmus.config_machines import parse_statuses
 from isthmus.doctor.facts import (
+    BehindFacts,
     CertificateFacts,
     CheckFacts,
     ExerciseFacts,
@@ -87,11 +88,14 @@ async def gather(
     credentials_problem: str,
     certificates: tuple[CertificateFacts, ...],
     staged: dict[str, Any],
+    rollouts: dict[str, Any],
     *,
     now: float,
     now_ms: int,
 ) -> Snapshot:
-    """Return what is known now; `certificates` are those of `read_certificates`, `staged` is a keeper's.
+    """Return what is known now.
+
+    `certificates` are those of `read_certificates`; `staged` and `rollouts` are what their keepers describe.
 
     It pauses now and then: a table may hold a million machines, and others have to be answered meanwhile.
     """
@@ -121,6 +125,7 @@ async def gather(
             RejectedFacts(name, ", ".join(map(str, key)), reason)
             for (name, key), reason in table.rejected.items()
         ),
+        behind=msgspec.convert(rollouts["behind"], tuple[BehindFacts, ...]),
         certificates=(*certificates, *_read_authorities(services)),
         local=msgspec.structs.replace(
             _describe_local(config, cluster.status(), members, lifecycle, credentials_problem),

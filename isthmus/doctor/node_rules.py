@@ -389,6 +389,20 @@ def find_quarantined(snapshot: Snapshot) -> Iterator[Finding]:
         )
 
 
+def find_behind(snapshot: Snapshot) -> Iterator[Finding]:
+    """Nodes that could not take up what was rolled out to all."""
+    for behind in snapshot.behind:
+        what = "settings" if behind.kind == "config" else "tables"
+        yield Finding(
+            WARNING,
+            behind.node,
+            f"it could not take up the {what} of rollout {behind.id}: {behind.detail or 'no reason given'}",
+            f"it goes on with the {what} that it had, and all others have other ones",
+            f"what goes through {behind.node}",
+            f"mend what it says, then isthmus rollout retry {behind.id}",
+        )
+
+
 RULES = (
     Rule("few-nodes", "a cluster or a region with one node, a cluster in one region", find_few_nodes),
     Rule("gone-nodes", "nodes that are gone and still own machines", find_gone_nodes),
@@ -405,6 +419,7 @@ RULES = (
         find_local_trouble,
     ),
     Rule("quarantined", "staged changes that killed workers", find_quarantined),
+    Rule("behind", "nodes that could not take up what was rolled out", find_behind),
     Rule("unusable-rows", "rows that routing cannot use", find_unusable_rows),
     Rule("resources", "a disk that is nearly full, too few files, one worker on many cores", find_resources),
 )

@@ -482,15 +482,22 @@ class Keeper:
         return {**shown, "nodes": nodes}
 
     def describe(self) -> dict[str, Any]:
-        """Return the rollout that is under way, and those that this node could not take up, as last seen."""
+        """Return the rollout that is under way, and who could not take up what all are to have, as last seen.
+
+        `failed` are those that this node could not, and `behind` all nodes that could not one.
+        """
         running = find_running(self._rollouts)
         latest = [one for kind in Kind if (one := find_latest(self._rollouts, kind)) is not None]
-        own = {one.id: self._reports.get(one.id, {}).get(self._node) for one in latest}
+        behind = [
+            {"id": one.id, "kind": one.kind.value, "node": node, "detail": report.detail}
+            for one in latest
+            for node, report in sorted(self._reports.get(one.id, {}).items())
+            if report.state is State.FAILED
+        ]
         return {
             "running": None if running is None else self._show(running, self._reports),
-            "failed": [
-                id_ for id_, report in own.items() if report is not None and report.state is State.FAILED
-            ],
+            "failed": [one["id"] for one in behind if one["node"] == self._node],
+            "behind": behind,
         }
 
     def samples(self) -> Iterator[Sample]:

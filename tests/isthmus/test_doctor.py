@@ -16,7 +16,15 @@ from isthmus.checking.probe import Outcome
 from isthmus.cli import main
 from isthmus.commands import doctor
 from isthmus.config import AdminConfig, Config, GossipConfig, TlsConfig
-from isthmus.doctor.facts import LocalFacts, NodeFacts, ProbeFacts, ServiceFacts, Snapshot, StagedFacts
+from isthmus.doctor.facts import (
+    BehindFacts,
+    LocalFacts,
+    NodeFacts,
+    ProbeFacts,
+    ServiceFacts,
+    Snapshot,
+    StagedFacts,
+)
 from isthmus.doctor.gather import PROBE_MS_MAX, PROBES_MAX, gather, probe, read_certificates
 from isthmus.exercises import Exercise, note_exercise
 from isthmus.reloading import Lifecycle
@@ -37,6 +45,7 @@ CHANGE = {
     "rows": [{"table": "services", "key": ["web", 0], "change": "update"}],
 }
 STAGED = {"changes": [CHANGE]}
+ROLLOUTS = {"behind": [{"id": "3-x", "kind": "config", "node": "n2", "detail": "why"}]}
 PEERING = '{"address": "10.0.0.2:7000", "machines": "node"}'
 
 
@@ -73,7 +82,9 @@ def gathered(
     table: RoutingTable, cluster: FakeCluster = CLUSTER, data: str = "/nowhere", **said: Any
 ) -> Snapshot:
     config = Config(node="n1", region="ams", data=data, **said)
-    return asyncio.run(gather(config, table, cluster, Lifecycle(), "", (), STAGED, now=5.0, now_ms=1_000))
+    return asyncio.run(
+        gather(config, table, cluster, Lifecycle(), "", (), STAGED, ROLLOUTS, now=5.0, now_ms=1_000)
+    )
 
 
 # Facts
@@ -153,6 +164,7 @@ def test_the_node_tells_of_itself(tmp_path: Path) -> None:
     assert local is not None
     assert (local.workers, local.read_only, local.parked, local.site_conflict) == (3, "disk full", 3, "n9")
     assert local.staged == (StagedFacts("a:1", "quarantined", ("services web, 0",)),)
+    assert gathered(table_with()).behind == (BehindFacts("3-x", "config", "n2", "why"),)
     assert local.links == ("07" * 16, "n2")
     assert local.backup is not None
     assert (local.backup.at_ms, local.restore) == (500, None)

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from isthmus.doctor.facts import (
+    BehindFacts,
     CertificateFacts,
     CheckFacts,
     ExerciseFacts,
@@ -388,6 +389,14 @@ CASES = [
         W,
         "cannot use the row: no address",
     ),
+    Case(
+        "behind",
+        but(behind=(BehindFacts("3-x", "config", "b1", "the port is taken"),)),
+        "b1",
+        W,
+        "the settings of rollout 3-x: the port is taken",
+    ),
+    Case("behind", but(behind=(BehindFacts("3-x", "schema", "b1"),)), "b1", W, "the tables of rollout 3-x: "),
     Case("resources", locally(disk_free_bytes=5 << 30), "a1", W, "5.0 GiB are free"),
     Case(
         "resources",

@@ -148,6 +148,9 @@ class TestSettings:
         assert one.end(id_) == ("done", "")
         assert one.said(id_)["n3"] == ("failed", "no reload_problem")
         assert {name: value for name, _, value in three.keeper.samples()}["isthmus_rollout_failed"] == 1
+        behind = {"id": id_, "kind": "config", "node": "n3", "detail": "no reload_problem"}
+        assert two.keeper.describe() == {"running": None, "failed": [], "behind": [behind]}
+        assert three.keeper.describe()["failed"] == [id_]
         three.allergies.clear()
         await two.keeper.retry(id_)
         await world.advance(STEP)
