@@ -20,7 +20,6 @@ from pathlib import Path
 from bench.table import Target, describe_machine, print_table
 from isthmus import compiled
 
-from .crowd import KINDS
 from .idle import CONNECTIONS, SPARE_FILES, raise_files_limit
 from .latency import CONNECTIONS as GOOD
 from .latency import run_round, write_script
@@ -34,6 +33,7 @@ ALONE = "alone"
 TITLES = {
     "idle": "idle connections",
     "heads": "heads, a byte a second",
+    "cut": "such heads while all are cut",
     "readers": "readers of 1 MiB, 4 KB a second",
 }
 # What a machine keeps of an answer that is read slowly, half a megabyte if nobody bounds it, is no matter of
@@ -42,8 +42,8 @@ MACHINE = "sndbuf=64k"
 # What kernel and machine keep for a slow reader, all connections together, of what this kernel has for TCP.
 READER_BYTES = 450_000
 TCP_MEMORY = Path("/proc/sys/net/ipv4/tcp_mem")
-# Heads are cut 15 s after they began: most of them during a round.
-SETTLE_S = {"idle": 1.0, "heads": 13.0, "readers": 5.0}
+# Heads are cut 15 s after they began: none of them during a round, or all.
+SETTLE_S = {"idle": 1.0, "heads": 5.0, "cut": 13.0, "readers": 5.0}
 RATIO = Target(2.0, at_least=False)
 
 
@@ -52,7 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.proxy.crowded", description=__doc__)
     parser.add_argument("--connections", type=int, default=CONNECTIONS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--crowds", nargs="+", choices=TITLES, default=list(TITLES))
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped then too
     nginx, wrk = find("nginx"), find("wrk")
@@ -61,7 +61,7 @@ def main() -> int:
         return 1
     # A worker takes half as many connections as it may open files: each may need one to a machine.
     count = min(options.connections, raise_files_limit(3 * options.connections) // 2 - SPARE_FILES) - GOOD
-    counts = {**dict.fromkeys(KINDS, count), "readers": min(count, count_readers())}
+    counts = {**dict.fromkeys(TITLES, count), "readers": min(count, count_readers())}
     figures: dict[str, list[tuple[float, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
@@ -72,10 +72,10 @@ def main() -> int:
         script = write_script(folder, RATE)
         run_round(wrk, script, node)
         for _ in range(options.rounds):
-            for kind in options.kinds:
+            for crowd in options.crowds:
                 figures[ALONE].append(run_round(wrk, script, node))
-                with crowding(kind, node, counts[kind]):
-                    figures[kind].append(run_round(wrk, script, node))
+                with crowding(crowd, node, counts[crowd]):
+                    figures[crowd].append(run_round(wrk, script, node))
     print_figures(figures, counts)
     return 0
 
@@ -86,36 +86,37 @@ def count_readers() -> int:
 
 
 @contextmanager
-def crowding(kind: str, node: Program, count: int) -> Iterator[None]:
+def crowding(name: str, node: Program, count: int) -> Iterator[None]:
     """Have a crowd connected."""
+    kind = "heads" if name == "cut" else name
     command = [sys.executable, "-m", "bench.proxy.crowd", kind, str(node.port), str(count)]
     crowd = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert crowd.stdin is not None
     assert crowd.stdout is not None
     try:
         if crowd.stdout.readline() != "ready\n":
-            raise RuntimeError(f"the crowd of {kind} is not served")
-        time.sleep(SETTLE_S[kind])
+            raise RuntimeError(f"the crowd of {name} is not served")
+        time.sleep(SETTLE_S[name])
         yield
     finally:
         crowd.stdin.close()
-        print(f"{TITLES[kind]}: cut and connected again {crowd.stdout.read().strip()} times", flush=True)
+        print(f"{TITLES[name]}: cut and connected again {crowd.stdout.read().strip()} times", flush=True)
         crowd.wait()
     if crowd.returncode:
-        raise RuntimeError(f"the crowd of {kind} is gone")
+        raise RuntimeError(f"the crowd of {name} is gone")
 
 
 def print_figures(figures: dict[str, list[tuple[float, float]]], counts: dict[str, int]) -> None:
     """Print a line for each crowd."""
     middles = {
-        kind: [statistics.median(seen[at] for seen in rounds) for at in (0, 1)]
-        for kind, rounds in figures.items()
+        name: [statistics.median(seen[at] for seen in rounds) for at in (0, 1)]
+        for name, rounds in figures.items()
     }
     rows = []
-    for kind, (half, tail) in middles.items():
-        title = f"{counts[kind]:,} {TITLES[kind]}" if kind in TITLES else f"without, {RATE:,} requests/s"
+    for name, (half, tail) in middles.items():
+        title = f"{counts[name]:,} {TITLES[name]}" if name in TITLES else f"without, {RATE:,} requests/s"
         ratio = tail / middles[ALONE][1]
-        held = [f"{ratio:.2f} ×", RATIO.show(" ×"), RATIO.compare(ratio)] if kind in TITLES else [""] * 3
+        held = [f"{ratio:.2f} ×", RATIO.show(" ×"), RATIO.compare(ratio)] if name in TITLES else [""] * 3
         rows.append([title, f"{half:.2f}", f"{tail:.2f}", *held])
     print_table(["good clients beside", "p50 ms", "p99 ms", "p99 against without", "target", ""], rows)
 
