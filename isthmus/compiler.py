@@ -82,7 +82,7 @@ def main() -> int:
     """Compile where that is possible; say in one line what came of it."""
     obstacle = find_obstacle()
     if obstacle is None:
-        sys.stdout.write("compiling proxy and routing, half a minute …\n")
+        sys.stdout.write("compiling proxy and routing, a minute or two …\n")
         sys.stdout.flush()
         compile_modules(ROOT, FOLDER)
     else:
