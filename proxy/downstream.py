@@ -28,18 +28,16 @@ from .core.errors import (
     TOO_MANY_CONNECTIONS,
     URL_TOO_LONG,
     RequestError,
-    prefers_plain,
-    render_error,
 )
 from .core.exchange import Exchange
 from .core.explain_proof import take_proof
 from .core.explained_exchange import ExplainedExchange
 from .core.forwarding import INSECURE, read_client
 from .core.framing import Body, BodyError, BodyTooLargeError, ChunkedBody, Data, FixedBody
-from .core.logged_exchange import LoggedExchange, describe_refusal
+from .core.logged_exchange import LoggedExchange
 from .core.plane import Client
 from .core.proxy_protocol import announce_client
-from .core.redirect import render_redirect
+from .core.refusals import redirect, refuse
 from .core.request_head import RequestHead, parse_request_head
 from .core.traced_exchange import TracedExchange
 from .core.usual_heads import Fields, read_usual_request
@@ -606,31 +604,17 @@ class Downstream(asyncio.Protocol, Client):
 
     def _answer_by_options(self, head: RequestHead, service: Service, forwarded: bytes) -> bool:
         """Answer a request that no machine of the service is to see; False for any other."""
-        options = service.options
+        options, plane = service.options, self._plane
         assert options is not None
         if options.force_https and INSECURE in forwarded:
-            self._redirect(head, service)
+            keep = head.keep_alive and self._body is None and not plane.draining
+            port = self._forwarding.https_port
+            self._answer(redirect(plane, self._peer, head, service.app, port, close=not keep), keep=keep)
         elif options.is_raw:
             self._answer_unrouted(head)
         else:
             return False
         return True
-
-    def _redirect(self, head: RequestHead, service: Service) -> None:
-        """Send the client to the same place over TLS."""
-        plane = self._plane
-        keep = head.keep_alive and self._body is None and not plane.draining
-        request_id = plane.request_ids.next(plane.wall_us() // 1000)
-        answer = render_redirect(head, self._forwarding.https_port, request_id, close=not keep)
-        plane.metrics.record(service.app, None, 301, 0.0, 0, 0)
-        log = plane.access_log
-        if log is not None and log.samples():
-            log.add(describe_refusal(plane, self._peer, answer, request_id, head, app=service.app))
-        self.write(answer)
-        if keep:
-            self._await_head()
-        else:
-            self._close_gently(unread=True)
 
     def _refuse(self, error: RequestError) -> None:
         """Answer, and close: where the next request would begin cannot be known."""
@@ -639,21 +623,11 @@ class Downstream(asyncio.Protocol, Client):
     def _respond(
         self, code: str, detail: str, head: RequestHead | None, *, keep: bool, logged: bool = False
     ) -> None:
-        plane = self._plane
-        keep = keep and not plane.draining
-        plane.metrics.count_error(code)
-        request_id = plane.request_ids.next(plane.wall_us() // 1000)
-        answer = render_error(
-            code,
-            detail,
-            request_id,
-            plain=head is not None and prefers_plain(head.lines),
-            close=not keep,
-            with_body=head is None or head.method != b"HEAD",
-        )
-        log = plane.access_log
-        if log is not None and not logged and log.samples():
-            log.add(describe_refusal(plane, self._peer, answer, request_id, head, code))
+        keep = keep and not self._plane.draining
+        answer = refuse(self._plane, self._peer, code, detail, head, close=not keep, logged=logged)
+        self._answer(answer, keep=keep)
+
+    def _answer(self, answer: bytes, *, keep: bool) -> None:
         self.write(answer)
         if keep:
             self._await_head()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .access_line import Entry
-from .errors import count_body
 from .exchange import Exchange
 from .forwarding import read_client
 
@@ -89,36 +88,3 @@ class LoggedExchange(Exchange):
                 error=self.error,
             )
         )
-
-
-def describe_refusal(
-    plane: Plane,
-    client: str,
-    answer: bytes,
-    request_id: bytes,
-    head: RequestHead | None,
-    code: str = "",
-    app: str = "",
-) -> Entry:
-    """Return the entry of a request that never became an exchange; one without a head was malformed."""
-    return Entry(
-        started_us=plane.wall_us(),
-        request_id=request_id,
-        client=client.encode("ascii"),
-        method=head.method if head is not None else b"",
-        host=head.host if head is not None else b"",
-        target=head.target if head is not None else b"",
-        minor=head.minor if head is not None else 1,
-        lines=head.lines if head is not None else [],
-        status=int(answer[9:12]),
-        bytes_in=0,
-        bytes_out=count_body(answer),
-        duration_s=0.0,
-        first_byte_s=0.0,
-        app=app,
-        machine="",
-        region="",
-        retries=0,
-        replays=0,
-        error=code,
-    )
