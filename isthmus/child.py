@@ -20,6 +20,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -66,7 +67,7 @@ class Order(msgspec.Struct, frozen=True, omit_defaults=True):
     adopt: Config | None = None
     refresh: bool = False
     told: Lifecycle | None = None  # news for those who ask an agent
-    reloaded: bool = False  # which answer those who wished for a reload
+    answers: int = 0  # id of the wish for a reload that these answer
     starts: bool = False  # no more standing by
     counted: dict[str, list[Any]] | None = None  # with that: what is known by now of workers that are gone
     retires: bool = False
@@ -82,6 +83,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     done: int = 0  # id of an order
     problem: str = ""  # why that order changed nothing
     wish: Literal["", "reload", "upgrade"] = ""
+    wish_id: int = 0  # of a reload
     counted: dict[str, list[Any]] | None = None  # what a worker had counted that is gone
 
 
@@ -151,7 +153,7 @@ class Life:
         self._starting = asyncio.Event()
         self._stopping = asyncio.Event()
         self._ending = asyncio.Event()  # set with `_stopping` unless there is time
-        self._waiting: list[asyncio.Future[Lifecycle]] = []  # for the end of a reload
+        self._waiting: dict[int, asyncio.Future[Lifecycle]] = {}  # for the end of a reload, by wish
         self._role: Role | None = None
         self._orders: set[asyncio.Task[None]] = set()
 
@@ -217,11 +219,9 @@ class Life:
         """Begin to do what the supervisor says."""
         if order.told is not None:
             self.lifecycle = order.told
-            for waiter in self._waiting if order.reloaded else ():
-                if not waiter.done():
-                    waiter.set_result(order.told)
-            if order.reloaded:
-                self._waiting.clear()
+            waiter = self._waiting.pop(order.answers, None)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(order.told)
         if order.retires:
             self._stopping.set()
         if order.counted is not None:
@@ -251,9 +251,12 @@ class Life:
 
     async def reload(self) -> Lifecycle:
         """Ask the supervisor to have all read the configuration again."""
+        # A reload that is under way has read the configuration already: no other answers this wish. Nor does
+        # one that the agent before us wished for.
+        wish_id = time.monotonic_ns()
         waiter: asyncio.Future[Lifecycle] = asyncio.get_running_loop().create_future()
-        self._waiting.append(waiter)
-        self.report(Report(wish="reload"))
+        self._waiting[wish_id] = waiter
+        self.report(Report(wish="reload", wish_id=wish_id))
         return await waiter
 
     async def upgrade(self) -> None:

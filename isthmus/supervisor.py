@@ -267,7 +267,7 @@ class Supervisor:
         if report.counted is not None:
             self._counted = report.counted
         if report.wish == "reload":
-            self._start(self._reload())
+            self._start(self._reload(report.wish_id))
         elif report.wish == "upgrade":
             self._start(self._upgrade())
 
@@ -305,8 +305,8 @@ class Supervisor:
 
     # Reload
 
-    async def _reload(self) -> None:
-        """Have all children go on with what the sources of the configuration say now."""
+    async def _reload(self, wish_id: int = 0) -> None:
+        """Have all children go on with what the sources say now; with an id the agent wished for it."""
         async with self._changing:
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             lifecycle = await self._reloader.reload(self._adopt)
@@ -318,7 +318,7 @@ class Supervisor:
             # Also when the configuration is wrong: a log that was moved must not grow where it is now.
             workers = [child for child in self._all() if child.role == "worker" and child.ready.is_set()]
             await asyncio.gather(*(child.order(ADOPT_S, refresh=True) for child in workers))
-            await self._tell(reloaded=True)
+            await self._tell(wish_id)
             notify("READY=1")
 
     async def _adopt(self, config: Config) -> str:
@@ -338,9 +338,9 @@ class Supervisor:
         setup_logging(config.log.format, config.log.level, "node")
         return kept
 
-    async def _tell(self, *, reloaded: bool = False) -> None:
+    async def _tell(self, wish_id: int = 0) -> None:
         """Let the agent know what it may be asked for."""
-        await self._agent().order(ADOPT_S, told=self._reloader.lifecycle, reloaded=reloaded)
+        await self._agent().order(ADOPT_S, told=self._reloader.lifecycle, answers=wish_id)
 
     # Upgrade
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from isthmus import supervisor as supervisor_module
-from isthmus.child import Life, Task, obey
+from isthmus.child import Life, Order, Report, Task, obey
 from isthmus.config import AdminConfig, Config, ConfigError, GossipConfig, ProxyConfig
+from isthmus.reloading import Lifecycle
 from isthmus.supervisor import NodeInfo, Supervisor, lock_data_dir, read_node_info
 from tests.isthmus.waiting import eventually
 
@@ -419,6 +420,19 @@ async def test_child_stops_also_when_its_supervisor_died_with_beats_unread() -> 
     writer.close()
     with contextlib.suppress(ConnectionError):
         await writer.wait_closed()
+
+
+async def test_wish_for_a_reload_is_answered_by_that_reload_and_no_earlier_one() -> None:
+    reports: list[Report] = []
+    life = Life(Task("agent", 0, config(Path("/nowhere"))), "agent", reports.append)
+    asked = asyncio.create_task(life.reload())
+    await asyncio.sleep(0)
+    assert reports[0].wish == "reload"
+    wish_id = reports[0].wish_id
+    for answers, problem in ((0, "of a signal"), (wish_id - 1, "of another wish"), (wish_id, "")):
+        life.handle_order(Order(1, told=Lifecycle(reload_problem=problem), answers=answers))
+        await asyncio.sleep(0)
+    assert (await asked).reload_problem == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
