@@ -16,6 +16,7 @@ from routing.hosts import normalise_host
 from routing.options import TLS_VERSIONS
 
 from .admission import CLIENT_CONNECTIONS, CLIENT_RATE, MEMORY, name_client
+from .core.addresses import name_peer
 from .core.errors import (
     BAD_BODY,
     BAD_HEAD,
@@ -123,7 +124,7 @@ class Downstream(asyncio.Protocol, Client):
         if isinstance(peer, tuple):
             if self.announced is not None:
                 peer = self.announced[0]
-            self._peer = peer[0].partition("%")[0]
+            self._peer = name_peer(peer[0])
             bound_unsent(transport, plane.settings.write_buffer_bytes_max)
         else:
             self._peer = "127.0.0.1"
@@ -313,7 +314,7 @@ class Downstream(asyncio.Protocol, Client):
         if ends is None and transport is not None:
             peer, own = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
             if isinstance(peer, tuple) and isinstance(own, tuple):
-                ends = (self._peer, peer[1]), (own[0].partition("%")[0], own[1])
+                ends = (self._peer, peer[1]), (name_peer(own[0]), own[1])
         return announce_client(version, read_client(forwarded).decode("ascii"), ends, self.port)
 
     def start_tunnel(self, machine: Machine, data: bytes) -> None:
@@ -555,7 +556,10 @@ class Downstream(asyncio.Protocol, Client):
                 self.deadline + len(data) / settings.body_bytes_per_s_min,
                 self._plane.now() + settings.body_timeout_s,
             )
-        exchange.handle_request_body(piece, ended=body.ended)
+        try:
+            exchange.handle_request_body(piece, ended=body.ended)
+        except BodyTooLargeError as error:
+            self._fail_body(_blame(error))
 
     def _fail_body(self, error: RequestError) -> None:
         """The body will never be complete: answer if nothing was answered yet, and close."""

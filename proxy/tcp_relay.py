@@ -14,6 +14,7 @@ import asyncio
 from typing import TYPE_CHECKING, cast
 
 from .admission import MEMORY
+from .core.addresses import name_peer
 from .core.phase import Phase
 from .core.proxy_protocol import render_announcement
 from .core.tcp_session import TcpSession
@@ -316,4 +317,4 @@ class TcpClient(Side):
 
 def _read_endpoint(address: object) -> Endpoint:
     """Return a socket's address; one that is closed already may have none."""
-    return (address[0].partition("%")[0], address[1]) if isinstance(address, tuple) else ("127.0.0.1", 0)
+    return (name_peer(address[0]), address[1]) if isinstance(address, tuple) else ("127.0.0.1", 0)

@@ -24,6 +24,12 @@ def parse_address(text: str) -> Address:
     return mapped or address
 
 
+def name_peer(host: str) -> str:
+    """Return how a socket's peer is named: without a zone, and an IPv4 one on a socket of both as IPv4."""
+    host = host.partition("%")[0]
+    return str(parse_address(host)) if host.startswith("::ffff:") else host
+
+
 class AddressRules:
     """The rules of one worker. `own` are this node's listeners, resolved."""
 

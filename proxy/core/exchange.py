@@ -20,6 +20,7 @@ from routing.replay import Replay, ReplayError
 from .adapting import adapt_response
 from .errors import (
     BAD_RESPONSE,
+    BODY_OVER_LIMIT,
     BODY_TOO_LARGE,
     CONNECT_FAILED,
     ERRORS,
@@ -31,7 +32,7 @@ from .errors import (
     prefers_plain,
     render_error,
 )
-from .framing import COPIED_BYTES_MAX, LAST_CHUNK, encode_chunk
+from .framing import COPIED_BYTES_MAX, LAST_CHUNK, BodyTooLargeError, encode_chunk
 from .phase import DONE, QUEUED, REACHING, READING_REPLAY, RELAYING, WAITING
 from .rendering import render_informational, render_request, render_response, render_switch
 from .replays import Replays
@@ -64,6 +65,7 @@ class Exchange:
         "body_bytes",
         "body_ended",
         "body_lost",
+        "body_max",
         "bytes_out",
         "chunk_response",
         "client",
@@ -119,6 +121,7 @@ class Exchange:
         self.kept: list[Data] | None = None  # all of it so far, while it can be sent again
         self.body_bytes = 0
         self.body_lost = False  # some of it is no longer kept
+        self.body_max: float = _UNLIMITED  # of an app that it was replayed to
         self.body_ended = False
         self.continued = False  # a 100 (Continue) went to the client
         # The answer.
@@ -148,10 +151,12 @@ class Exchange:
             self._attempt()
 
     def handle_request_body(self, data: Data, ended: bool) -> None:
-        """Take more of the request body; `data` may be empty when `ended`."""
+        """Take more of the request body; `data` may be empty when `ended`. Raises BodyTooLargeError."""
         self.body_ended = ended
         if data:
             self.body_bytes += len(data)
+            if self.body_bytes > self.body_max:
+                raise BodyTooLargeError(f"more than {self.body_max} bytes")
             if not self.body_lost:
                 if self.kept is None:
                     self.kept = []
@@ -604,7 +609,14 @@ class Exchange:
         self.last_failure = ""
         self.tried = ()
         self.attempts = 0
-        self._attempt()
+        # The limit of the app that the client named was looked at before; this one may have a lower one.
+        options = self.service.options
+        limit = options.body_bytes_max if options is not None else 0
+        self.body_max = limit or _UNLIMITED
+        if limit and max(self.head.content_length, self.body_bytes) > limit:
+            self._fail(BODY_OVER_LIMIT, f"more than {limit} bytes")
+        else:
+            self._attempt()
 
     # Ends
 

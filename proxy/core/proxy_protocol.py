@@ -12,7 +12,7 @@ import re
 import struct
 from typing import Final, NamedTuple
 
-from .addresses import parse_address
+from .addresses import name_peer, parse_address
 
 # The longest line of version 1, with two IPv6 addresses.
 V1_BYTES_MAX: Final = 107
@@ -83,7 +83,7 @@ def _parse_text(address: bytes, port: bytes, version: int) -> Endpoint:
         raise ProxyHeaderError("malformed address in the PROXY line") from None
     if parsed.version != version or int(port) > 65_535:
         raise ProxyHeaderError("an address of another family, or a port above 65535, in the PROXY line")
-    return str(parsed), int(port)
+    return name_peer(str(parsed)), int(port)
 
 
 def _parse_v2(data: bytes) -> Announced | None:
@@ -108,8 +108,8 @@ def _parse_v2(data: bytes) -> Announced | None:
     _check_extensions(data[start:size])
     packed = data[_HEAD.size : start]
     ports = struct.unpack_from(">HH", packed, 2 * width)
-    source = str(ipaddress.ip_address(packed[:width])), ports[0]
-    destination = str(ipaddress.ip_address(packed[width : 2 * width])), ports[1]
+    source = name_peer(str(ipaddress.ip_address(packed[:width]))), ports[0]
+    destination = name_peer(str(ipaddress.ip_address(packed[width : 2 * width]))), ports[1]
     return Announced(source, destination, size)
 
 

@@ -36,8 +36,10 @@ from .fields import REQUEST_KINDS, request_kind
 if TYPE_CHECKING:
     from proxy.settings import ProxySettings
 
+# Up to 65535.
+_PORT: Final = rb"(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 # RFC 9110 section 7.2 without user-info; underscores occur in real names.
-HOST: Final = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+HOST: Final = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::" + _PORT + rb")?")
 _ABSOLUTE: Final = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)([^ ]*)")
 # Eighteen digits stay below 2**63 in every machine's arithmetic.
 LENGTH: Final = re.compile(rb"[0-9]{1,18}")

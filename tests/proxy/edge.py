@@ -16,6 +16,7 @@ from tests.fakes.client import RawClient, Response
 from tests.fakes.machine import FakeMachine
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
     from proxy.access_log import AccessLog
@@ -39,13 +40,14 @@ class Edge:
         self.machines: list[FakeMachine] = []
         self.clients: list[RawClient] = []
         self.started = False
+        self.listener: socket.socket | None = None  # as above: bound to what it listens on
 
     async def start(self, **changes: object) -> None:
         self.settings = replace(self.settings, **changes)
         self.server = Server(
             self.settings, self.table, self.balancer, self.metrics, self.access_log, tracer=self.tracer
         )
-        await self.server.start()
+        await self.server.start(sock=self.listener)
         self.started = True
 
     async def stop(self) -> None:

@@ -88,6 +88,20 @@ def test_a_post_without_a_body_says_so_to_the_machine() -> None:
     assert parse_request_head(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", SETTINGS).content_length == -1
 
 
+def test_the_port_of_a_host_is_one() -> None:
+    for port in (b"0", b"0080", b"9999", b"59999", b"65499", b"65535"):
+        raw = b"GET / HTTP/1.1\r\nHost: a:%b\r\n\r\n" % port
+        assert parse_request_head(raw, SETTINGS).host == b"a:" + port
+    for port in (b"65536", b"70000", b"99999", b"165535"):
+        for raw in (
+            b"GET / HTTP/1.1\r\nHost: a:%b\r\n\r\n" % port,
+            b"GET http://a:%b/ HTTP/1.1\r\nHost: a\r\n\r\n" % port,
+        ):
+            with pytest.raises(RequestError) as raised:
+                parse_request_head(raw, SETTINGS)
+            assert raised.value.code == "PH03"
+
+
 def test_invented_names_do_not_fill_memory() -> None:
     for number in range(2 * MEMO_MAX):
         request_kind(b"x-%d" % number)

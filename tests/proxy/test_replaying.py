@@ -80,6 +80,42 @@ async def test_a_chunked_body_still_on_its_way_follows_the_replay(edge: Edge) ->
 
 
 @pytest.mark.parametrize(
+    ("framing", "first", "rest", "status"),
+    [
+        (b"Content-Length: 5", b"hello", b"", 200),
+        (b"Content-Length: 6", b"hello!", b"", 413),
+        (b"Content-Length: 6", b"he", b"", 413),
+        (b"Transfer-Encoding: chunked", b"2\r\nhe\r\n", b"3\r\nllo\r\n0\r\n\r\n", 200),
+        (b"Transfer-Encoding: chunked", b"2\r\nhe\r\n", b"4\r\nllo!\r\n0\r\n\r\n", 413),
+        (b"Transfer-Encoding: chunked", b"6\r\nhello!\r\n0\r\n\r\n", b"", 413),
+    ],
+)
+async def test_the_target_has_its_own_limit_of_bodies(
+    edge: Edge, framing: bytes, first: bytes, rest: bytes, status: int
+) -> None:
+    async def behave(connection: Connection) -> None:
+        await connection.read_until(b"he")
+        connection.writer.write(replay(b"app=small")(Request(b"", b"")))
+        await connection.read()
+
+    await edge.machine("m1", behave=behave)
+    edge.put_app("small", "small.test", options='{"body_bytes_max": 5}')
+    target = await edge.machine("m2", app="small", answer=lambda r: named(r.body)(r))
+    await edge.start()
+    client = await edge.client()
+    client.send(b"POST / HTTP/1.1\r\nHost: app.test\r\n%b\r\n\r\n%b" % (framing, first))
+    if rest:
+        await wait_for(lambda: bool(target.connections))
+        client.send(rest)
+    response = await client.read_response()
+    assert response.status == status
+    assert (response.body == b"hello") is (status == 200)
+    assert response.error == ("" if status == 200 else "PH14")
+    assert len(target.requests) == (status == 200)
+    await wait_for(lambda: edge.metrics.in_flight == 0)
+
+
+@pytest.mark.parametrize(
     ("instruction", "status", "code"),
     [
         (b"instance=m2;junk=1", 502, "PA03"),

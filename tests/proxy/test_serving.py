@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
@@ -54,6 +55,23 @@ async def test_tells_the_machine_who_the_client_is(edge: Edge) -> None:
     assert {name: request.values(name) for name in expected} == {n: [v] for n, v in expected.items()}
     assert re.fullmatch(rb"[0-9A-HJKMNP-TV-Z]{26}-ams", expected[b"Fly-Request-Id"])
     assert re.fullmatch(rb"t=\d{16}", request.values(b"x-request-start")[0])
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+async def test_a_client_of_ipv4_has_its_own_address_on_a_listener_of_both(edge: Edge) -> None:
+    edge.listener = socket.socket(socket.AF_INET6)
+    edge.listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    edge.listener.bind(("::", 0))
+    edge.put_app("app", "app.test", options='{"proxy_protocol": "v1"}')
+    machine = await edge.machine()
+    await edge.start()
+    client = await edge.client()
+    client.send(b"GET / HTTP/1.1\r\nHost: app.test\r\n\r\n")
+    await wait_for(lambda: bool(machine.connections) and b"\r\n\r\n" in machine.connections[0].received)
+    received = machine.connections[0].received
+    assert received.startswith(b"PROXY TCP4 127.0.0.1 127.0.0.1 ")
+    assert b"\r\nFly-Client-IP: 127.0.0.1\r\n" in received
+    assert b"\r\nX-Forwarded-For: 127.0.0.1\r\n" in received
 
 
 @pytest.mark.parametrize(
