@@ -8,6 +8,7 @@ the order in which they were made, whoever made them.
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from collections import Counter
@@ -45,6 +46,8 @@ RESTART_S = 1.0
 # waits for a node to start must wait longer.
 RECOVERY_S = 30.0
 RECOVERY_LOOK_S = 0.05
+# Whoever can reach the port can have this said.
+STRANGERS_TOLD_MS = 3_600_000
 _PARKED = (
     "SELECT p.reason FROM _repl_parked AS p JOIN _repl_site AS s ON s.ordinal = p.site "
     "WHERE s.site = ? AND p.version = ?"
@@ -98,6 +101,9 @@ class Agent:
         self._writes = WriteLimits(settings.writes_per_s, now_ms)
         self._foreign_writes = WriteLimits(settings.writes_per_s, now_ms)
         self._told = Repeats()
+        self._joins: tuple[Address, ...] = ()  # where others should be, as last looked up
+        self._told_alone = False  # that nobody answers there; cleared when somebody does
+        self._strangers_told_ms = -math.inf
         self._deferred: frozenset[str] = frozenset()  # set by each look at the file
         self._tasks: list[asyncio.Task[None]] = []
         self._running = False  # from the end of start to the beginning of stop
@@ -158,7 +164,8 @@ class Agent:
             log.warning("there is a limit for writes into %s, and no such table", table)
         self._running = True
         self._replica.start(self._literal_joins(), known=known)
-        for name, loop in (("poll", self._poll_loop), ("resolve", self._resolve_loop)):
+        loops = (("poll", self._poll_loop), ("resolve", self._resolve_loop), ("look", self._look_loop))
+        for name, loop in loops:
             self._tasks.append(asyncio.create_task(self._keep_running(name, loop), name=f"agent {name}"))
         if self._replica.recovery is not None:
             try:
@@ -455,11 +462,43 @@ class Agent:
                     self.counters["resolves_failed"] += 1
                     log.warning("cannot resolve %s to join: %s", host, error)
             if found or not failed:
+                self._joins = tuple(found)
                 self._replica.set_join_addresses(found)
             wait_ms = (
                 self._settings.swim.join_backoff_max_ms if failed else self._settings.resolve_interval_ms
             )
             await asyncio.sleep(wait_ms / 1000 * (0.75 + 0.5 * self._rng.random()))
+
+    async def _look_loop(self) -> None:
+        """Say what could only be seen in counters: that nobody answers, and that somebody has another key."""
+        while True:
+            await asyncio.sleep(self._settings.look_interval_ms / 1000)
+            self._tell_alone()
+            self._tell_strangers()
+
+    def _tell_alone(self) -> None:
+        swim = self._replica.swim
+        others = [f"{host}:{port}" for host, port in self._joins if (host, port) != swim.me.address]
+        alone = bool(others) and not any(member.is_reachable for member in swim.members.values())
+        if alone and not self._told_alone:
+            log.warning(
+                "nobody answers at %s: it takes a node there with the same cluster and cluster key, "
+                "and UDP and TCP that get through%s",
+                ", ".join(others),
+                "" if self._seal.secret else "; without a key nothing is sent beyond this machine",
+            )
+        self._told_alone = alone
+
+    def _tell_strangers(self) -> None:
+        stranger, now_ms = self._transport.stranger, self._host.now_ms()
+        if stranger is not None and now_ms - self._strangers_told_ms >= STRANGERS_TOLD_MS:
+            self._strangers_told_ms = now_ms
+            log.warning(
+                "what comes from %s:%d is dropped: a node there has another cluster key, "
+                "or is of another cluster",
+                *stranger,
+            )
+        self._transport.stranger = None
 
     # --- who we are -----------------------------------------------------------------------------------
 

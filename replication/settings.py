@@ -81,6 +81,7 @@ class AgentSettings:
     session_timeout_ms: float = 10_000
     sessions_served_max: int = 4  # each holds a chunk in memory and shares the disk
     resolve_interval_ms: float = 30_000  # join names are looked up again, as addresses change
+    look_interval_ms: float = 5_000  # who is alone for this long, and was to join others, says so
     # How many changesets per site the log keeps for repair; who lacks more gets a snapshot.
     log_versions_max: int = 100_000
     # Deletions are remembered for this long at least: who was away for longer starts from a snapshot.

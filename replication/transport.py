@@ -48,6 +48,8 @@ DRAIN_BYTES = 256 * 1024
 # Sent but unacknowledged for this long, a connection is dead: the peer is gone or the path is cut.
 USER_TIMEOUT_MS = 10_000
 _FAIR_FRAMES = 64
+# Why a datagram of a node with another key, with none where we have one, or of another cluster is dropped.
+_STRANGE = frozenset({"tag", "magic", "cluster"})
 
 
 class LinkError(ReplicationError):
@@ -183,6 +185,7 @@ class Transport(asyncio.DatagramProtocol):
     ) -> None:
         self.counters: Counter[str] = Counter()
         self.dropped: Counter[tuple[str, str]] = Counter()  # (datagram | stream, reason)
+        self.stranger: Address | None = None  # with another key or cluster; whoever tells of it clears it
         self.address: Address = bind  # as bound; set by `bind`, as is the family
         self.family = socket.AF_INET
         self._bind = bind
@@ -260,7 +263,7 @@ class Transport(asyncio.DatagramProtocol):
             return
         self.counters["datagrams_sent"] += 1
 
-    def datagram_received(self, data: bytes, addr: object) -> None:  # noqa: ARG002 - the seal says who it is
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         """Open a datagram, or count why not; nothing is answered."""
         self.counters["datagrams_received"] += 1
         if len(data) > DATAGRAM_BYTES_MAX + DATAGRAM_OVERHEAD_BYTES:
@@ -270,6 +273,8 @@ class Transport(asyncio.DatagramProtocol):
             self._handler.handle_datagram(self._seal.open_datagram(data))
         except (SealError, WireError) as error:
             self.dropped["datagram", error.reason] += 1
+            if error.reason in _STRANGE:
+                self.stranger = addr[:2]
 
     def error_received(self, exc: Exception) -> None:  # noqa: ARG002 - probes find out who is gone
         """Count what the kernel heard back, such as a closed port."""

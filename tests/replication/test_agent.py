@@ -321,10 +321,10 @@ async def test_a_large_backlog_arrives_in_parts(cluster):
 
 
 @pytest.mark.parametrize("options", [{"keys": (b"x" * 32,)}, {"keys": ()}, {"cluster": "another"}])
-async def test_who_has_another_key_or_cluster_never_joins_and_is_counted(cluster, options):
-    a = await cluster.start("a")
+async def test_who_has_another_key_or_cluster_never_joins_and_both_say_so(cluster, options, caplog):
+    a = await cluster.start("a", look_interval_ms=50)
     await insert(a, 1)
-    stranger = await cluster.start("stranger", **options)
+    stranger = await cluster.start("stranger", look_interval_ms=50, **options)
     await eventually(lambda: sum(dropped(a).values()) >= 3)
     with pytest.raises((LinkError, OSError)):
         await stranger._transport.connect(a.address, lasting=False)
@@ -333,6 +333,13 @@ async def test_who_has_another_key_or_cluster_never_joins_and_is_counted(cluster
     assert alive(stranger) == 1
     assert await ids(stranger) == []
     assert a._transport.counters["datagrams_sent"] == 0, "a stranger was answered"
+    await eventually(lambda: len([line for line in caplog.messages if "cluster key" in line]) >= 2)
+    await eventually(lambda: sum(dropped(a).values()) >= 8)  # many looks later
+    told = [line for line in caplog.messages if "cluster key" in line]
+    assert sorted(line.split(": ")[0] for line in told) == [
+        f"nobody answers at 127.0.0.1:{a.address[1]}",
+        f"what comes from 127.0.0.1:{stranger.address[1]} is dropped",
+    ]
 
 
 async def test_a_key_ring_is_rotated_without_a_restart(cluster):
