@@ -163,7 +163,7 @@ def paths() -> set[str]:
         "lifecycle": LifecycleRoutes(None),
         "others": [
             ExplainRoutes(None, None, None, None, None),
-            FactRoutes(None, None, None, None, None, None, None),
+            FactRoutes(None, None, None, None, None, None, None, None),
             DeployRoutes(None, None, None, None),
             RolloutRoutes(None),
             StagingRoutes(None, list),
