@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Never
 
 from isthmus import __version__
 from isthmus.client import ClientError
@@ -56,9 +56,36 @@ _VERBS = (
 )
 
 
+class _Verbs:
+    """Has each verb say of itself at least what the list of verbs says of it."""
+
+    def __init__(self, verbs: Any) -> None:
+        self._verbs = verbs
+
+    def add_parser(self, name: str, **options: Any) -> argparse.ArgumentParser:
+        """Add a verb; `description` may say more than `help`."""
+        told: str = options["help"]
+        parser: argparse.ArgumentParser = self._verbs.add_parser(
+            name, **{"description": f"{told[0].upper()}{told[1:]}.", **options}
+        )
+        return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """The parser of the command line, or of one of its verbs."""
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """Have verbs, which are parsers of this kind too."""
+        return _Verbs(super().add_subparsers(**options))
+
+    def error(self, message: str) -> Never:
+        """Tell of wrong usage, and exit."""
+        self.exit(2, f"{self.format_usage()}{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="isthmus",
         description="An edge HTTP proxy without a control plane.",
         epilog="`isthmus VERB --help` says more about a verb.",

@@ -79,7 +79,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--handlers",
         choices=HANDLERS,
-        help="what is done to connections: HTTP, as usual; TLS ended and bytes passed on; nothing at all",
+        metavar="HANDLERS",
+        help="what is done to connections: `tls,http`, as usual; `tls`: ended, and bytes passed on; "
+        "`none`: bytes as they are",
     )
     parser.add_argument(
         "--autostart",

@@ -204,7 +204,21 @@ def test_wrong_usage_is_exit_code_2(args: list[str], capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as caught:
         main(args)
     assert caught.value.code == 2
-    assert "usage: isthmus" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "usage: isthmus" in told
+    assert "--help`" in told
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [(["machines"], "Show every machine."), (["app", "remove"], "Remove an app and its machines.")],
+)
+def test_help_of_a_verb_says_what_it_does(
+    args: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*args, "--help"])
+    assert told in capsys.readouterr().out
 
 
 def test_columns_are_aligned_and_lines_have_no_trailing_space() -> None:
