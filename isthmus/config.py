@@ -69,6 +69,14 @@ LOCAL_REGION = "local"
 WORKER_SECTIONS = ("proxy", "tls", "peering")
 
 
+def _is_elsewhere(host: str) -> bool:
+    """True for an address of another machine; what a name stands for is not known yet."""
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class ConfigError(Exception):
     """A setting is wrong. The message says which, where it was said, and what would be right."""
 
@@ -233,6 +241,13 @@ class GossipConfig(_Section, frozen=True):
                 "listen",
                 f"{self.listen} is no address that others could be told: set gossip.advertise to one",
             )
+        elsewhere = [peer for peer in self.join if _is_elsewhere(parse_listen(peer)[0])]
+        if elsewhere and is_loopback(host):
+            raise ValueOfKeyError(
+                "join",
+                f"{elsewhere[0]} is another machine, which {self.listen} cannot talk to: "
+                "set gossip.listen to an address that others reach",
+            )
 
     def _check_unsealed(self, host: str) -> None:
         """Raise unless all gossip stays on this machine; TLS does not help, as datagrams have none."""
@@ -247,6 +262,11 @@ class GossipConfig(_Section, frozen=True):
                 "advertise",
                 f"{self.advertise} is where others are: set gossip.keys (`isthmus key` makes one)",
             )
+        for peer in self.join:
+            if _is_elsewhere(parse_listen(peer)[0]):
+                raise ValueOfKeyError(
+                    "join", f"{peer} is another machine: set gossip.keys on both (`isthmus key` makes one)"
+                )
 
     @property
     def sealed(self) -> bool:

@@ -219,6 +219,16 @@ WRONG_FILES = {
         "isthmus.toml:2: gossip.advertise: 10.0.0.1:8472 is where others are: set gossip.keys",
         "`isthmus key`",
     ),
+    "another machine to join without a key": (
+        '[gossip]\njoin = ["one.example:8472", "10.0.0.1:8472"]',
+        "isthmus.toml:2: gossip.join: 10.0.0.1:8472 is another machine: set gossip.keys on both",
+        "`isthmus key`",
+    ),
+    "another machine to join from loopback": (
+        f'[gossip]\nkeys = ["{KEY}"]\njoin = ["10.0.0.1:8472"]',
+        "isthmus.toml:3: gossip.join: 10.0.0.1:8472 is another machine, which 127.0.0.1:8472 cannot talk to",
+        "set gossip.listen",
+    ),
     "cluster without a name": ('[gossip]\ncluster = ""', "isthmus.toml:2: gossip.cluster: ", ">= 1"),
     "open gossip without a key": (
         '[gossip]\nlisten = "0.0.0.0:8472"',
