@@ -71,10 +71,17 @@ class AdminClient:
         try:
             connection.request(method, path, payload, headers)
             response = connection.getresponse()
-            answer = orjson.loads(response.read())
+            content = response.read()
+            if response.getheader("fly-proxy-error") or response.getheader("Via", "").endswith("isthmus"):
+                raise ClientError(
+                    f"{self._address} is where clients connect; say with --admin HOST:PORT where the admin "
+                    "listener is (`isthmus run` prints it)"
+                )
+            answer = orjson.loads(content)
         except (OSError, http.client.HTTPException, ValueError) as error:
+            why = "another program does" if isinstance(error, orjson.JSONDecodeError) else error
             raise ClientError(
-                f"no isthmus answers at {self._address} ({error}); start one with `isthmus run`, "
+                f"no isthmus answers at {self._address} ({why}); start one with `isthmus run`, "
                 "or say where it is with --admin HOST:PORT"
             ) from None
         finally:

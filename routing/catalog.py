@@ -149,6 +149,8 @@ def parse_address(text: str) -> tuple[str, int | None]:
     host, colon, port = text.partition(":")
     if ":" in port:
         raise ValueError(f"address {text!r}: an IPv6 address goes in brackets")
+    if text.isdecimal() and len(text) <= 5:
+        raise ValueError(f"address {text!r}: a port without a host, as in 127.0.0.1:{text}")
     check_host(host, text)
     return host, _parse_port(port, text) if colon else None
 

@@ -115,7 +115,7 @@ def _format_path(told: dict[str, Any]) -> Iterator[str]:
     route, app, service = told["route"], told["app"], told["service"]
     if route is None:
         is_refused = told["outcome"]["result"] == "refused"
-        yield _line("route", "not looked for" if is_refused else "no hostname leads anywhere")
+        yield _line("route", "not looked for" if is_refused else "no app is served under this host and path")
     else:
         by = f" (declared by {route['by']})" if route["by"] else ""
         yield _line("route", f"{route['hostname']} {route['path']} -> {route['app']}{by}")

@@ -112,6 +112,22 @@ def test_other_server_is_not_taken_for_a_node(data: bytes) -> None:
         AdminClient(address, "").get("/v1/status")
 
 
+def test_program_that_speaks_http_is_told_as_such() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>"
+    with answering(answer) as address, pytest.raises(ClientError, match=r"\(another program does\)"):
+        AdminClient(address, "").get("/v1/status")
+
+
+@pytest.mark.parametrize("field", [b"fly-proxy-error: PH13", b"Via: 1.1 isthmus"])
+def test_listener_for_clients_is_told_from_that_for_admins(field: bytes) -> None:
+    answer = b'HTTP/1.1 404 Not Found\r\n%b\r\nContent-Length: 16\r\n\r\n{"error":"PH13"}' % field
+    with (
+        answering(answer) as address,
+        pytest.raises(ClientError, match=f"{address} is where clients connect"),
+    ):
+        AdminClient(address, "").get("/v1/status")
+
+
 @pytest.mark.parametrize("body", [b"[]", b"{}", b"null"])
 def test_refusal_without_a_reason_is_told_by_its_status(body: bytes) -> None:
     answer = b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)

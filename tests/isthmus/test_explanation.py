@@ -284,7 +284,7 @@ def test_an_explanation_is_told_in_lines_that_drive_no_terminal() -> None:
 
 def test_a_request_that_leads_nowhere_is_told_too() -> None:
     text = "\n".join(format_explanation(ask(world(), url="http://nobody.test/")))
-    assert "no hostname leads anywhere" in text
+    assert "no app is served under this host and path" in text
     assert "-> unrouted" in text
 
 

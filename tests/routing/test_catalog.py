@@ -205,6 +205,11 @@ def test_refuses_addresses_that_could_be_read_in_two_ways(text: str) -> None:
         parse_address(text)
 
 
+def test_port_alone_is_told_with_what_an_address_looks_like() -> None:
+    with pytest.raises(ValueError, match=r"a port without a host, as in 127\.0\.0\.1:3000"):
+        parse_address("3000")
+
+
 def test_puts_hostnames_and_prefixes_into_one_spelling() -> None:
     assert canonical_hostname("Example.COM.") == "example.com"
     assert canonical_hostname("*.Example.com") == "*.example.com"
