@@ -36,6 +36,7 @@ from isthmus.config_machines import DriverConfig
 from isthmus.config_sources import default_data_dir, setting_types
 from isthmus.doctor.rules import RULES
 from proxy.core.errors import ERRORS
+from routing.geo import BUILT_IN
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -58,6 +59,11 @@ TABLES = {
 
 def text_of(page: str) -> str:
     return (DOCS / page).read_text("utf-8")
+
+
+def test_every_built_in_region_is_listed() -> None:
+    part = text_of("configuration.md").partition("## `[regions.<code>]`")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`([a-z]{3})`", part)) == set(BUILT_IN)
 
 
 def rows(page: str) -> dict[str, list[str]]:
