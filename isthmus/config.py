@@ -137,7 +137,7 @@ class ProxyConfig(_Section, frozen=True):
     connections_per_client_per_s: NotNegative = 0
     requests_per_connection_max: Positive = 10_000
     memory_bytes_max: Annotated[int, Meta(ge=0, le=2**53)] = 0
-    body_bytes_max: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    body_bytes_max: Annotated[int, Meta(ge=0, lt=2**53)] = 0
     compressions_max: NotNegative = 128
     replay_body_bytes_max: Positive = 1_048_576
     replays_max: Positive = 10
@@ -393,7 +393,7 @@ class ServiceConfig(_Section, frozen=True):
     hard_limit: Positive | None = None
     proxy_protocol: Literal["", "v1", "v2"] = ""
     idle_timeout_ms: NotNegative = 0
-    body_bytes_max: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    body_bytes_max: Annotated[int, Meta(ge=0, lt=2**53)] = 0
 
     def __post_init__(self) -> None:
         _check_limits(self.soft_limit, self.hard_limit)
@@ -411,7 +411,7 @@ class AppConfig(_Section, frozen=True):
     soft_limit: Positive = 20
     hard_limit: Positive | None = None
     idle_timeout_ms: NotNegative = 0
-    body_bytes_max: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    body_bytes_max: Annotated[int, Meta(ge=0, lt=2**53)] = 0
     services: tuple[ServiceConfig, ...] = ()
     machines: tuple[MachineConfig, ...] = ()
     checks: tuple[CheckConfig, ...] = ()
@@ -455,6 +455,8 @@ class AppConfig(_Section, frozen=True):
                 parse_replay_options({key: msgspec.to_builtins(getattr(self, key))})
             except ValueError as error:
                 raise ValueOfKeyError(key, str(error)) from None
+        if self.proxy_protocol and self.machine_tls:
+            raise ValueOfKeyError("proxy_protocol", "it does not go together with machine_tls")
         names = [check.name for check in self.checks if check.name]
         for i, name in _repeated(names):
             raise ValueOfKeyError(f"checks[{i}].name", f"check `{name}` is declared twice")

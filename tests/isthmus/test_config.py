@@ -343,6 +343,16 @@ WRONG_FILES = {
         "isthmus.toml:4: apps[0].hard_limit: 4 is below soft_limit 5",
         "",
     ),
+    "a PROXY header before TLS to machines": (
+        '[[apps]]\nname = "a"\nproxy_protocol = "v1"\nmachine_tls = true',
+        "isthmus.toml:3: apps[0].proxy_protocol: it does not go together with machine_tls",
+        "",
+    ),
+    "more bytes than an option holds": (
+        '[[apps]]\nname = "a"\nbody_bytes_max = 9007199254740992',
+        "isthmus.toml:3: apps[0].body_bytes_max: ",
+        "",
+    ),
     "limit that no database holds": (
         '[[apps]]\nname = "a"\nsoft_limit = 9223372036854775808',
         "isthmus.toml:3: apps[0].soft_limit: ",
