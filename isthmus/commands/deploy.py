@@ -24,6 +24,13 @@ LOOK_S = 0.2
 # An agent that is restarted goes on with its deploys; so long it may be away.
 AWAY_S = 60.0
 _COLOURS = {"complete": "32", "rolled back": "33", "failed": "31", "abandoned": "31"}
+# What a stage of a step waits for, as it is told on a terminal.
+_WAITS = {
+    "ready": "until machines are ready",
+    "known": "until all nodes know",
+    "watch": "watching",
+    "drain": "until old machines have finished",
+}
 
 
 def add_parser(verbs: Any) -> None:
@@ -207,7 +214,8 @@ class _Screen:
             back = ", going back" if release["status"] == "rolling back" else ""
             step = f"{min(release['batch'] + 1, release['batches'])}/{release['batches']}"
             passed = time.monotonic() - self._started
-            sys.stdout.write(f"\r\x1b[K… step {step}{back}: {release['stage']} ({passed:.0f} s)")
+            waits = _WAITS.get(release["stage"], "preparing")
+            sys.stdout.write(f"\r\x1b[K… step {step}{back}: {waits} ({passed:.0f} s)")
             sys.stdout.flush()
 
     def end(self, release: dict[str, Any]) -> int:

@@ -164,7 +164,10 @@ class Conductor:
             return conducted.release
         for release in await read_releases(self._database, app):
             if release.is_running:
-                raise RegistryError(f"node `{release.node}` conducts the deploy of `{app}`: ask it")
+                ask = (
+                    "ask it" if self._is_there(release.node) else "it is gone, and another deploy takes over"
+                )
+                raise RegistryError(f"node `{release.node}` conducts the deploy of `{app}`: {ask}")
         raise RegistryError(f"no deploy of `{app}` is running")
 
     async def follow(self, app: str, version: int, after: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from isthmus.agent_role import AgentRole
 from isthmus.cli import main
 from isthmus.client import AdminClient
-from isthmus.commands.deploy import find_whoami
+from isthmus.commands.deploy import _Screen, find_whoami
 from isthmus.config import AdminConfig, AppConfig, Config, GossipConfig, MachineConfig, ProxyConfig
 
 if TYPE_CHECKING:
@@ -171,3 +171,11 @@ async def test_file_that_makes_no_sense_is_refused_with_its_line(isthmus: Comman
     file.write_text('app = "web"\n[http_service]\ninternal_port = "x"\n', "utf-8")
     code, _, err = await isthmus("apply", str(file))
     assert (code, err) == (1, f"isthmus: {file}:3: http_service.internal_port: must be int\n")
+
+
+def test_terminal_is_told_what_is_waited_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    _Screen(is_json=False).show({"status": "rolling back", "batch": 0, "batches": 3, "stage": "known"})
+    assert capsys.readouterr().out.endswith("… step 1/3, going back: until all nodes know (0 s)")

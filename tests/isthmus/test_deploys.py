@@ -301,6 +301,8 @@ async def test_one_deploy_of_an_app_at_a_time_until_its_node_is_gone(world: Worl
     world.database.connection.execute("UPDATE releases SET node = 'n3'")
     world.prober.outcome = Outcome(True, "connected")
     await eventually("it has let go", lambda: "web" not in world.conductor._running)
+    with pytest.raises(RegistryError, match="`n3` conducts the deploy of `web`: it is gone, and another"):
+        await world.conductor.cancel("web", "ana")
     version = await world.deploy("10.2.0.1")
     assert await world.end(version) == ("complete", "")
     assert [release.status for release in await read_releases(world.database)] == [
