@@ -2,7 +2,7 @@
 
 Decides between these and their sources, once in a process and before the first of them is imported. Refuses
 to know how they are made. Invariant: all of them are compiled or none, and never from other sources than
-those that are here: a change that was not compiled makes all of them plain, with one warning.
+those that are here: a change that was not compiled makes all of them plain, and who serves warns of it.
 
 ISTHMUS_COMPILED=0 asks for plain Python; 1 for compiled modules or an error, which is what tests want.
 """
@@ -67,13 +67,30 @@ class Finder:
 
     def __init__(self) -> None:
         self._files: dict[str, Path] | None = None  # set when the first module is asked for
+        self._problem = ""  # why the compiled modules are of no use; set with the above
 
     @property
     def files(self) -> dict[str, Path]:
         """The compiled modules of this process; none when it runs plain Python."""
         if self._files is None:
-            self._files = choose_files(os.environ.get(VARIABLE, ""), sys.modules)
+            wish = os.environ.get(VARIABLE, "")
+            try:
+                self._files = choose_files(wish, sys.modules)
+            except StaleError as error:
+                if wish == "1":
+                    raise
+                self._files, self._problem = {}, str(error)
         return self._files
+
+    def warn(self) -> None:
+        """Say to standard error why compiled modules are not used, once for this process and its children."""
+        if self.files or not self._problem:
+            return
+        sys.stderr.write(
+            f"isthmus: the compiled modules are not used, plain Python is slower: {self._problem} "
+            "(make compile)\n"
+        )
+        os.environ[VARIABLE] = "0"
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -89,18 +106,13 @@ class Finder:
 def choose_files(
     wish: str, loaded: Mapping[str, object], root: Path = ROOT, folder: Path = FOLDER
 ) -> dict[str, Path]:
-    """Return the compiled modules to run; raises StaleError when the wish is '1' and there are none."""
+    """Return the compiled modules to run.
+
+    Raises StaleError when there are some that are out of date, or none and the wish is '1'.
+    """
     if wish == "0":
         return {}
-    try:
-        files = read_files(root, folder)
-    except StaleError as error:
-        if wish == "1":
-            raise
-        sys.stderr.write(f"isthmus: the compiled modules are not used, plain Python is slower: {error}\n")
-        # For the processes that this one starts: they would warn again.
-        os.environ[VARIABLE] = "0"
-        return {}
+    files = read_files(root, folder)
     if not files or any(name in loaded for name in files):
         # Imported before isthmus was: a mixture would have two of each class.
         if wish == "1":

@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _rehearse(config)
 
-    # Asked here and not below, so that a warning is of this process alone.
+    compiled.FINDER.warn()
     software = f"isthmus {__version__} ({compiled.describe()})"
 
     def announce(info: NodeInfo) -> None:

@@ -65,10 +65,17 @@ def test_runs_plain_without_a_word_where_nothing_was_compiled(root: Path, capsys
     assert capsys.readouterr().err == ""
 
 
-def test_warns_once_for_itself_and_its_children(root: Path, folder: Path, capsys, monkeypatch) -> None:
+def test_warns_where_it_serves_once_for_itself_and_its_children(capsys, monkeypatch) -> None:
+    def choose(_wish: str, _loaded: object) -> dict[str, Path]:
+        raise StaleError("routing/table.py changed since then")
+
     monkeypatch.setenv(compiled.VARIABLE, "")
-    (root / "routing/table.py").write_text("A = 2\n", "utf-8")
-    assert choose_files("", {}, root, folder) == {}
+    monkeypatch.setattr(compiled, "choose_files", choose)
+    finder = compiled.Finder()
+    assert finder.files == {}
+    assert capsys.readouterr().err == "", "a command that only asks is not slower for it"
+    assert os.environ[compiled.VARIABLE] == ""
+    finder.warn()
     assert capsys.readouterr().err.count("routing/table.py changed") == 1
     assert os.environ[compiled.VARIABLE] == "0"
 
@@ -88,6 +95,8 @@ def test_who_asks_for_compiled_modules_is_not_served_plain_ones(root: Path, fold
     (root / "routing/table.py").write_text("A = 2\n", "utf-8")
     with pytest.raises(StaleError):
         choose_files("1", {}, root, folder)
+    with pytest.raises(StaleError):
+        choose_files("", {}, root, folder)
 
 
 def test_says_what_runs() -> None:
