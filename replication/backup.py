@@ -76,10 +76,14 @@ def make_backup(database: Path, target: Path, now_ms: int, *, keep: int | None =
     """Copy a replica as it is at one moment; return what was made once it is on the disk and read back.
 
     Into a directory the name is made of the time, and with `keep` all but the newest so many of that
-    directory are removed afterwards. An existing file is never overwritten. Raises BackupError.
+    directory, which is made if it is not there, are removed afterwards. An existing file is never overwritten.
+    Raises BackupError.
     """
-    if keep is not None and (keep < 1 or not target.is_dir()):
-        raise BackupError("how many to keep is a number from 1 on, and goes with a directory")
+    if keep is not None:
+        if keep < 1:
+            raise BackupError("how many to keep is a number from 1 on")
+        with _told(target):
+            target.mkdir(mode=0o700, exist_ok=True)
     directory = target if target.is_dir() else None
     if directory is not None:
         target = directory / f"{database.stem}-{_stamp(now_ms)}.db"

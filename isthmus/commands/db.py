@@ -72,7 +72,7 @@ def add_parser(verbs: Any) -> None:
     backup = actions.add_parser("backup", help="copy the database to a file, while the node runs or not")
     backup.add_argument("target", metavar="PATH", type=Path, help="a new file, or a directory to put one in")
     backup.add_argument(
-        "--keep", metavar="N", type=int, help="with a directory: remove all but the newest N backups"
+        "--keep", metavar="N", type=int, help="with a directory, which is made: remove all but the newest N"
     )
     _add_file_flags(backup)
     backup.set_defaults(run=run_backup)

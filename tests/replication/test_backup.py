@@ -166,6 +166,14 @@ def test_what_a_killed_backup_left_is_removed_by_the_next(database: Path, tmp_pa
     assert names(directory) == [made.path.name]
 
 
+def test_a_directory_for_more_than_one_is_made(database: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "backups"
+    made = make_backup(database, directory, NOW, keep=2)
+    assert names(directory) == [made.path.name]
+    with pytest.raises(BackupError, match=r"exists|directory"):
+        make_backup(database, made.path, NOW, keep=2)
+
+
 @pytest.mark.parametrize("keep", [0, -1])
 def test_keeping_none_is_refused(database: Path, tmp_path: Path, keep: int) -> None:
     with pytest.raises(BackupError, match="from 1 on"):
