@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from isthmus.doctor.finding import Finding, Rule, Severity, count_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from isthmus.doctor.facts import CheckFacts, MachineFacts, ServiceFacts, Snapshot
 
@@ -191,8 +191,14 @@ def find_nowhere(snapshot: Snapshot) -> Iterator[Finding]:
                 f"of its {count_of(len(machines), 'machine')} none takes requests: {told}",
                 "unhealthy ones are still tried, others are not",
                 f"all requests for {app}",
-                f"isthmus machines, then isthmus machine start {machines[0].id}",
+                "isthmus checks says what they fail on; mend the app"
+                if any(machine.verdict.startswith("unhealthy") for machine in machines)
+                else f"isthmus machines, then isthmus machine start {machines[0].id}",
             )
+
+
+def _share(machines: Sequence[MachineFacts]) -> str:
+    return "all" if len(machines) == 1 else f"1 in {len(machines)}"
 
 
 def find_shadowed(snapshot: Snapshot) -> Iterator[Finding]:
@@ -240,7 +246,7 @@ def find_unchecked(snapshot: Snapshot) -> Iterator[Finding]:
                 app,
                 "it has no checks",
                 "a machine that accepts connections and answers with errors, or not at all, keeps its share",
-                f"1 in {len(machines)} requests for {app} for each machine that fails so",
+                f"{_share(machines)} requests for {app} for each machine that fails so",
                 f'add [[apps.checks]] with path = "/healthz" to {app} and run isthmus reload',
             )
         elif all(check.type == "tcp" for check in checks) and not all(service.is_raw for service in services):
@@ -249,7 +255,7 @@ def find_unchecked(snapshot: Snapshot) -> Iterator[Finding]:
                 app,
                 "its checks only connect",
                 "the kernel accepts connections for a process that hangs",
-                f"1 in {len(machines)} requests for {app} for each machine that hangs",
+                f"{_share(machines)} requests for {app} for each machine that hangs",
                 f'add [[apps.checks]] with type = "http" to {app} and run isthmus reload',
                 guess=True,
             )

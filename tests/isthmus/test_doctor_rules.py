@@ -463,6 +463,12 @@ def test_a_snapshot_survives_the_way_over_the_api() -> None:
         assert msgspec.convert(msgspec.json.decode(msgspec.json.encode(case.bad)), Snapshot) == case.bad
 
 
+def test_machines_that_fail_their_checks_are_not_mended_by_a_start() -> None:
+    for verdict, mend in (("unhealthy: alive critical", "isthmus checks"), ("not started", "machine start")):
+        (found,) = find(but(machines=machines(is_routable=False, verdict=verdict)), "nowhere")
+        assert mend in found.mend
+
+
 def test_what_a_driver_can_start_is_mended_by_scaling() -> None:
     (found,) = find(but(machines=(M1,)), "one-place")
     assert found.mend == "isthmus machine add web HOST:PORT --region gru"
