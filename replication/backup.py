@@ -76,8 +76,8 @@ def make_backup(database: Path, target: Path, now_ms: int, *, keep: int | None =
     """Copy a replica as it is at one moment; return what was made once it is on the disk and read back.
 
     Into a directory the name is made of the time, and with `keep` all but the newest so many of that
-    directory, which is made if it is not there, are removed afterwards. An existing file is never overwritten.
-    Raises BackupError.
+    directory, which is made where there is none, are removed afterwards. An existing file is never
+    overwritten. Raises BackupError.
     """
     if keep is not None:
         if keep < 1:
