@@ -22,6 +22,7 @@ class NodeFacts(Struct, frozen=True):
     staleness_ms: int | None = None
     clock_ahead_ms: int | None = None  # of the clock of the node asked
     gossip_host: str = ""
+    addresses: tuple[str, ...] = ()  # of gossip, of all that take part under this name
 
     @property
     def is_present(self) -> bool:

@@ -19,7 +19,7 @@ import msgspec
 
 from isthmus.admin.views import PRESENT
 from isthmus.checking.definition import decode_checks, read_definitions
-from isthmus.config import parse_listen
+from isthmus.config import format_address, parse_listen
 from isthmus.config_machines import parse_statuses
 from isthmus.doctor.facts import (
     BehindFacts,
@@ -140,7 +140,10 @@ async def gather(
 def _describe_nodes(table: RoutingTable, members: list[MemberView]) -> Iterator[NodeFacts]:
     rows = {row.id: row for row in table.rows("nodes").values() if isinstance(row, NodeRow)}
     best: dict[str, MemberView] = {}
+    addresses: dict[str, list[str]] = {}
     for member in members:  # of two of a name, the one that is there
+        if member.state in PRESENT:
+            addresses.setdefault(member.name, []).append(format_address(*member.address))
         if member.name not in best or member.is_self or member.state in PRESENT:
             best[member.name] = member
     for name in sorted(rows.keys() | best.keys()):
@@ -154,6 +157,7 @@ def _describe_nodes(table: RoutingTable, members: list[MemberView]) -> Iterator[
             staleness_ms=found.staleness_ms if found is not None else None,
             clock_ahead_ms=found.clock_ahead_ms if found is not None else None,
             gossip_host=found.address[0] if found is not None else "",
+            addresses=tuple(sorted(addresses.get(name, ()))),
         )
 
 

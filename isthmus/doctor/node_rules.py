@@ -103,6 +103,20 @@ def find_gone_nodes(snapshot: Snapshot) -> Iterator[Finding]:
         )
 
 
+def find_namesakes(snapshot: Snapshot) -> Iterator[Finding]:
+    """Nodes that take part under one name."""
+    for node in snapshot.nodes:
+        if len(node.addresses) > 1:
+            yield Finding(
+                CRITICAL,
+                node.name,
+                f"{len(node.addresses)} nodes have this name: {_describe(*node.addresses)}",
+                "each writes the rows of that name as its own, over those of the other",
+                f"the row, the machines and the checks of {node.name}",
+                "isthmus run --node NAME, another one for each of them",
+            )
+
+
 def find_stale_nodes(snapshot: Snapshot) -> Iterator[Finding]:
     """Nodes of which little is heard."""
     for node in snapshot.present:
@@ -406,6 +420,7 @@ def find_behind(snapshot: Snapshot) -> Iterator[Finding]:
 RULES = (
     Rule("few-nodes", "a cluster or a region with one node, a cluster in one region", find_few_nodes),
     Rule("gone-nodes", "nodes that are gone and still own machines", find_gone_nodes),
+    Rule("namesakes", "nodes that have one name", find_namesakes),
     Rule("stale-nodes", "nodes of which nothing new is known", find_stale_nodes),
     Rule("skewed-clocks", "nodes whose clock is ahead of the others, or behind them", find_skewed_clocks),
     Rule("versions", "nodes that run different versions", find_versions),

@@ -105,6 +105,13 @@ def test_of_two_members_of_a_name_the_one_that_is_there_is_told() -> None:
     ):
         (two,) = (node for node in gathered(table_with(), FakeCluster(*members)).nodes if node.name == "n2")
         assert two.state == "alive"
+        assert two.addresses == ("10.0.0.9:1",)
+
+
+def test_of_two_that_are_there_under_one_name_both_addresses_are_told() -> None:
+    cluster = FakeCluster(member("n1", 1), member("n1", 2, "10.0.0.8"))
+    (one,) = gathered(table_with(), cluster).nodes
+    assert one.addresses == ("10.0.0.8:1", "10.0.0.9:1")
 
 
 def test_machines_are_told_with_what_routing_makes_of_them() -> None:

@@ -299,6 +299,14 @@ CASES = [
     Case("few-nodes", but(nodes=WELL.nodes[:3]), "gru", N, "g1 is its only node", but(nodes=WELL.nodes)),
     Case("gone-nodes", but(nodes=nodes(g2={"state": "dead"})), "g2", W, "it is dead and owns 1 machine"),
     Case("gone-nodes", but(nodes=WELL.nodes[:3]), "g2", W, "it is unknown and owns 1 machine"),
+    Case(
+        "namesakes",
+        but(nodes=nodes(g1={"addresses": ("10.0.0.1:1", "10.0.0.2:1")})),
+        "g1",
+        C,
+        "2 nodes have this name: 10.0.0.1:1, 10.0.0.2:1",
+        but(nodes=nodes(g1={"addresses": ("10.0.0.1:1",)})),
+    ),
     Case("stale-nodes", but(nodes=nodes(g1={"staleness_ms": 40_000})), "g1", W, "in the last 40 s"),
     Case(
         "stale-nodes",
