@@ -460,7 +460,8 @@ class Agent:
                 except OSError as error:
                     failed = True
                     self.counters["resolves_failed"] += 1
-                    log.warning("cannot resolve %s to join: %s", host, error)
+                    if self._told.is_news(f"resolve {host}", str(error), self._host.now_ms()):
+                        log.warning("cannot resolve %s to join: %s", host, error)
             if found or not failed:
                 self._joins = tuple(found)
                 self._replica.set_join_addresses(found)

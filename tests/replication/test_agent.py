@@ -419,7 +419,7 @@ async def test_an_agent_that_nobody_answers_at_first_keeps_trying(cluster):
     await eventually(lambda: alive(a) == 2)
 
 
-async def test_a_resolver_that_fails_is_asked_again(cluster, monkeypatch):
+async def test_a_resolver_that_fails_is_asked_again_and_told_of_once(cluster, monkeypatch, caplog):
     b = await cluster.start("b", join=())
     loop = asyncio.get_running_loop()
     real = loop.getaddrinfo
@@ -438,6 +438,7 @@ async def test_a_resolver_that_fails_is_asked_again(cluster, monkeypatch):
     a = await cluster.start("a", join=(f"gossip.test:{b.address[1]}",), swim=quick)
     await eventually(lambda: alive(a) == 2)
     assert a.counters["resolves_failed"] == 2
+    assert sum("cannot resolve gossip.test" in line for line in caplog.messages) == 1
 
 
 @pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
