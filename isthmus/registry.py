@@ -219,9 +219,11 @@ class Registry:
         return changes, [host for host, _ in {**dict.fromkeys(held), **dict.fromkeys(wanted)}]
 
     async def set_options(self, app: str, changes: Mapping[str, Any]) -> None:
-        """Change options of all services of an app; null takes one back (RFC 7396)."""
+        """Change options of all services of an app, its limits and checks; null takes one back (RFC 7396)."""
         await self._require("apps", "name", app, "app")
-        patch = msgspec.json.encode(changes).decode()
+        columns = [name for name in _SET if name in changes]
+        statements = self._column_statements(app, {name: changes[name] for name in columns})
+        patch = msgspec.json.encode({k: v for k, v in changes.items() if k not in columns}).decode()
         sql = "SELECT json_patch(options, ?) FROM services WHERE app = ?"
         for (options,) in (await self._database.query(sql, (patch, app))).rows:
             try:
@@ -229,7 +231,20 @@ class Registry:
             except ValueError as error:
                 raise RegistryError(str(error)) from None
         update = "UPDATE services SET options = json_patch(options, ?) WHERE app = ?"
-        await self._database.execute([(update, (patch, app))])
+        await self._database.execute([*statements, (update, (patch, app))])
+
+    def _column_statements(self, app: str, changes: Mapping[str, Any]) -> list[Statement]:
+        """Return what sets limits and checks, as a configuration would say them."""
+        try:
+            said = {name: value for name, value in changes.items() if value is not None}
+            config = msgspec.convert({"name": app, **said}, AppConfig)
+            _, fields = _service_fields(config, config)
+        except (msgspec.ValidationError, ValueError) as error:
+            raise RegistryError(str(error)) from None
+        return [
+            (f"UPDATE services SET {name} = ? WHERE app = ? AND {_SET[name]}", (fields[name], app))  # noqa: S608 — our own names
+            for name in changes
+        ]
 
     async def remove_app(self, name: str) -> None:
         """Remove an app with all that belongs to it."""
@@ -402,6 +417,8 @@ class Registry:
         )
 
 
+# Columns that can be set beside the options, and of which services. Checks are of the app, on no port.
+_SET = {"soft_limit": "1", "hard_limit": "1", "checks": "port = 0"}
 # The columns of a service that a configuration says.
 _COMPARED = ("internal_port", "concurrency", "soft_limit", "hard_limit", "checks", "options")
 

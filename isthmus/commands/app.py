@@ -21,17 +21,15 @@ def add_parser(verbs: Any) -> None:
 
     add = actions.add_parser("add", help="add an app, or change what leads to it")
     add.add_argument("app", metavar="NAME")
-    add.add_argument("--host", metavar="HOST", action="append", help="a host name, `*.suffix` or `*` (any)")
+    add.add_argument(
+        "--host",
+        metavar="HOST",
+        action="append",
+        help="a host name, `*.suffix` or `*` (any, as for a new app without one)",
+    )
     add.add_argument("--path-prefix", metavar="PATH", help="serve only below this path")
     add.add_argument(
         "--machine", metavar="HOST:PORT", action="append", help="a machine of it; may be repeated"
-    )
-    add.add_argument("--check", metavar="PATH", help="probe each machine at this path")
-    add.add_argument(
-        "--soft-limit", metavar="N", type=int, help="requests in flight before others are preferred"
-    )
-    add.add_argument(
-        "--hard-limit", metavar="N", type=int, help="requests in flight that a machine never exceeds"
     )
     _add_options(add)
     add_client_flags(add)
@@ -54,6 +52,13 @@ def add_parser(verbs: Any) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--check", metavar="PATH", help="probe each machine at this path")
+    parser.add_argument(
+        "--soft-limit", metavar="N", type=int, help="requests in flight before others are preferred"
+    )
+    parser.add_argument(
+        "--hard-limit", metavar="N", type=int, help="requests in flight that a machine never exceeds"
+    )
     parser.add_argument(
         "--proxy-protocol", choices=PROXY_PROTOCOLS, help="tell machines the client with a PROXY header"
     )
@@ -119,7 +124,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _read_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the flags say, as the API takes it."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"checks": [{"path": args.check}]} if args.check else {}
     headers: dict[str, Any] = dict.fromkeys(args.remove_header or (), False)
     for line in args.response_header or ():
         name, colon, value = line.partition(":")
@@ -138,7 +143,7 @@ def _read_options(args: argparse.Namespace) -> dict[str, Any]:
         options["compression"] = args.compression
     if args.sticky is not None:
         options["sticky"] = _read_sticky(args.sticky)
-    names = (*NAMES, "slow_start_ms", "panic_percent")
+    names = (*NAMES, "soft_limit", "hard_limit", "slow_start_ms", "panic_percent")
     options |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.maintenance:
         try:
@@ -176,17 +181,19 @@ def run_set(args: argparse.Namespace) -> int:
 def run_add(args: argparse.Namespace) -> int:
     """Add the app."""
     body: dict[str, Any] = {"name": args.app}
-    for key in ("path_prefix", "soft_limit", "hard_limit"):
-        if getattr(args, key) is not None:
-            body[key] = getattr(args, key)
+    client = make_client(args)
+    if args.path_prefix is not None:
+        body["path_prefix"] = args.path_prefix
     if args.host:
         body["hosts"] = args.host
+    elif args.path_prefix is None and any(
+        app["app"] == args.app and app["hosts"] for app in client.get("/v1/apps")
+    ):
+        body["hosts"] = []  # it keeps those that it has, and does not become that of all others
     if args.machine:
         body["machines"] = [{"address": address} for address in args.machine]
-    if args.check:
-        body["checks"] = [{"path": args.check}]
     body |= _read_options(args)
-    answer = make_client(args).post("/v1/apps", body)
+    answer = client.post("/v1/apps", body)
     print(f"app {answer['app']}")
     for machine in answer["machines"]:
         print(f"machine {machine}")

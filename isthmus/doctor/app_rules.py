@@ -127,7 +127,7 @@ def _judge_loss(
             f"without {region}, {those} would be given {load} at a time and may take {hard}",
             "what is over the hard limit waits in the queue and is then refused",
             f"about {100 * (load - hard) // load} % of the requests for {app} when {region} goes",
-            f"{add}, or raise hard_limit",
+            f"{add}, or isthmus app set {app} --hard-limit N",
         )
     elif load > soft:
         yield Finding(
@@ -247,7 +247,7 @@ def find_unchecked(snapshot: Snapshot) -> Iterator[Finding]:
                 "it has no checks",
                 "a machine that accepts connections and answers with errors, or not at all, keeps its share",
                 f"{_share(machines)} requests for {app} for each machine that fails so",
-                f'add [[apps.checks]] with path = "/healthz" to {app} and run isthmus reload',
+                f"isthmus app set {app} --check /healthz, or [[apps.checks]] where its configuration says it",
             )
         elif all(check.type == "tcp" for check in checks) and not all(service.is_raw for service in services):
             yield Finding(
@@ -256,7 +256,7 @@ def find_unchecked(snapshot: Snapshot) -> Iterator[Finding]:
                 "its checks only connect",
                 "the kernel accepts connections for a process that hangs",
                 f"{_share(machines)} requests for {app} for each machine that hangs",
-                f'add [[apps.checks]] with type = "http" to {app} and run isthmus reload',
+                f"isthmus app set {app} --check /healthz, or [[apps.checks]] where its configuration says it",
                 guess=True,
             )
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 class FakeClient:
     def __init__(self) -> None:
         self.posts: list[tuple[str, Any]] = []
+        self.apps: list[dict[str, Any]] = []
+
+    def get(self, _path: str) -> Any:
+        return self.apps
 
     def post(self, path: str, body: Any) -> Any:
         self.posts.append((path, body))
@@ -113,3 +117,16 @@ def test_a_way_to_keep_clients_that_is_none_is_refused(client: FakeClient, said:
     with pytest.raises(ClientError, match="--sticky"):
         run("set", "web", "--sticky", said)
     assert client.posts == []
+
+
+def test_limits_and_a_check_are_set_of_an_app_that_is_there(client: FakeClient) -> None:
+    assert run("set", "web", "--check", "/up", "--soft-limit", "5", "--hard-limit", "9") == 0
+    changes = {"checks": [{"path": "/up"}], "soft_limit": 5, "hard_limit": 9}
+    assert client.posts == [("/v1/apps/web/options", changes)]
+
+
+def test_app_that_has_a_host_does_not_become_that_of_all_others(client: FakeClient) -> None:
+    client.apps = [{"app": "web", "hosts": ["web.test"]}, {"app": "bare", "hosts": []}]
+    for words in (("web",), ("web", "--path-prefix", "/a"), ("web", "--host", "b.test"), ("bare",), ("new",)):
+        run("add", *words)
+    assert [body.get("hosts") for _, body in client.posts] == [[], None, ["b.test"], None, None]

@@ -557,6 +557,27 @@ async def test_options_that_routing_would_refuse_change_nothing(
         await registry.set_options("none", {})
 
 
+async def test_limits_and_checks_are_set_and_the_rest_stays(
+    registry: Registry, database: FakeDatabase
+) -> None:
+    await registry.add_app(AppConfig(name="web", services=(ServiceConfig(port=5432),)))
+    changes = {"checks": [{"path": "/up"}], "soft_limit": 5, "hard_limit": 9, "maintenance": "Soon"}
+    await registry.set_options("web", changes)
+    path = "json_extract(checks, '$[0].path')"
+    sql = f"SELECT soft_limit, hard_limit, {path}, options FROM services ORDER BY port"
+    options = '{"maintenance":"Soon"}'
+    first, second = database.rows(sql)
+    assert first == (5, 9, "/up", options)
+    assert second[:3] == (5, 9, None)
+    await registry.set_options("web", {"hard_limit": None, "checks": None})
+    assert database.rows(sql)[0] == (5, None, None, options)
+    assert_routing_takes_all(database)
+    for wrong in ({"soft_limit": 0}, {"hard_limit": "x"}, {"checks": [{"path": "nonsense"}]}):
+        with pytest.raises(RegistryError):
+            await registry.set_options("web", {"maintenance": None, **wrong})
+    assert database.rows(sql)[0] == (5, None, None, options)
+
+
 async def test_what_an_app_says_of_replays_reaches_routing(
     registry: Registry, database: FakeDatabase
 ) -> None:
