@@ -63,7 +63,7 @@ def plan_reload(told: Config, used: Config, fresh: Config) -> ReloadPlan:
     """
     changed: list[str] = []
     restart: list[str] = []
-    for setting in (*setting_types(), "regions", "apps", "tcp"):
+    for setting in (*setting_types(), "regions", "apps", "tcp", "drivers"):
         if get_setting(told, setting) != get_setting(fresh, setting):
             live = is_live(setting) and not (setting.startswith("gossip.") and told.gossip.sealed is False)
             (changed if live else restart).append(setting)

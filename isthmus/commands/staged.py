@@ -62,7 +62,8 @@ def run_release(args: argparse.Namespace) -> int:
 def run_drop(args: argparse.Namespace) -> int:
     """Undo a change everywhere."""
     answer = make_client(args).post(f"/v1/staged/{quote(args.change)}/drop")
-    print(orjson.dumps(answer).decode() if args.json else f"{answer['rows']} rows are again what they were")
+    rows = "1 row is" if answer["rows"] == 1 else f"{answer['rows']} rows are"
+    print(orjson.dumps(answer).decode() if args.json else f"{rows} as before the change")
     return 0
 
 

@@ -11,8 +11,10 @@ from isthmus.config import (
     AppConfig,
     Config,
     ConfigError,
+    DriverConfig,
     GossipConfig,
     LogConfig,
+    MachineConfig,
     ProxyConfig,
     RegionConfig,
     TlsConfig,
@@ -83,6 +85,15 @@ def test_what_makes_no_sense_without_a_restart_is_refused() -> None:
     told = config(tls=TlsConfig(listen="127.0.0.1:443", certificates=("/c",)))
     with pytest.raises(ConfigError, match=r"needs at least one; that takes a restart, with tls\.listen"):
         plan_reload(told, told, config())
+
+
+def test_drivers_take_a_restart_and_so_do_machines_that_name_a_new_one() -> None:
+    drivers = {"hook": DriverConfig(type="webhook", url="http://127.0.0.1:1", secret="s")}
+    plan = plan_reload(config(), config(), config(drivers=drivers))
+    assert (plan.changed, plan.restart) == ((), ("drivers",))
+    apps = (AppConfig(name="web", machines=(MachineConfig(address="127.0.0.1:80", driver="hook"),)),)
+    with pytest.raises(ConfigError, match=r"no \[drivers.hook\]; that takes a restart, with drivers"):
+        plan_reload(config(), config(), config(drivers=drivers, apps=apps))
 
 
 def test_every_setting_is_either_live_or_not() -> None:
