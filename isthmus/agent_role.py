@@ -49,7 +49,7 @@ from replication.errors import ReplicationError
 from replication.settings import AgentSettings
 from replication.subscriptions import Subscriptions
 from routing.table import RoutingTable
-from routing.types import NodeRow
+from routing.types import MachineState, NodeRow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -175,7 +175,7 @@ class AgentRole:
             self._control,
             lambda: self._config,
             present=self._present_nodes,
-            watch=lambda: Watch(self._totals.samples, lambda: 0 if self._feed is None else self._feed.deaths),
+            watch=lambda: Watch(self._totals.samples, self._count_deaths, self._find_checked),
             restart=self._make_way,
         )
         self._feed: FeedServer | None = None
@@ -333,6 +333,16 @@ class AgentRole:
         present = {member.name for member in self._agent.members() if member.state in PRESENT}
         rows = self._table.rows("nodes").values()
         return {row.id: row.region for row in rows if isinstance(row, NodeRow) and row.id in present}
+
+    def _count_deaths(self) -> int:
+        return 0 if self._feed is None else self._feed.deaths
+
+    def _find_checked(self) -> dict[str, bool]:
+        """Return whether each machine of this node that has checks, and is to serve, passes them."""
+        own = (target for target in self._table.targets() if target.node == self._config.node)
+        return {
+            t.id: t.healthy for t in own if t.checks and t.state is MachineState.STARTED and not t.cordoned
+        }
 
     def _is_known(self, since_ms: int) -> bool:
         """True when all nodes that take part have what was written by then."""

@@ -1,7 +1,7 @@
 """How a node fares while it tries something.
 
-Decides from what its workers count, and from how they end. Refuses to know what is tried. Invariant: what a
-node did before is the measure, so a node that fares badly is not blamed for what it had no part in.
+Decides from what its workers count, how they end, and what its checks find. Refuses to know what is
+tried. Invariant: what a node did before is the measure, so a node that fares badly is not blamed for what it had no part in.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from replication.metrics import Sample
 
@@ -26,9 +26,17 @@ _ERRORS: Final = "isthmus_errors_total"
 class Watch:
     """Looks at a node from its construction on."""
 
-    def __init__(self, samples: Callable[[], Iterable[Sample]], deaths: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        samples: Callable[[], Iterable[Sample]],
+        deaths: Callable[[], int],
+        checked: Callable[[], Mapping[str, bool]],
+    ) -> None:
+        """`checked`: whether each machine that serves, and that this node checks, passes."""
         self._samples = samples
         self._deaths = deaths
+        self._checked = checked
+        self._passed_before = {machine for machine, passes in checked().items() if passes}
         self._deaths_before = deaths()
         self._before = self._count()
 
@@ -48,6 +56,13 @@ class Watch:
         """Return what goes badly, or nothing."""
         if self._deaths() > self._deaths_before:
             return "a worker died"
+        checked = self._checked()
+        watched = sorted(self._passed_before & checked.keys())
+        failing = [machine for machine in watched if not checked[machine]]
+        # More than half: one that dies of itself meanwhile is no sign, unless it is the only one.
+        if 2 * len(failing) > len(watched):
+            many = f"{len(failing)} of {len(watched)}"
+            return f"{many} machines that passed their checks fail them: {failing[0]}"
         since = self._since()
         for what in sorted(since.keys() - {"requests"}):
             before = _share(self._before, what)

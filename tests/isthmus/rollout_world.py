@@ -149,7 +149,7 @@ class Node:
             self,
             lambda: self.config,
             present=self.present,
-            watch=lambda: Watch(lambda: self.samples, lambda: self.deaths),
+            watch=lambda: Watch(lambda: self.samples, lambda: self.deaths, dict),
             restart=self.restart,
             now_ms=lambda: self.world.now_ms,
             wall_ms=lambda: self.world.now_ms - self.world.behind_ms,

@@ -19,6 +19,7 @@ class Counted:
 
     def __init__(self) -> None:
         self.deaths = 0
+        self.checked: dict[str, bool] = {}
         self.values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
 
     def add(self, status: str = "2xx", times: int = 1, app: str = "web") -> Counted:
@@ -38,7 +39,7 @@ class Counted:
             yield name, labels, value
 
     def watch(self) -> Watch:
-        return Watch(self.samples, lambda: self.deaths)
+        return Watch(self.samples, lambda: self.deaths, lambda: dict(self.checked))
 
 
 @pytest.fixture
@@ -133,3 +134,28 @@ def test_workers_that_are_not_heard_of_yet_are_no_problem(counted: Counted) -> N
     watch = counted.watch()
     counted.values.clear()
     assert watch.find_problem() == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "problem"),
+    [
+        ({"a": True}, {"a": False}, "1 of 1 machines that passed their checks fail them: a"),
+        (
+            {"a": True, "b": True, "c": True},
+            {"a": True, "b": False, "c": False},
+            "2 of 3 machines that passed their checks fail them: b",
+        ),
+        ({"a": True, "b": True}, {"a": True, "b": False}, ""),
+        ({"a": False}, {"a": False}, ""),  # it had no part in that
+        ({"a": True, "b": True}, {"b": True, "new": False}, ""),  # one was stopped, one is new
+        ({}, {}, ""),
+    ],
+)
+def test_most_machines_that_passed_their_checks_must_go_on_to(
+    counted: Counted, before: dict[str, bool], now: dict[str, bool], problem: str
+) -> None:
+    counted.checked = before
+    watch = counted.watch()
+    assert watch.find_problem() == ""
+    counted.checked = now
+    assert watch.find_problem() == problem
