@@ -1,7 +1,8 @@
 """How a node fares while it tries something.
 
 Decides from what its workers count, how they end, and what its checks find. Refuses to know what is
-tried. Invariant: what a node did before is the measure, so a node that fares badly is not blamed for what it had no part in.
+tried. Invariant: what a node did before is the measure, so a node that fares badly is not blamed for what
+it had no part in.
 """
 
 from __future__ import annotations
