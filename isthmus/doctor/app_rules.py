@@ -182,6 +182,15 @@ def find_nowhere(snapshot: Snapshot) -> Iterator[Finding]:
                 f"all requests for {app}: PR01",
                 _add_machine(app, snapshot.region or "REGION"),
             )
+        elif all(machine.verdict.startswith("at hard limit") for machine in machines):
+            yield Finding(
+                CRITICAL,
+                app,
+                f"all that it has, {count_of(len(machines), 'machine')}, are at their hard limit",
+                "requests wait in the queue, and are refused when that takes too long",
+                f"new requests for {app}",
+                f"{_add_machine(app, machines[0].region)}, or isthmus app set {app} --hard-limit N",
+            )
         elif not _usable(snapshot, app):
             verdicts = Counter(machine.verdict.partition(":")[0] for machine in machines)
             told = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))

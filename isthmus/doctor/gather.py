@@ -60,7 +60,8 @@ PROBE_MS_MAX = 5_000
 # Some milliseconds.
 MACHINES_A_TURN = 500
 
-_ROUTABLE = frozenset({Verdict.CANDIDATE, Verdict.OVER_SOFT})
+# Of machines that take requests, the best verdict first. One that is full takes them again in a moment.
+_ROUTABLE = (Verdict.CANDIDATE, Verdict.OVER_SOFT, Verdict.AT_HARD_LIMIT)
 
 
 class Cluster(Protocol):
@@ -195,7 +196,7 @@ def _describe_machine(table: RoutingTable, target: Target, owner_host: str, now:
     app = table.app(target.app)
     services = list(app.services.values()) if app is not None and app.row is not None else []
     verdicts = [judge(service, target, now, ANYWHERE, ()) for service in services]
-    routable = [verdict for verdict in verdicts if verdict in _ROUTABLE]
+    routable = [verdict for verdict in _ROUTABLE if verdict in verdicts]
     return MachineFacts(
         id=target.id,
         app=target.app,

@@ -134,6 +134,12 @@ def test_machines_are_told_with_what_routing_makes_of_them() -> None:
     assert (told["m3"].is_routable, told["m3"].verdict) == (False, "its app has no service")
 
 
+def test_machine_at_its_hard_limit_still_counts_as_one_that_takes_requests() -> None:
+    table = table_with(row("machines"), row("services", hard_limit=1), row("loads", in_flight=4))
+    (full,) = gathered(table).machines
+    assert (full.is_routable, full.verdict) == (True, "at hard limit")
+
+
 def test_how_machines_of_other_nodes_are_reached_is_told() -> None:
     table = table_with(
         row("nodes", id="n2", peering=PEERING),

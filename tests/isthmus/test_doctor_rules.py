@@ -177,6 +177,13 @@ CASES = [
         "of its 4 machines none takes requests: 4 unhealthy",
     ),
     Case(
+        "nowhere",
+        but(machines=machines(verdict="at hard limit")),
+        "web",
+        C,
+        "all that it has, 4 machines, are at their hard limit",
+    ),
+    Case(
         "shadowed",
         but(hosts=(HostFacts("a.b.test", "/api", "web"), HostFacts("*.b.test", "/", "web"))),
         "a.b.test",
