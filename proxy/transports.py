@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 from typing import Any, Final, cast
@@ -16,6 +17,9 @@ from typing import Any, Final, cast
 _TCP_NOTSENT_LOWAT: Final = 25
 # Closing throws away what is not sent and tells the peer so.
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
+
+# An early answer is an error page at most; of a longer one this is the beginning, and then it is cut.
+_LEFT_BYTES_MAX: Final = 65_536
 
 
 def bound_unsent(transport: asyncio.Transport, size: int) -> None:
@@ -29,6 +33,15 @@ def reset(transport: asyncio.Transport) -> None:
     with contextlib.suppress(OSError, ValueError):
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
     transport.abort()
+
+
+def read_left(transport: asyncio.Transport) -> bytes:
+    """Return what came before a connection broke and was not delivered, as when a write found that."""
+    if not transport.can_write_eof():
+        return b""  # of TLS only ciphertext is left
+    with contextlib.suppress(OSError, ValueError):
+        return os.read(transport.get_extra_info("socket").fileno(), _LEFT_BYTES_MAX)
+    return b""
 
 
 def hold_reading(transport: asyncio.Transport) -> None:

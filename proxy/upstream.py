@@ -19,7 +19,7 @@ from .core.response_head import SWITCHING_PROTOCOLS, parse_response_head
 from .core.usual_heads import read_usual_response
 from .splicing import IS_POSSIBLE, SPLICED_BYTES_MIN, SPLICES_MAX, Splice
 from .sweeper import NEVER
-from .transports import go_on_reading, hold_reading, reset
+from .transports import go_on_reading, hold_reading, read_left, reset
 
 if TYPE_CHECKING:
     from .core.exchange import Exchange
@@ -220,6 +220,12 @@ class Upstream(asyncio.Protocol, Machine):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End whatever was going on."""
+        if exc is not None and self._state is _HEAD and self.transport is not None:
+            # A machine that answers before it has the whole body, and closes: its answer counts.
+            left = read_left(self.transport)
+            if left:
+                self._announced = True  # never kept for another request
+                self.data_received(left)
         self._stop_splice()
         self.transport = None
         self.deadline = NEVER

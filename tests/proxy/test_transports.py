@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from typing import cast
 
 import pytest
 
-from proxy.transports import reset
+from proxy.transports import read_left, reset
 from tests.proxy.edge import wait_for
 
 
@@ -37,3 +38,30 @@ async def connect() -> tuple[asyncio.Transport, socket.socket]:
     other.setblocking(False)
     transport, _ = await asyncio.get_running_loop().connect_accepted_socket(asyncio.Protocol, accepted)
     return transport, other
+
+
+async def test_what_came_before_a_connection_broke_can_still_be_read() -> None:
+    lost: asyncio.Future[tuple[Exception | None, bytes]] = asyncio.get_running_loop().create_future()
+
+    class Late(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self.transport = cast("asyncio.Transport", transport)
+            self.transport.pause_reading()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            lost.set_result((exc, read_left(self.transport)))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        transport, _ = await asyncio.get_running_loop().create_connection(Late, *listener.getsockname())
+        peer, _ = listener.accept()
+        transport.write(b"a request")
+        assert peer.recv(1)
+        peer.sendall(b"an early answer")
+        peer.close()  # with bytes unread: a reset
+        async with asyncio.timeout(5):
+            while not lost.done():
+                transport.write(b"more")
+                await asyncio.sleep(0)
+    broken, left = lost.result()
+    assert broken is not None
+    assert left == b"an early answer"
