@@ -69,7 +69,10 @@ def _machine_rows(machine: dict[str, Any]) -> Iterable[Cells]:
     state += " cordoned" if machine["cordoned"] else ""
     verdict = machine["verdict"] + (f"; {machine['problem']}" if machine["problem"] else "")
     if failing is not None:
-        verdict += f"; {failing['failures']} failures in a row, left out by {failing['workers']} workers here"
+        failures, workers = failing["failures"], failing["workers"]
+        verdict += f"; {failures} failure{'s'[: failures != 1]} in a row, " + (
+            f"left out by {workers} worker{'s'[: workers != 1]} here" if workers else "to be tried again"
+        )
     keys = ("machine", "app", "region", "node", "address")
     yield (*(machine[key] for key in keys), state, _since(machine["since_ms"]), checks, verdict)
 

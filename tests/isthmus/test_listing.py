@@ -113,7 +113,10 @@ async def test_machines_show_where_they_are_to_go_and_what_is_in_the_way(
     _, m1, m2 = (await isthmus("machines")).splitlines()
     assert "stopped (to be started)" in m1
     assert m1.endswith("not started: stopped; exited with 3")
-    assert m2.endswith("; 3 failures in a row, left out by 1 workers here")
+    assert m2.endswith("; 3 failures in a row, left out by 1 worker here")
+    role._feed.failing = {"worker-1/2": (("m2", 1, 0.0),)}
+    _, _, m2 = (await isthmus("machines")).splitlines()
+    assert m2.endswith("; 1 failure in a row, to be tried again")
 
 
 async def test_checks_show_status_and_last_output(isthmus: Command, role: AgentRole) -> None:
