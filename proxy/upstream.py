@@ -220,7 +220,7 @@ class Upstream(asyncio.Protocol, Machine):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End whatever was going on."""
-        if exc is not None and self._state is _HEAD and self.transport is not None:
+        if exc is not None and self._state in {_HEAD, _TUNNEL} and self.transport is not None:
             # A machine that answers before it has the whole body, and closes: its answer counts.
             left = read_left(self.transport)
             if left:
