@@ -92,12 +92,13 @@ def make_seeds() -> dict[str, list[bytes]]:
         for replay in REPLAYS
     ]
     switched = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nhello"
+    large = answers.ok(b"Content-Length: 1000000\r\n", b"the beginning of it")
     chunked = map(requests.chunked_with, bodies)
     paths = [case.raw.split(b" ")[1] for case in requests.SERVED if case.about == "paths"]
     seeds = {
         "requests": [bytes((n % 7,)) + raw for n, raw in enumerate([*asked, *chunked])],
         "answers": [
-            bytes((n % len(ASKED), n % 5)) + raw for n, raw in enumerate([*answered, *instructions] * 2)
+            bytes((n % len(ASKED), n % 5)) + raw for n, raw in enumerate([*answered, *instructions, large] * 2)
         ] + [bytes((5, 1)) + switched],
         "request_head": asked,
         "response_head": answered,

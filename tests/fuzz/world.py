@@ -25,6 +25,7 @@ from proxy.core.request_id import RequestIds
 from proxy.downstream import Downstream
 from proxy.metrics import ProxyMetrics
 from proxy.settings import ProxySettings
+from proxy.splicing import Pipes
 from proxy.upstream import Upstream
 from routing.balancer import Balancer
 from routing.table import RoutingTable
@@ -41,6 +42,8 @@ SETTINGS = ProxySettings("n1", "ams", head_bytes_max=4_096, url_bytes_max=1_024,
 TURNS_MAX = 20_000
 # Behind every deadline that there is.
 AGES_S = 100_000.0
+# Taken and put back: the sockets here have no files to move bytes between.
+PIPES = Pipes()
 # Different in every run of the same bytes.
 _VARIABLE = frozenset((b"fly-request-id", b"x-request-start"))
 
@@ -205,6 +208,7 @@ class World:
         self.received: list[Received] = []
         self.settings = SETTINGS
         self.loop = self
+        self.pipes = PIPES
         self.connections: set[Upstream] = set()
         self.idle: list[Upstream] = []
         self.metrics = ProxyMetrics()
@@ -238,6 +242,9 @@ class World:
 
     def time(self) -> float:
         return self.now
+
+    def call_soon(self, callback: Callable[..., None], *args: object) -> None:
+        self.later.append(lambda: callback(*args))
 
     def acquire(self, target: Target, port: int, exchange: Exchange, *, fresh: bool) -> Upstream | None:
         while self.idle and not fresh:

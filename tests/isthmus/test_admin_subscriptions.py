@@ -251,6 +251,10 @@ async def nobody_listens(api: Api) -> bool:
 async def test_client_that_takes_nothing_is_cut_off(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "_STALL_S", 0.05)
     await api.add(*(f"r{number}" for number in range(100)))
+    # Connections have this from the socket that listens: else one could grow until it takes all.
+    (site,) = api.role._admin._runner.sites
+    for listening in site._server.sockets:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
     # Three megabytes: more than the sockets take, less than the limit.
     sql = f"SELECT code, '{'x' * 30_000}' FROM regions WHERE code LIKE 'r%'"
     subscription = await api.role._subscriptions.subscribe(sql)
