@@ -98,7 +98,8 @@ def make_seeds() -> dict[str, list[bytes]]:
     seeds = {
         "requests": [bytes((n % 7,)) + raw for n, raw in enumerate([*asked, *chunked])],
         "answers": [
-            bytes((n % len(ASKED), n % 5)) + raw for n, raw in enumerate([*answered, *instructions, large] * 2)
+            bytes((n % len(ASKED), n % 5)) + raw
+            for n, raw in enumerate([*answered, *instructions, large] * 2)
         ] + [bytes((5, 1)) + switched],
         "request_head": asked,
         "response_head": answered,
