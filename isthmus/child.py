@@ -106,8 +106,9 @@ def main() -> int:
         os.set_inheritable(descriptor, False)
     name = task.role if task.role == "agent" else f"worker-{task.index}"
     setup_logging(task.config.log.format, task.config.log.level, name)
-    # The supervisor asks a stalled child for its stacks before it ends it.
-    faulthandler.register(signal.SIGUSR1)
+    # The supervisor asks a stalled child for its stack before it ends it. That of the loop's thread only: to
+    # walk those of threads that run meanwhile can crash the interpreter.
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_live(task, name, channel))
 

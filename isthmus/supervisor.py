@@ -48,7 +48,7 @@ RESTART_MIN_S, RESTART_MAX_S = 0.1, 5.0
 STABLE_S = 10.0
 # An event loop that turned for nothing in this time is stuck, not busy.
 STALL_S = 10.0
-# Time for faulthandler to write the stacks of a stalled child.
+# Time for faulthandler to write the stack of a stalled child.
 DUMP_S = 0.5
 # Beyond the workers' own drain time, what stopping may take before SIGKILL.
 STOP_GRACE_S = 5.0
@@ -272,7 +272,7 @@ class Supervisor:
             self._start(self._upgrade())
 
     async def _watch_loops(self) -> None:
-        """End a child whose event loop no longer turns, after it has written its stacks."""
+        """End a child whose event loop no longer turns, after it has written its stack."""
         while True:
             before = time.monotonic()
             await asyncio.sleep(BEAT_S)
@@ -284,7 +284,7 @@ class Supervisor:
                 process = child.process
                 if process is None or time.monotonic() - child.beat_at < bound:
                     continue
-                log.error("an event loop is stalled; its stacks follow", extra={"child": child.name})
+                log.error("an event loop is stalled; its stack follows", extra={"child": child.name})
                 process.send_signal(signal.SIGUSR1)
                 await asyncio.sleep(DUMP_S)
                 process.send_signal(signal.SIGKILL)

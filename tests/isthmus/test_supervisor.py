@@ -273,7 +273,7 @@ async def test_child_that_hangs_when_it_starts_again_is_ended_too(
         await node.next_life("agent", hanging)
 
 
-async def test_child_writes_its_stacks_when_asked_and_goes_on(
+async def test_child_writes_its_stack_when_asked_and_goes_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     async with running(config(tmp_path)) as node:
@@ -281,7 +281,7 @@ async def test_child_writes_its_stacks_when_asked_and_goes_on(
         os.kill(pid, signal.SIGUSR1)
         written: list[str] = []
         await eventually(
-            "stacks",
+            "its stack",
             lambda: written.append(capfd.readouterr().err) or "most recent call first" in "".join(written),
         )
         assert (await ask(node.info.admin, "/v1/status"))["agent_pid"] == pid
