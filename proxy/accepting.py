@@ -27,16 +27,20 @@ class Acceptor:
         self._admit = admit
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None  # from `start` to `stop`
+        self._backlog = 0
 
     def start(self, sock: socket.socket, backlog: int) -> None:
         """Accept connections on a bound socket."""
         sock.setblocking(False)
         sock.listen(backlog)
         self._socket = sock
+        self._backlog = backlog
         self._loop.add_reader(sock, self.accept)
 
     def stop(self) -> None:
-        """Take no more."""
+        """Take what the kernel has accepted, which it resets when nobody does, and no more."""
+        for _ in range(self._backlog // ACCEPTS_A_TURN):
+            self.accept()
         if self._socket is not None:
             self._loop.remove_reader(self._socket)
             self._socket.close()

@@ -44,15 +44,20 @@ class PeerListener:
         self._acceptor.start(sock, _BACKLOG)
 
     def drain(self) -> None:
-        """Take no more connections and sessions; sessions that are there go on."""
+        """Take what the kernel has accepted and no more; sessions go on, and no more are asked for."""
         self._acceptor.stop()
         for session in list(self._sessions):
             session.drain()
 
     @property
     def is_busy(self) -> bool:
-        """True while there are sessions."""
-        return any(not session.is_idle for session in self._sessions)
+        """True while there are connections, of which each may bring one more session."""
+        return bool(self._pending or self._sessions)
+
+    def close_idle(self) -> None:
+        """End connections without a session."""
+        for session in list(self._sessions):
+            session.close_idle()
 
     def recheck(self) -> None:
         """Cut connections whose other side is not accepted any more."""

@@ -71,7 +71,7 @@ class PeerSession(asyncio.Protocol):
         self._sent = 0  # bytes of the machine, in this session
         self._paused = False  # not reading
         self._blocked = False  # from pause_writing to resume_writing
-        self._leaving = False  # takes no session any more
+        self._leaving = False  # the other node was told to open no session any more
 
     @property
     def is_idle(self) -> bool:
@@ -145,10 +145,18 @@ class PeerSession(asyncio.Protocol):
     # What the server calls
 
     def drain(self) -> None:
-        """Take no more sessions; the other node closes the connection when it hears of it."""
+        """Ask for no more sessions; the other node closes the connection when it hears of it.
+
+        A session that it has opened before is served: nobody else may reach the machine.
+        """
         if not self._leaving and self._transport is not None:
             self._leaving = True
             self._transport.write(encode_frame(GOODBYE, b""))
+
+    def close_idle(self) -> None:
+        """End the connection if there is no session."""
+        if self.is_idle and self._transport is not None:
+            self._transport.close()
 
     def abort(self) -> None:
         """Cut the connection."""
@@ -187,7 +195,9 @@ class PeerSession(asyncio.Protocol):
         self.deadline = NEVER
         table = self._plane.table
         target, service = table.machine(order.machine), table.service(order.app, order.service)
-        if self._leaving or self._plane.shedding:
+        if self._plane.draining:
+            self.drain()  # it came when others had been told
+        if self._plane.shedding:
             self._refuse(OVERLOADED, "this node takes no more requests")
         elif target is None or target.app != order.app or service is None:
             self._refuse(CONNECT_FAILED, "this node does not know the machine")

@@ -316,6 +316,8 @@ class Server:
             waiting.abort()
         for client in list(self._clients):
             client.drain(idle_s)
+        if self._peer_listener is not None:
+            self._peer_listener.close_idle()
 
     async def _stop_accepting(self) -> None:
         """Take no more connections than the kernel has accepted: it resets those that nobody takes."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from routing.options import TLS_VERSIONS
 
-from .accepting import ACCEPTS_A_TURN, Acceptor
+from .accepting import Acceptor
 from .admission import CLIENT_RATE
 from .core.addresses import Networks
 from .core.client_hello import (
@@ -137,8 +137,6 @@ class TlsListener:
 
     def stop_accepting(self) -> None:
         """Take what the kernel has accepted, and no more; those that are pending go on."""
-        for _ in range(_BACKLOG // ACCEPTS_A_TURN):
-            self._acceptor.accept()
         self._acceptor.stop()
 
     async def close(self) -> None:

@@ -16,7 +16,7 @@ closing.
     REFUSED  code, why
     ENDED    `clean`, or `lost`
     RELEASE  bytes of DATA that came in this session
-    GOODBYE  nothing: no session is opened any more
+    GOODBYE  nothing: open no more sessions; one that is on its way is served
 """
 
 from __future__ import annotations

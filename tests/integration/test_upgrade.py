@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -69,8 +71,8 @@ address = "127.0.0.1:{machine.port}"
 
 
 @contextlib.asynccontextmanager
-async def running(directory: Path, config: str) -> AsyncIterator[Node]:
-    node = await asyncio.to_thread(Node, "n1", directory, config)
+async def running(directory: Path, config: str, name: str = "n1") -> AsyncIterator[Node]:
+    node = await asyncio.to_thread(Node, name, directory, config)
     try:
         yield node
     finally:
@@ -204,6 +206,38 @@ async def test_upgrades_fail_no_request_and_lose_no_write(
             await eventually("all counted", lambda: node.metric("isthmus_requests_total") >= least)
         await eventually("only two workers are left", lambda: len(node.worker_pids()) == 2)
         assert "Traceback" not in node.said()
+
+
+async def test_requests_through_a_node_that_is_upgraded_do_not_fail(
+    tmp_path: Path, machine: FakeMachine, program: Path
+) -> None:
+    key = b64encode(secrets.token_bytes(32)).decode()
+    shared = f'gossip.keys = ["{key}"]\n'
+    async with running(
+        tmp_path, f'region = "syd"\n{shared}peering.listen = "127.0.0.1:0"\n{config(machine)}'
+    ) as far:
+        near = f"""
+region = "ams"
+workers = 2
+proxy.listen = "127.0.0.1:0"
+proxy.machine_networks = ["192.0.2.0/24"]
+admin.listen = "127.0.0.1:0"
+gossip.listen = "127.0.0.1:0"
+gossip.join = ["{far.info["gossip"]}"]
+{shared}"""
+        async with running(tmp_path, near, "n2") as edge, Load(port_of(edge)) as load:
+            await eventually("the machine to be known", edge.routable)
+            load.start(kept=12, posting=6)
+            await eventually("requests", lambda: load.answered > 200)
+            for generation in (2, 3):
+                install(program, f"0.0.{generation}")
+                done = await isthmus("upgrade", "--data", str(far.data))
+                assert done.returncode == 0, done.stderr + far.said()
+                served = load.answered
+                await eventually("requests on", lambda s=served: load.answered > s + 300)
+            await load.stop()
+            assert not load.failures, load.failures[:5]
+            await eventually("only two workers are left", lambda: len(far.worker_pids()) == 2)
 
 
 async def test_a_program_or_a_configuration_that_is_broken_changes_nothing(

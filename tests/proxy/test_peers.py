@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
@@ -375,26 +376,62 @@ async def test_request_on_a_kept_connection_that_went_silent_goes_elsewhere(worl
     server.close()
 
 
-@pytest.mark.parametrize("app", ["app", "other"])
-async def test_node_refuses_what_it_does_not_know_and_everything_once_it_leaves(
-    world: World, app: str
-) -> None:
+async def test_node_refuses_what_it_does_not_know(world: World) -> None:
     _, far = await near_and_far(world)
     machine = await world.machine()
     world.put_app("other")
-    order = encode_open(Order("m1", app, 0, machine.port, 1, 1_000, fresh=False))
+    order = encode_open(Order("m1", "other", 0, machine.port, 1, 1_000, fresh=False))
     reader, writer = await asyncio.open_connection("127.0.0.1", far.peering_port)
     await reader.readexactly(len(encode_hello("far")))
-    if app == "app":
-        draining = asyncio.create_task(far.server.drain(10))
-        assert await reader.readexactly(5) == encode_frame(GOODBYE, b"")
     writer.write(order + encode_frame(DATA, b"GET / HTTP/1.1\r\n"))
     kind, *_ = await reader.readexactly(5)
     assert kind == REFUSED
     assert not machine.connections
     writer.close()
-    if app == "app":
+
+
+GET = encode_frame(DATA, b"GET / HTTP/1.1\r\nHost: app.test\r\n\r\n")
+
+
+async def test_session_that_was_opened_before_the_goodbye_is_served(world: World) -> None:
+    _, far = await near_and_far(world)
+    machine = await world.machine()
+    order = encode_open(Order("m1", "app", 0, machine.port, 1, 1_000, fresh=False))
+    reader, writer = await asyncio.open_connection("127.0.0.1", far.peering_port)
+    await reader.readexactly(len(encode_hello("far")))
+    draining = asyncio.create_task(far.server.drain(10, 10))
+    assert await reader.readexactly(5) == encode_frame(GOODBYE, b"")
+    writer.write(order + GET)  # crossed it
+    assert (await reader.readuntil(OK)).endswith(OK)
+    assert not draining.done()
+    writer.write(encode_release(len(OK)))
+    writer.close()
+    assert await draining
+
+
+async def test_connection_that_waits_when_its_node_leaves_has_its_session(world: World) -> None:
+    _, far = await near_and_far(world)
+    machine = await world.machine()
+    order = encode_open(Order("m1", "app", 0, machine.port, 1, 1_000, fresh=False))
+    with socket.create_connection(("127.0.0.1", far.peering_port)) as waiting:  # nobody has taken it off yet
+        draining = asyncio.create_task(far.server.drain(10, 10))
+        await asyncio.sleep(0)
+        reader, writer = await asyncio.open_connection(sock=waiting)
+        await reader.readexactly(len(encode_hello("far")))
+        writer.write(order + GET)
+        assert await reader.readexactly(5) == encode_frame(GOODBYE, b"")
+        assert (await reader.readuntil(OK)).endswith(OK)
+        writer.close()
         assert await draining
+
+
+async def test_node_that_leaves_waits_no_longer_than_is_set_for_one_that_asks_nothing(world: World) -> None:
+    _, far = await near_and_far(world)
+    reader, writer = await asyncio.open_connection("127.0.0.1", far.peering_port)
+    await reader.readexactly(len(encode_hello("far")))
+    assert await far.server.drain(10)
+    assert await reader.read() == encode_frame(GOODBYE, b"")
+    writer.close()
 
 
 @pytest.mark.parametrize(("missed", "connections"), [(0, 1), (1, 2)])
