@@ -3,7 +3,8 @@
 Decides which hostname row a request belongs to: the most specific name (exact, then the longest
 '*.suffix', then '*'), then, among the rows of that name only, the longest path prefix on a segment
 boundary. A name that matches without a matching prefix leads nowhere: a less specific name never
-gets a second chance, so a wildcard cannot catch what an exact name leaves out.
+gets a second chance, so a wildcard cannot catch what an exact name leaves out. '*' is for requests
+without a host (HTTP/1.0) as well.
 
 Refuses to know what an app is, and services and machines. Invariant: paths are normalised for the match
 alone; what is forwarded is never touched here.
@@ -161,8 +162,6 @@ class HostIndex(Generic[T]):
         return site
 
     def _find_site(self, host: bytes) -> T | _Site[T] | None:
-        if not host:
-            return None
         site = self._exact.get(host)
         if site is not None:
             return site

@@ -220,6 +220,18 @@ async def test_an_http_1_0_client_may_keep_its_connection(edge: Edge) -> None:
     assert (await client.read_to_end()).endswith(b"ok")
 
 
+async def test_http_1_0_without_a_host_is_for_the_app_of_any_host(edge: Edge) -> None:
+    machine = await edge.machine()
+    await edge.start()
+    client = await edge.client()
+    client.send(b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+    assert (await client.read_response()).status == 404
+    edge.put_app("app", "*")
+    client.send(b"GET / HTTP/1.0\r\n\r\n")
+    assert (await client.read_to_end()).endswith(b"ok")
+    assert machine.requests[0].values(b"host") == [b""]
+
+
 async def test_answers_without_a_body_leave_the_connection_in_step(edge: Edge) -> None:
     def answer(request: Request) -> bytes:
         if request.line.startswith(b"HEAD"):

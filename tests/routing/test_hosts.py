@@ -95,11 +95,10 @@ def test_a_wildcard_does_not_match_its_own_suffix_or_an_empty_label() -> None:
     assert hosts.find(b"xtest", b"/") is None
 
 
-def test_no_host_matches_nothing_even_with_a_star() -> None:
-    hosts = index(("*", "/", "rest"))
-    assert hosts.find(b"", b"/") is None
-    assert hosts.find(b":80", b"/") is None
-    assert hosts.find(b"a" * 1_000, b"/") is None
+@pytest.mark.parametrize("host", [b"", b":80", b"a" * 1_000])
+def test_what_is_no_name_leads_to_the_star_alone(host: bytes) -> None:
+    assert index(("*", "/", "rest")).find(host, b"/") == "rest"
+    assert index(("*.a", "/", "rest"), ("a", "/", "one")).find(host, b"/") is None
 
 
 def test_longest_prefix_wins_on_a_segment_boundary() -> None:
