@@ -12,7 +12,7 @@ The cost does not depend on the size of the table, and in the usual case not on 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
@@ -43,8 +43,8 @@ TREND_GAIN: Final = 4.0
 DRAWN_MAX: Final = 8
 # A machine that has just come gets this share, or nobody would ever see that it works.
 WARM_LEAST: Final = 0.1
-# A refusal counts what dropped this many machines: enough to see why, and cheap while refusals rain.
-DROPPED_COUNT_MAX: Final = 128
+# A refusal counts what this many machines fell to: enough to see why, and cheap while refusals rain.
+FALLEN_COUNT_MAX: Final = 128
 # Orders of regions kept per app. Clients can ask for any order, so there must be an end.
 PLANS_MAX: Final = 64
 
@@ -80,16 +80,14 @@ ANYWHERE: Final = Want()
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Nobody could take the request: why, and how many machines fell to which filter.
+    """Nobody could take the request: why, with how many of the nearest machines fell to which filter.
 
-    `at_limit` says that only hard limits stood in the way, so that waiting may help. `dropped` counts
-    the nearest DROPPED_COUNT_MAX machines; Balancer.explain has them all.
+    `at_limit` says that only hard limits stood in the way, so that waiting may help.
     """
 
     code: str
     reason: str
     at_limit: bool = False
-    dropped: dict[str, int] = field(default_factory=dict)
     asleep: Target | None = None  # what could take the request once it is started
 
 
@@ -348,23 +346,24 @@ class Balancer:
             NO_CANDIDATE_LEFT if verdict is Verdict.TRIED else NO_MACHINE,
             f"machine {instance!r}: {describe(verdict, service, target, now)}",
             at_limit=verdict is Verdict.AT_HARD_LIMIT,
-            dropped={verdict.value: 1},
             asleep=target if verdict is Verdict.NOT_STARTED and self._may_start(service, target) else None,
         )
 
     def _refuse(
         self, service: Service, now: float, want: Want, tried: Collection[str], *, at_limit: bool
     ) -> Refusal:
-        dropped: dict[str, int] = {}
-        for _, verdict in islice(self._judge_all(service, now, want, tried), DROPPED_COUNT_MAX):
-            dropped[verdict.value] = dropped.get(verdict.value, 0) + 1
         where = f"of {service.app!r}" + (f" in {','.join(want.regions)}" if want.regions else "")
         if at_limit:
-            return Refusal(AT_LIMIT, f"every machine {where} is at its hard limit", at_limit, dropped)
+            return Refusal(AT_LIMIT, f"every machine {where} is at its hard limit", at_limit)
+        fallen: dict[str, int] = {}
+        for _, verdict in islice(self._judge_all(service, now, want, tried), FALLEN_COUNT_MAX):
+            if verdict is not Verdict.OTHER_REGION:
+                fallen[verdict.value] = fallen.get(verdict.value, 0) + 1
+        why = ", ".join(f"{count} {filtered}" for filtered, count in fallen.items()) or "there is none"
         asleep = self._find_asleep(service, want)
         if tried:
-            return Refusal(NO_CANDIDATE_LEFT, f"no other machine {where} to try", at_limit, dropped, asleep)
-        return Refusal(NO_MACHINE, f"no machine {where} can take requests", at_limit, dropped, asleep)
+            return Refusal(NO_CANDIDATE_LEFT, f"no other machine {where} to try: {why}", at_limit, asleep)
+        return Refusal(NO_MACHINE, f"no machine {where} can take requests: {why}", at_limit, asleep)
 
     def _find_asleep(self, service: Service, want: Want) -> Target | None:
         """Return the machine to start for a request: one on its way, else the nearest one without fault.
