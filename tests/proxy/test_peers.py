@@ -16,6 +16,7 @@ from proxy.core.peer_frames import (
     ENDED,
     GOODBYE,
     KEPT,
+    LOST,
     OPENED,
     REFUSED,
     Order,
@@ -431,6 +432,28 @@ async def test_node_that_leaves_waits_no_longer_than_is_set_for_one_that_asks_no
     await reader.readexactly(len(encode_hello("far")))
     assert await far.server.drain(10)
     assert await reader.read() == encode_frame(GOODBYE, b"")
+    writer.close()
+
+
+async def test_early_answer_behind_which_its_machine_closes_goes_on(world: World) -> None:
+    _, far = await near_and_far(world)
+    world.put_app()
+    with socket.create_server(("127.0.0.1", 0)) as machine:
+        port = machine.getsockname()[1]
+        world.put_machine("m1", "far", f"127.0.0.1:{port}")
+        reader, writer = await asyncio.open_connection("127.0.0.1", far.peering_port)
+        await reader.readexactly(len(encode_hello("far")))
+        writer.write(encode_open(Order("m1", "app", 0, port, 1, 1_000, fresh=False)) + GET)
+        accepted = (await asyncio.to_thread(machine.accept))[0]
+        await asyncio.to_thread(accepted.recv, 1)
+    (upstream,) = far.server._pool.connections
+    upstream.transport.pause_reading()  # so that it is a write that finds the end
+    accepted.sendall(b"an early answer")
+    accepted.close()  # with bytes unread: a reset
+    while far.server._pool.connections:
+        writer.write(encode_frame(DATA, b"more"))
+        await asyncio.sleep(0)
+    assert b"an early answer" in await reader.readuntil(encode_frame(ENDED, LOST))
     writer.close()
 
 
