@@ -29,6 +29,7 @@ from isthmus.commands import (
     scale,
     simulate,
     staged,
+    status,
 )
 from isthmus.config import ConfigError
 
@@ -45,6 +46,7 @@ _VERBS = (
     releases,
     scale,
     listing,
+    status,
     explain,
     doctor,
     db,

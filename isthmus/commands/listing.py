@@ -1,4 +1,4 @@
-"""`isthmus routes|machines|nodes|regions|apps|status`: what a node knows, as a table or as JSON."""
+"""`isthmus routes|machines|checks|nodes|regions|apps`: what a node knows, as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from isthmus.client import add_asking_flags, add_client_flags, make_client
+from isthmus.client import add_asking_flags, make_client
 from isthmus.logs import escape
 
 if TYPE_CHECKING:
@@ -23,11 +23,6 @@ def add_parser(verbs: Any) -> None:
         parser: argparse.ArgumentParser = verbs.add_parser(name, help=help_text)
         add_asking_flags(parser)
         parser.set_defaults(run=run, listing=name)
-    status: argparse.ArgumentParser = verbs.add_parser(
-        "status", help="show the state of the node itself, as JSON"
-    )
-    add_client_flags(status)
-    status.set_defaults(run=run, listing="status", json=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,8 +68,18 @@ def _machine_rows(machine: dict[str, Any]) -> Iterable[Cells]:
         verdict += f"; {failures} failure{'s'[: failures != 1]} in a row, " + (
             f"left out by {workers} worker{'s'[: workers != 1]} here" if workers else "to be tried again"
         )
-    keys = ("machine", "app", "region", "node", "address")
-    yield (*(machine[key] for key in keys), state, _since(machine["since_ms"]), checks, verdict)
+    version = str(machine["version"] or "-")
+    where = (machine[key] for key in ("region", "node", "address"))
+    yield (
+        machine["machine"],
+        machine["app"],
+        version,
+        *where,
+        state,
+        _since(machine["since_ms"]),
+        checks,
+        verdict,
+    )
 
 
 def _check_rows(check: dict[str, Any]) -> Iterable[Cells]:
@@ -107,10 +112,15 @@ def format_ago(ms: float | None) -> str:
     """Return for a person how long ago something was."""
     if ms is None:
         return "never"
+    return f"{format_duration(ms)} ago"
+
+
+def format_duration(ms: float) -> str:
+    """Return for a person how long something takes or took."""
     for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000)):
         if ms >= 2 * size:
-            return f"{ms / size:.0f} {unit} ago"
-    return f"{ms / 1000:.1f} s ago"
+            return f"{ms / size:.0f} {unit}"
+    return f"{ms / 1000:.1f} s"
 
 
 def _since(at_ms: int) -> str:
@@ -126,7 +136,7 @@ _LISTINGS: dict[str, tuple[str, Cells, Callable[[dict[str, Any]], Iterable[Cells
     ),
     "machines": (
         "show every machine",
-        ("MACHINE", "APP", "REGION", "NODE", "ADDRESS", "STATE", "SINCE", "CHECKS", "VERDICT"),
+        ("MACHINE", "APP", "VERSION", "REGION", "NODE", "ADDRESS", "STATE", "SINCE", "CHECKS", "VERDICT"),
         _machine_rows,
     ),
     "checks": (

@@ -128,7 +128,7 @@ def find_stale_nodes(snapshot: Snapshot) -> Iterator[Finding]:
             f"what it wrote in the last {node.staleness_ms / 1000:.0f} s is not known to {snapshot.node}",
             "its machines are routed to by a state that may be over",
             f"requests that come in at {snapshot.node} for machines of {node.name}",
-            "isthmus status on both: peers, apply_queue and gaps; then the network between them",
+            "isthmus status --json on both: peers, apply_queue and gaps; then the network between them",
         )
 
 

@@ -114,7 +114,7 @@ def test_a_node_whose_disk_fails_routes_on_and_says_so_and_writes_again_later(tm
         assert told is not None
         assert told.startswith("disk I/O error, since ")
         shown = subprocess.run(
-            [sys.executable, "-m", "isthmus.cli", "status", "--admin", node.admin],
+            [sys.executable, "-m", "isthmus.cli", "status", "--json", "--admin", node.admin],
             cwd=ROOT,
             env=clean_environment(),
             capture_output=True,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import TYPE_CHECKING
 
 import pytest
 
+from isthmus import __version__
 from isthmus.agent_role import AgentRole
 from isthmus.cli import main
 from isthmus.commands.listing import format_table
@@ -88,7 +90,9 @@ async def test_routes_are_a_table_with_the_nearest_machine_first(isthmus: Comman
 
 async def test_machines_show_state_checks_and_verdict(isthmus: Command, role: AgentRole) -> None:
     result = "INSERT INTO checks (machine, name, node, status) VALUES ('m1', 'port', 'n1', 'critical')"
-    await role._agent.execute([(result, ()), ("UPDATE machines SET cordoned = 1 WHERE id = 'm2'", ())])
+    await role._agent.execute(
+        [(result, ()), ("UPDATE machines SET cordoned = 1, version = 7 WHERE id = 'm2'", ())]
+    )
 
     async def machines() -> str:
         printed = await isthmus("machines")
@@ -96,9 +100,9 @@ async def test_machines_show_state_checks_and_verdict(isthmus: Command, role: Ag
 
     _, m1, m2 = (await eventually("check is shown", machines)).splitlines()
     assert (
-        " ".join(m1.split()) == "m1 web ams n1 127.0.0.1:1 started - port critical unhealthy: port critical"
+        " ".join(m1.split()) == "m1 web - ams n1 127.0.0.1:1 started - port critical unhealthy: port critical"
     )
-    assert " ".join(m2.split()) == "m2 web gru n1 [::1]:1 started cordoned - - cordoned"
+    assert " ".join(m2.split()) == "m2 web 7 gru n1 [::1]:1 started cordoned - - cordoned"
 
 
 async def test_machines_show_where_they_are_to_go_and_what_is_in_the_way(
@@ -149,8 +153,22 @@ async def test_apps_show_how_many_machines_are_routable(isthmus: Command) -> Non
 
 @pytest.mark.parametrize("listing", ["routes", "machines", "nodes", "regions", "apps", "status"])
 async def test_json_is_what_the_api_says(isthmus: Command, listing: str) -> None:
-    flags = () if listing == "status" else ("--json",)
-    assert json.loads(await isthmus(listing, *flags))
+    assert json.loads(await isthmus(listing, "--json"))
+
+
+async def test_status_says_in_a_few_lines_how_the_node_fares(isthmus: Command, role: AgentRole) -> None:
+    await role._agent.execute([("INSERT INTO services (app, port, soft_limit) VALUES ('web', 1, -1)", ())])
+    printed = await isthmus("status")
+    node, *rest = printed.splitlines()
+    assert re.fullmatch(rf"node      n1, region ams, isthmus {__version__}, up \d\.\d s", node)
+    assert rest[:-1] == [
+        "workers   0 of 1 follow the table",
+        "nodes     1 of 1 alive",
+        "table     no other node writes to it",
+        "serves    1 app, 2 of 2 machines routable",
+        "problems  1 worker of 1 on an old table, or not running",
+    ]
+    assert rest[-1].startswith("          a row of services cannot be used: web, 1: ")
 
 
 async def test_apps_and_machines_are_changed_by_command(isthmus: Command) -> None:
