@@ -10,6 +10,7 @@ import argparse
 import http.client
 import math
 import os
+import sys
 import urllib.parse
 from http import HTTPStatus
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from isthmus.config_sources import default_data_dir
+from isthmus.logs import escape
 from isthmus.supervisor import read_node_info
 
 if TYPE_CHECKING:
@@ -92,6 +94,12 @@ class AdminClient:
             told = answer.get("error") if isinstance(answer, dict) else None
             raise ClientError(str(told or f"{self._address} answers with status {response.status}"))
         return answer
+
+
+def tell_warnings(answer: dict[str, Any]) -> None:
+    """Tell what the node did all the same, though it may be a mistake."""
+    for warning in answer.get("warnings", ()):  # an older node has none
+        sys.stderr.write(f"isthmus: warning: {escape(warning)}\n")
 
 
 def quote(part: str) -> str:

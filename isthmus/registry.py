@@ -361,6 +361,15 @@ class Registry:
         if problem:
             raise RegistryError(problem)
 
+    async def doubt_primary_region(self, code: object) -> list[str]:
+        """Return what is to be said of a primary region that nobody knows and where no node is."""
+        if not isinstance(code, str) or not code:
+            return []
+        sql = "SELECT code FROM regions UNION SELECT region FROM nodes"
+        known = {row[0] for row in (await self._database.query(sql)).rows}
+        problem = unknown_region(code, known | {self._region})
+        return [f"primary_region: {problem} (taken all the same: a node may come there)"] if problem else []
+
     def _app_statements(self, app: AppConfig, owner: str) -> list[Statement]:
         statements: list[Statement] = [
             ("INSERT INTO apps (name, managed_by) VALUES (?, ?) ON CONFLICT DO NOTHING", (app.name, owner)),

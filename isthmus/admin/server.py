@@ -183,15 +183,18 @@ class AdminServer:
         exact, dry_run = (request.query.get(flag) == "1" for flag in ("exact", "dry_run"))
         changes, hosts = await self._registry.compare_app(app) if exact or dry_run else ([], [])
         machines = await self._registry.add_app(app, exact=exact, dry_run=dry_run)
-        answer: dict[str, Any] = {"app": app.name, "machines": machines}
+        warnings = await self._registry.doubt_primary_region(app.primary_region)
+        answer: dict[str, Any] = {"app": app.name, "machines": machines, "warnings": warnings}
         if exact or dry_run:
             answer |= {"changes": changes, "hosts": hosts}
         return _json(answer, 200 if dry_run else 201)
 
     async def _set_options(self, request: web.Request) -> web.Response:
         name = request.match_info["app"]
-        await self._registry.set_options(name, await _body(request, dict[str, Any]))
-        return _json({"app": name})
+        changes = await _body(request, dict[str, Any])
+        await self._registry.set_options(name, changes)
+        warnings = await self._registry.doubt_primary_region(changes.get("primary_region"))
+        return _json({"app": name, "warnings": warnings})
 
     async def _remove_app(self, request: web.Request) -> web.Response:
         name = request.match_info["app"]

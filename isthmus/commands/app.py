@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from isthmus.client import ClientError, add_client_flags, make_client, quote
+from isthmus.client import ClientError, add_client_flags, make_client, quote, tell_warnings
 from routing.options import PROXY_PROTOCOLS
 from routing.scaling import AUTOSTOPS, NAMES
 
@@ -173,7 +173,7 @@ def run_set(args: argparse.Namespace) -> int:
     if "sticky" in changes:
         # What is said takes the place of all that was, and is not added to it.
         changes["sticky"] = dict.fromkeys(("cookie", "header", "set")) | changes["sticky"]
-    make_client(args).post(f"/v1/apps/{quote(args.app)}/options", changes)
+    tell_warnings(make_client(args).post(f"/v1/apps/{quote(args.app)}/options", changes))
     print(f"app {args.app} changed")
     return 0
 
@@ -194,6 +194,7 @@ def run_add(args: argparse.Namespace) -> int:
         body["machines"] = [{"address": address} for address in args.machine]
     body |= _read_options(args)
     answer = client.post("/v1/apps", body)
+    tell_warnings(answer)
     print(f"app {answer['app']}")
     for machine in answer["machines"]:
         print(f"machine {machine}")

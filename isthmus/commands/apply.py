@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from isthmus.client import ClientError, add_asking_flags, make_client
+from isthmus.client import ClientError, add_asking_flags, make_client, tell_warnings
 from isthmus.fly_toml import FlyApp, FlyTomlError, read_fly_toml
 from isthmus.logs import escape
 
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     body = read.app | {"hosts": args.host}
     query = "exact=1&dry_run=1" if args.dry_run else "exact=1"
     answer = make_client(args).post(f"/v1/apps?{query}", body)
+    tell_warnings(answer)
     if args.json:
         notes = [note._asdict() for note in read.notes]
         shown = {"app": body, "changes": answer["changes"], "notes": notes}

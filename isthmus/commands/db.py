@@ -69,7 +69,13 @@ def add_parser(verbs: Any) -> None:
     add_schema_parser(actions)
     add_parked_parser(actions)
 
-    backup = actions.add_parser("backup", help="copy the database to a file, while the node runs or not")
+    backup = actions.add_parser(
+        "backup",
+        help="copy the database to a file, while the node runs or not",
+        description="Copy the database to a file, while the node runs or not. It is read where it lies, on "
+        "the machine of the node, and no node is asked: --data or ISTHMUS_DATA says where that is, and "
+        "ISTHMUS_ADMIN says nothing here.",
+    )
     backup.add_argument("target", metavar="PATH", type=Path, help="a new file, or a directory to put one in")
     backup.add_argument(
         "--keep", metavar="N", type=int, help="with a directory, which is made: remove all but the newest N"
@@ -143,6 +149,11 @@ def run_backup(args: argparse.Namespace) -> int:
 
     data = find_data_dir(args).absolute()
     database = Config(node="backup", data=str(data)).database
+    if not database.exists():
+        raise ClientError(
+            f"there is no database in {data}: say with --data DIR or ISTHMUS_DATA where the node keeps it, "
+            "on its machine; no node is asked for a backup, so ISTHMUS_ADMIN is of no use here"
+        )
     try:
         made = make_backup(database, args.target.absolute(), _now_ms(), keep=args.keep)
     except ReplicationError as error:

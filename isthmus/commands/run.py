@@ -135,6 +135,7 @@ def _rehearse(config: Config) -> int:
         importlib.import_module(module)
     check_files(config)
     read_ring(config.gossip)
+    print(f"the configuration of node {config.node} is good; nothing was started")
     return 0
 
 

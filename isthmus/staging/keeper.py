@@ -19,7 +19,7 @@ import orjson
 
 from isthmus.route_feed import routing_schema
 from isthmus.staging.rings import RINGS, find_ring, order_regions
-from isthmus.staging.stage import Absolve, Accuse, Release, Revert, Stage, Status, Strikes, Try
+from isthmus.staging.stage import STALL_MS, Absolve, Accuse, Release, Revert, Stage, Status, Strikes, Try
 from replication.core.clock import Clock, Hlc, SiteId, compute_ms
 from replication.errors import ReplicationError
 
@@ -161,6 +161,12 @@ class Keeper:
         if not self._config.bake_ms:
             await self._replica.execute([(_TAKE_ALL_BACK, (self._node,))])
             return
+        if self._config.bake_ms < STALL_MS:
+            log.warning(
+                "staging.bake_ms is short: a change that stalls workers is in the next regions before the "
+                "first one knows of it",
+                extra={"bake_ms": self._config.bake_ms, "least_ms": int(STALL_MS)},
+            )
         await self.step()
         self._task = asyncio.create_task(self._run())
 

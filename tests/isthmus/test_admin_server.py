@@ -88,7 +88,10 @@ WEB = {
 
 
 async def with_web(admin: Admin) -> None:
-    assert await admin.ask("POST", "/v1/apps", WEB) == (201, {"app": "web", "machines": ["m1", "m2"]})
+    assert await admin.ask("POST", "/v1/apps", WEB) == (
+        201,
+        {"app": "web", "machines": ["m1", "m2"], "warnings": []},
+    )
     await eventually("the table has it", lambda: has_web(admin))
 
 

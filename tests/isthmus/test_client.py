@@ -72,7 +72,7 @@ async def test_asks_adds_and_removes(address: str, scheme: str) -> None:
 
     status, added, removed = await asyncio.to_thread(work)
     assert status["node"] == "n1"
-    assert added == {"app": "web", "machines": []}
+    assert added == {"app": "web", "machines": [], "warnings": []}
     assert removed == {"removed": "web"}
 
 

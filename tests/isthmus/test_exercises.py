@@ -90,6 +90,16 @@ def test_a_drill_with_a_damaged_backup_fails_and_counts_as_none(
     assert read_exercises(data).restore is None
 
 
+def test_backup_of_no_database_says_where_it_looks_and_that_no_node_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISTHMUS_ADMIN", "127.0.0.1:1")
+    assert main(["db", "backup", str(tmp_path / "copy.db"), "--data", str(tmp_path / "empty")]) == 1
+    told = capsys.readouterr().err
+    assert f"no database in {tmp_path / 'empty'}: say with --data DIR" in told
+    assert "ISTHMUS_ADMIN is of no use here" in told
+
+
 def test_without_a_backup_there_is_nothing_to_rehearse_with(
     data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

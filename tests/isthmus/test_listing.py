@@ -191,6 +191,23 @@ async def test_apps_and_machines_are_changed_by_command(isthmus: Command) -> Non
     await eventually("it is gone", is_gone)
 
 
+async def test_primary_region_that_nobody_knows_is_set_with_a_warning(
+    isthmus: Command, role: AgentRole, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert await isthmus("app", "set", "web", "--primary-region", "gru") == "app web changed\n"
+    file = tmp_path / "fly.toml"
+    file.write_text('app = "web"\nprimary_region = "moon-base"\n[http_service]\ninternal_port = 1\n', "utf-8")
+    for words in (
+        ("app", "set", "web", "--primary-region", "moon-base"),
+        ("app", "add", "web", "--primary-region", "moon-base"),
+        ("apply", str(file), "--dry-run"),
+    ):
+        assert await asyncio.to_thread(main, [*words, "--admin", role._admin.address]) == 0
+        told = capsys.readouterr().err
+        assert told.startswith("isthmus: warning: primary_region: unknown region `moon-base`")
+        assert told.count("\n") == 1
+
+
 async def test_app_whose_machines_are_all_out_says_so(isthmus: Command) -> None:
     for machine in ("m1", "m2"):
         await isthmus("machine", "stop", machine)

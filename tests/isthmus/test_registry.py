@@ -557,6 +557,20 @@ async def test_options_that_routing_would_refuse_change_nothing(
         await registry.set_options("none", {})
 
 
+async def test_primary_region_that_nobody_knows_and_where_no_node_is_is_doubted(
+    registry: Registry, database: FakeDatabase
+) -> None:
+    doubt = (
+        "primary_region: unknown region `moon-base`; give it coordinates under [regions.moon-base] "
+        "(taken all the same: a node may come there)"
+    )
+    assert await registry.doubt_primary_region("moon-base") == [doubt]
+    for known in ("", None, 5, "ams", "gru"):
+        assert await registry.doubt_primary_region(known) == []
+    database.put("nodes", id="n7", region="moon-base")
+    assert await registry.doubt_primary_region("moon-base") == []
+
+
 async def test_limits_and_checks_are_set_and_the_rest_stays(
     registry: Registry, database: FakeDatabase
 ) -> None:

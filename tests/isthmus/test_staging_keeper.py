@@ -145,6 +145,18 @@ async def test_end_of_the_agent_is_not_blamed_on_what_is_tried(node: Node) -> No
     assert node.store.read_staged().strikes == {}
 
 
+@pytest.mark.parametrize(("bake_ms", "warns"), [(14_999, True), (15_000, False), (0, False)])
+async def test_time_in_which_no_stall_is_found_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bake_ms: int, *, warns: bool
+) -> None:
+    world = World(tmp_path, bake_ms=bake_ms)
+    node = world.add("n1", "ams")
+    await node.keeper.start()
+    await node.keeper.stop()
+    world.close()
+    assert ("staging.bake_ms is short" in caplog.text) is warns
+
+
 async def test_node_without_staging_accuses_nobody(tmp_path: Path) -> None:
     world = World(tmp_path, bake_ms=0)
     node = world.add("n1", "ams")

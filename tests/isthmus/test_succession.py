@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from isthmus.children import Kept
+from isthmus.commands.run import _rehearse
 from isthmus.config import Config, ConfigError, ProxyConfig
 from isthmus.notify import notify
 from isthmus.processes import Process
@@ -118,6 +119,11 @@ async def test_a_trial_tells_what_is_wrong(command: list[str], problem: str) -> 
     said = await rehearse(command)
     assert problem in said
     assert bool(said) == bool(problem)
+
+
+def test_trial_of_a_good_configuration_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _rehearse(Config(node="n1", data=str(tmp_path))) == 0
+    assert capsys.readouterr().out == "the configuration of node n1 is good; nothing was started\n"
 
 
 def sleeping() -> int:
