@@ -216,10 +216,18 @@ class AgentRole:
         registry = self._registry = Registry(self._agent, config.node, config.region, own, config.drivers)
         drivers = self._machines.drivers
         spreader = Spreader(self._table, self._agent, registry, drivers, node=config.node, clock_ms=_now_ms)
-        lifecycle, last_probes = (lambda: self._control.lifecycle), self._checker.last_probes
-        staged = self._staging.count
         rollout = self._rollouts.describe
-        views = Views(config, self._agent, self._table, self._feed, lifecycle, last_probes, staged, rollout)
+        views = Views(
+            config,
+            self._agent,
+            self._table,
+            self._feed,
+            lifecycle=lambda: self._control.lifecycle,
+            last_probes=self._checker.last_probes,
+            staged=self._staging.count,
+            rollout=rollout,
+            traffic=totals.traffic,
+        )
         self._admin = AdminServer(
             config.admin,
             views,

@@ -134,6 +134,25 @@ class WorkerTotals:
         for (name, labels), value in totals.items():
             yield from unfold((name, labels, value))
 
+    def traffic(self) -> dict[str, Any]:
+        """Return what was answered so far, by app, and what led to no app: rates are made of two of these."""
+        apps: dict[str, dict[str, float]] = {}
+        traffic: dict[str, Any] = {"in_flight": 0, "unrouted": 0, "apps": apps}
+        for samples in (*self._gone.values(), *self._latest.values()):
+            for (name, labels), value in samples.items():
+                if isinstance(value, tuple):
+                    continue
+                if name == "isthmus_requests_in_flight":
+                    traffic["in_flight"] += value
+                elif name == "isthmus_errors_total" and len(labels) == 1:  # a code, and no app
+                    traffic["unrouted"] += value
+                elif name == "isthmus_requests_total":
+                    said = dict(labels)
+                    app = apps.setdefault(said["app"], {"requests": 0, "errors": 0})
+                    app["requests"] += value
+                    app["errors"] += value if said["status"] == "5xx" else 0
+        return traffic
+
     def _is_gauge(self, name: str) -> bool:
         family = find_family(name, self._types)
         return family is None or self._types[family][0] == "gauge"

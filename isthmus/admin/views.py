@@ -62,16 +62,19 @@ class Views:
         agent: Agent,
         table: RoutingTable,
         feed: FeedServer,
+        *,
         lifecycle: Callable[[], Lifecycle] = Lifecycle,
         last_probes: Callable[[], Mapping[tuple[str, str], LastProbe]] = dict,
         staged: Callable[[], Mapping[str, int]] = dict,
         rollout: Callable[[], Mapping[str, Any]] = dict,
+        traffic: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self._config = config
         self._lifecycle = lifecycle
         self._last_probes = last_probes
         self._staged = staged
         self._rollout = rollout
+        self._traffic = traffic
         self._agent = agent
         self._table = table
         self._feed = feed
@@ -199,6 +202,7 @@ class Views:
             "machines": self.machines(),
             "routes": self.routes(),
             "regions": self.regions(),
+            "traffic": self._traffic(),
         }
 
     def _fates(self) -> dict[str, _Fate]:
@@ -221,12 +225,14 @@ class Views:
 
 def _describe_node(name: str, row: NodeRow | None, member: MemberView | None) -> dict[str, Any]:
     is_self = bool(member and member.is_self)
+    # A row says when its node started, and nobody writes there that it has ended.
+    runs = member is not None and member.state in PRESENT
     return {
         "node": name,
         "region": row.region if row else None,
         "address": row.address if row else None,
         "software": row.software if row else None,
-        "started_ms": row.started_ms if row else None,
+        "started_ms": row.started_ms if row and runs else None,
         "state": member.state if member else "unknown",
         "heard_ms_ago": 0 if is_self else member.heard_ms_ago if member else None,
         "rtt_ms": member.rtt_ms if member else None,

@@ -42,6 +42,29 @@ def test_samples_of_workers_are_summed() -> None:
     assert totals_of(totals) == {REQUESTS: 12, IN_FLIGHT: 3}
 
 
+def test_traffic_is_what_rates_are_made_of() -> None:
+    totals = WorkerTotals()
+    for worker, path in (("worker-0/10", "/a"), ("worker-1/11", "/b")):
+        metrics = ProxyMetrics()
+        metrics.in_flight = 2
+        for status in (200, 503, 404, 404):
+            metrics.app("web").record(status, 0, 0.1, 1, 1)
+        metrics.app("web").errors["no_candidate"] = 9
+        metrics.app(path).record(200, 0, 0.1, 1, 1)
+        metrics.count_error("no_route")
+        totals.handle_samples(worker, metrics.samples())
+    totals.handle_gone("worker-1/11")
+    assert totals.traffic() == {
+        "in_flight": 2,
+        "unrouted": 2,
+        "apps": {
+            "web": {"requests": 8, "errors": 2},
+            "/a": {"requests": 1, "errors": 0},
+            "/b": {"requests": 1, "errors": 0},
+        },
+    }
+
+
 def test_newer_samples_replace_older_ones_of_the_same_worker() -> None:
     totals = WorkerTotals()
     totals.handle_samples("worker-0/10", count(5, 1))

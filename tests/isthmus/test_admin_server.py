@@ -182,6 +182,7 @@ async def test_overview_is_all_views_at_once(admin: Admin) -> None:
         assert overview[view] == await admin.get(f"/v1/{view}")
     assert overview["status"]["node"] == "n1"
     assert overview["nodes"][0]["node"] == "n1"
+    assert overview["traffic"] == {"in_flight": 0, "unrouted": 0, "apps": {}}
 
 
 async def test_row_that_cannot_be_used_is_shown_with_its_reason(admin: Admin, role: AgentRole) -> None:

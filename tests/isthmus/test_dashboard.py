@@ -11,6 +11,7 @@ import pytest
 
 from isthmus.admin.keys import KeyRoutes
 from isthmus.admin.lifecycle import LifecycleRoutes
+from isthmus.admin.metrics import WorkerTotals
 from isthmus.admin.server import AdminServer
 from isthmus.config import AdminConfig
 
@@ -81,3 +82,16 @@ def test_puts_values_in_as_text_only() -> None:
 def test_links_lead_nowhere_but_into_the_page() -> None:
     assert re.findall(r"href: (.{3})", script()) == ["`#$"]
     assert "location" not in script()
+
+
+def test_each_fact_of_the_node_says_what_it_means() -> None:
+    facts = script().partition("const facts = {")[2].partition("\n  };")[0]
+    entries = re.split(r"^    (?=\")", facts, flags=re.MULTILINE)[1:]
+    assert len(entries) > 15
+    for entry in entries:
+        assert re.search(r",\s+\"[^\"]{15,}\"( \+\s+\"[^\"]+\")?\],\s*$", entry), entry
+
+
+def test_rates_are_made_of_what_the_api_counts() -> None:
+    traffic = WorkerTotals().traffic()
+    assert set(re.findall(r"traffic\.(\w+)", script())) == set(traffic)

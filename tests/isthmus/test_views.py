@@ -65,6 +65,20 @@ def test_of_a_name_that_nobody_has_any_more_the_last_that_was_heard_is_shown(ord
     assert shown(ITSELF, *(first, last)[::order]) == [ITSELF_SHOWN, ("n2", "127.0.0.1:3", "dead", False)]
 
 
+def test_only_a_node_that_is_there_says_since_when() -> None:
+    table = RoutingTable("n1")
+    for name in ("n1", "n2", "n3", "n4"):
+        table.apply(*row("nodes", id=name, started_ms=7))
+    agent = cast("Agent", Membership(ITSELF, member("n2", 2, "suspect"), member("n3", 3, "dead")))
+    views = Views(CONFIG, agent, table, cast("FeedServer", None))
+    assert [(node["state"], node["started_ms"]) for node in views.nodes()] == [
+        ("alive", 7),
+        ("suspect", 7),
+        ("dead", None),
+        ("unknown", None),
+    ]
+
+
 def test_regions_say_where_their_round_trip_is_from_and_come_in_its_order() -> None:
     table = RoutingTable("n1")
     for one in (
