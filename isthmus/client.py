@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from isthmus.config import Config
 from isthmus.config_sources import default_data_dir
 from isthmus.logs import escape
 from isthmus.supervisor import read_node_info
@@ -158,3 +159,15 @@ def make_client(args: argparse.Namespace) -> AdminClient:
 def find_data_dir(args: argparse.Namespace) -> Path:
     """Return the data directory that the flags or the environment name."""
     return Path(args.data or os.environ.get("ISTHMUS_DATA") or default_data_dir(os.environ))
+
+
+def find_database(args: argparse.Namespace) -> Path:
+    """Return the database of a node of this machine, for those who read the file and ask no node."""
+    data = find_data_dir(args).absolute()
+    database = Config(node="data", data=str(data)).database
+    if not database.exists():
+        raise ClientError(
+            f"there is no database in {data}: start the node once, or say with --data DIR or ISTHMUS_DATA "
+            "where one of this machine keeps its own; no node is asked here, so ISTHMUS_ADMIN is of no use"
+        )
+    return database

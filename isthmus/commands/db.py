@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from isthmus.admin.tokens import WAIT_MS
-from isthmus.client import ClientError, add_asking_flags, find_data_dir, make_client, quote
+from isthmus.client import (
+    ClientError,
+    add_asking_flags,
+    find_data_dir,
+    find_database,
+    make_client,
+    quote,
+)
 from isthmus.commands.db_drill import add_drill_parser
 from isthmus.commands.db_parked import add_parked_parser
 from isthmus.commands.db_schema import add_schema_parser
@@ -147,18 +154,12 @@ def run_backup(args: argparse.Namespace) -> int:
     """Make a backup and say what is in it."""
     from replication.backup import make_backup  # noqa: PLC0415 — other verbs start without it
 
-    data = find_data_dir(args).absolute()
-    database = Config(node="backup", data=str(data)).database
-    if not database.exists():
-        raise ClientError(
-            f"there is no database in {data}: say with --data DIR or ISTHMUS_DATA where the node keeps it, "
-            "on its machine; no node is asked for a backup, so ISTHMUS_ADMIN is of no use here"
-        )
+    database = find_database(args)
     try:
         made = make_backup(database, args.target.absolute(), _now_ms(), keep=args.keep)
     except ReplicationError as error:
         raise ClientError(str(error)) from None
-    note_exercise(data, "backup", Exercise(_now_ms(), str(made.path), made.taken_ms))
+    note_exercise(database.parent, "backup", Exercise(_now_ms(), str(made.path), made.taken_ms))
     if args.json:
         _print_json(
             {

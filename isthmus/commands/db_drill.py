@@ -16,6 +16,7 @@ import orjson
 
 from isthmus.client import ClientError, find_data_dir
 from isthmus.commands.listing import format_ago
+from isthmus.doctor.finding import count_of
 from isthmus.exercises import Exercise, note_exercise, read_exercises
 from replication.errors import ReplicationError
 
@@ -53,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     age = format_ago(max(0.0, done.at_ms - told["taken_ms"]))
     print(
-        f"{told['backup']}: taken {age}, restored in {told['took_ms'] / 1000:.1f} s: {told['apps']} apps, "
-        f"{told['routes']} routes, {told['machines']} machines, {told['rejected']} rows that cannot be used"
+        f"{told['backup']}: taken {age}, restored in {told['took_ms'] / 1000:.1f} s: "
+        + ", ".join(count_of(told[f"{noun}s"], noun) for noun in ("app", "route", "machine"))
+        + f", {count_of(told['rejected'], 'row')} that cannot be used"
     )
     if not told["noted"]:
         print(f"that cannot be noted in {data}: `isthmus doctor` will not know of it")

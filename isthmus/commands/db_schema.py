@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from isthmus.client import ClientError, add_asking_flags, add_client_flags, make_client
+from isthmus.client import ClientError, add_asking_flags, add_client_flags, find_database, make_client
 from isthmus.commands.listing import format_table
 from isthmus.config import Config, ConfigError
-from isthmus.config_sources import default_data_dir
 from isthmus.supervisor import lock_data_dir
 from replication.errors import ReplicationError
 
@@ -160,10 +159,7 @@ def _read_plan(args: argparse.Namespace) -> tuple[Plan, str]:
     """Return the plan, and the text of the schema file that it is for."""
     from isthmus.declared import read_plan  # noqa: PLC0415 — other verbs start without it
 
-    database = _database(args)
-    if not database.exists():
-        raise ClientError(f"{database}: there is no database; start the node once")
-    return read_plan(database, _read_file(args))
+    return read_plan(find_database(args), _read_file(args))
 
 
 def _read_file(args: argparse.Namespace) -> str | None:
@@ -191,19 +187,12 @@ def _confirm(args: argparse.Namespace, question: str) -> None:
         raise ClientError("nothing was changed")
 
 
-def _database(args: argparse.Namespace) -> Path:
-    named: Path | str = args.data or os.environ.get("ISTHMUS_DATA") or default_data_dir(os.environ)
-    return Config(node="schema", data=str(Path(named).absolute())).database
-
-
 @contextlib.contextmanager
 def _stopped(args: argparse.Namespace) -> Iterator[sqlite3.Connection]:
     """Provide the file of a stopped node, alone, with all that was written to it gathered."""
     from isthmus.declared import open_alone  # noqa: PLC0415 — other verbs start without it
 
-    database = _database(args)
-    if not database.exists():
-        raise ClientError(f"{database}: there is no database; start the node once")
+    database = find_database(args)
     data_lock = asyncio.run(lock_data_dir(Config(node="schema", data=str(database.parent))))
     try:
         with open_alone(database) as connection:

@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(orjson.dumps(releases, option=orjson.OPT_INDENT_2).decode())
     else:
-        print(format_table(_HEADER, map(_cells, releases)) if releases else "no releases yet")
+        of = f" of {args.app}" if args.app else ""
+        print(format_table(_HEADER, map(_cells, releases)) if releases else f"no releases{of} yet")
     return 0
 
 

@@ -68,7 +68,7 @@ def refuse_taken_ports(places: list[Place]) -> None:
                         raise
                     raise ConfigError(
                         f"port {port} is taken by another program (see `ss -ltnp 'sport = :{port}'`); "
-                        "stop it, or let the demo use others: make demo BASE_PORT=9500"
+                        "stop it, or let the demo use others: --base-port 9500 (make demo BASE_PORT=9500)"
                     ) from None
 
 

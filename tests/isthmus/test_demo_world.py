@@ -77,6 +77,7 @@ def test_taken_port_is_named_with_the_way_out() -> None:
     with socket.create_server((HOST, taken)), pytest.raises(ConfigError) as caught:
         refuse_taken_ports(plan_places(base))
     assert f"port {taken} is taken by another program" in str(caught.value)
+    assert "--base-port 9500" in str(caught.value)
     assert "make demo BASE_PORT=" in str(caught.value)
 
 

@@ -67,6 +67,7 @@ async def test_deploy_is_followed_to_its_end_and_listed(isthmus: Command, ports:
     assert lines[0].endswith(f"  {first}")
     assert lines[-2].endswith("  complete")
     assert lines[-1] == "release 1 of web is complete"
+    assert await isthmus("releases", "wbe") == (0, "no releases of wbe yet\n", "")
     _, listed, _ = await isthmus("releases", "web", "--json")
     (release,) = json.loads(listed)
     assert (release["release"], release["status"], release["node"]) == ("v2", "complete", "n1")

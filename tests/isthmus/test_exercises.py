@@ -77,6 +77,16 @@ def test_a_drill_puts_the_last_backup_back_beside_the_node(
     assert (known.backup.backup, known.restore.taken_ms) == (made["path"], made["taken_ms"])
 
 
+def test_a_drill_tells_a_person_what_the_backup_holds(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = run(capsys, "backup", str(tmp_path / "copy.db"), "--data", str(data))
+    assert main(["db", "drill", "--data", str(data)]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"{made['path']}: taken ")
+    assert told.endswith("s: 1 app, 1 route, 1 machine, 1 row that cannot be used\n")
+
+
 def test_a_drill_with_a_damaged_backup_fails_and_counts_as_none(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,14 +100,15 @@ def test_a_drill_with_a_damaged_backup_fails_and_counts_as_none(
     assert read_exercises(data).restore is None
 
 
-def test_backup_of_no_database_says_where_it_looks_and_that_no_node_is_asked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("verb", [["backup", "/nowhere/copy.db"], ["schema", "plan"], ["schema", "forget"]])
+def test_where_there_is_no_database_it_is_told_where_one_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: list[str]
 ) -> None:
     monkeypatch.setenv("ISTHMUS_ADMIN", "127.0.0.1:1")
-    assert main(["db", "backup", str(tmp_path / "copy.db"), "--data", str(tmp_path / "empty")]) == 1
+    assert main(["db", *verb, "--data", str(tmp_path / "empty")]) == 1
     told = capsys.readouterr().err
-    assert f"no database in {tmp_path / 'empty'}: say with --data DIR" in told
-    assert "ISTHMUS_ADMIN is of no use here" in told
+    assert f"no database in {tmp_path / 'empty'}: start the node once, or say with --data DIR" in told
+    assert "no node is asked here, so ISTHMUS_ADMIN is of no use" in told
 
 
 def test_without_a_backup_there_is_nothing_to_rehearse_with(
