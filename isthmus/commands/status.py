@@ -63,7 +63,8 @@ def describe_status(
     yield "node", f"{status['node']}, region {status['region']}, {status['software']}{up}"
     yield "workers", f"{len(status['workers_following'])} of {_count_workers(status)} follow the table"
     expected = [node for node in nodes if node["state"] != "left"]
-    yield "nodes", f"{sum(node['state'] == 'alive' for node in expected)} of {len(expected)} alive"
+    left = f", {len(nodes) - len(expected)} left" if len(expected) < len(nodes) else ""
+    yield "nodes", f"{sum(node['state'] == 'alive' for node in expected)} of {len(expected)} alive{left}"
     yield "table", _tell_age(status["replication"], nodes)
     machines, routable = (sum(app[key] for app in apps) for key in ("machines", "routable"))
     yield "serves", f"{count_of(len(apps), 'app')}, {routable} of {count_of(machines, 'machine')} routable"

@@ -59,7 +59,7 @@ def test_all_is_well() -> None:
     assert told(status(), *nodes) == {
         "node": "n1, region ams, isthmus 1, up 2 h",
         "workers": "2 of 2 follow the table",
-        "nodes": "3 of 3 alive",
+        "nodes": "3 of 3 alive, 1 left",
         "table": "has all that others wrote until 0.9 s ago (n3)",
         "serves": "1 app, 2 of 2 machines routable",
         "problems": "none; `isthmus doctor` looks deeper",
@@ -132,7 +132,7 @@ def test_nodes_and_apps_that_are_away_are_problems() -> None:
         "node n3 does not answer",
         "node n4 has a row, but is no member",
     ]
-    assert dict(describe_status(status(), nodes, apps, NOW_MS))["nodes"] == "1 of 4 alive"
+    assert dict(describe_status(status(), nodes, apps, NOW_MS))["nodes"] == "1 of 4 alive, 1 left"
 
 
 def test_many_problems_are_cut_short() -> None:
