@@ -584,9 +584,11 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def write_node_info(file: Path, info: NodeInfo) -> None:
-    """Tell commands where the node listens. Raises ConfigError."""
+    """Tell commands where the node listens, all of it or nothing. Raises ConfigError."""
+    part = file.with_name(f"{file.name}.part")
     try:
-        file.write_bytes(msgspec.json.encode(info) + b"\n")
+        part.write_bytes(msgspec.json.encode(info) + b"\n")
+        part.replace(file)
     except OSError as error:
         raise ConfigError(f"data: cannot write {file}: {error.strerror}") from None
 

@@ -16,13 +16,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from isthmus import supervisor as supervisor_module
 from isthmus.child import Life, Order, Report, Task, obey
 from isthmus.config import AdminConfig, Config, ConfigError, GossipConfig, ProxyConfig
 from isthmus.reloading import Lifecycle
-from isthmus.supervisor import NodeInfo, Supervisor, lock_data_dir, read_node_info
+from isthmus.supervisor import NodeInfo, Supervisor, lock_data_dir, read_node_info, write_node_info
 from tests.isthmus.waiting import eventually
 
 if TYPE_CHECKING:
@@ -294,6 +295,17 @@ async def test_node_says_where_it_is_while_it_runs(tmp_path: Path) -> None:
         agent = node.child("agent").process
     assert agent.returncode == 0
     assert read_node_info(tmp_path) is None
+
+
+def test_who_reads_the_note_while_it_is_written_has_all_of_one(tmp_path: Path) -> None:
+    file = tmp_path / "node.json"
+    old, new = (NodeInfo("n1", "ams", pid, "a:1", "a:2", "a:3") for pid in (1, 2))
+    write_node_info(file, old)
+    with file.open("rb") as reading:
+        write_node_info(file, new)
+        assert msgspec.json.decode(reading.read(), type=NodeInfo) == old
+    assert read_node_info(tmp_path) == new
+    assert [path.name for path in tmp_path.iterdir()] == ["node.json"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"node": 1}'])
