@@ -356,15 +356,17 @@ class Conductor:
                     break
                 await asyncio.sleep(TICK_S)
             while conducted.course.position.stage is not Stage.OVER:
+                await asyncio.sleep(TICK_S)
                 try:
                     if not await self._step(conducted):
                         return
                 except Exception:
                     log.exception("a step of a deploy failed; trying again", extra={"app": app})
                     await asyncio.sleep(RETRY_S)
-                await asyncio.sleep(TICK_S)
         finally:
-            del self._running[app]
+            # Whoever reads that it is over may begin the next one at once.
+            if self._running.get(app) is conducted:
+                del self._running[app]
 
     async def _step(self, conducted: _Conducted) -> bool:
         """Look at the machines and do what is due; False when another node has taken over."""

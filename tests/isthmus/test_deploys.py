@@ -292,6 +292,33 @@ async def test_cancelled_deploy_goes_back_and_says_who_wanted_it(world: World) -
         await world.conductor.cancel("web", "ana")
 
 
+async def test_deploy_that_is_told_to_be_over_is_conducted_no_more(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.deploys.conductor.TICK_S", 0.05)
+    await world.add("10.0.0.1")
+    version = await world.deploy("10.1.0.1")
+
+    async def is_over() -> bool:
+        return bool((await world.conductor.follow("web", version, 0))["finished_ms"])
+
+    await eventually("it is over", is_over)
+    with pytest.raises(RegistryError, match="no deploy of `web` is running"):
+        await world.conductor.cancel("web", "ana")
+
+
+async def test_deploy_that_has_lost_its_app_to_another_does_not_take_that_along(world: World) -> None:
+    await world.add("10.0.0.1")
+    world.prober.outcome = Outcome(False, "Connection refused")
+    await world.deploy("10.1.0.1")
+    first = world.conductor._running["web"].task
+    world.database.connection.execute("UPDATE releases SET node = 'n3'")
+    version = await world.deploy("10.2.0.1")
+    await eventually("the first has let go", lambda: first is None or first.done())
+    await world.conductor.cancel("web", "ana")
+    assert await world.end(version) == ("rolled back", "cancelled by ana")
+
+
 async def test_one_deploy_of_an_app_at_a_time_until_its_node_is_gone(world: World) -> None:
     await world.add("10.0.0.1")
     world.prober.outcome = Outcome(False, "Connection refused")
