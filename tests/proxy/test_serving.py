@@ -356,6 +356,8 @@ async def test_a_slow_machine_stops_the_client(edge: Edge) -> None:
     await edge.machine(behave=behave)
     await edge.start()
     client = await edge.client()
+    # By itself it could grow until it takes all.
+    client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
     client.send(b"PUT / HTTP/1.1\r\nHost: app.test\r\nContent-Length: %d\r\n\r\n" % size)
     client.send(b"x" * size)
     before, left = -1, size
