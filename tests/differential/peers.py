@@ -10,11 +10,11 @@ import asyncio
 import contextlib
 import re
 import shutil
-import socket
 import subprocess
 from typing import TYPE_CHECKING, Any
 
 from tests.fakes.machine import Connection, FakeMachine, Request
+from tests.integration.processes import free_port
 from tests.proxy.edge import Edge
 
 if TYPE_CHECKING:
@@ -141,14 +141,6 @@ def read_version(program: str) -> str:
     return found[1] if found else "?"
 
 
-def free_ports(count: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in held]
-    for sock in held:
-        sock.close()
-    return ports
-
-
 async def _make_lanes() -> list[Lane]:
     lanes = []
     for _ in range(LANES):
@@ -192,8 +184,8 @@ async def _run_isthmus(name: str, folder: Path, lanes: list[Lane]) -> AsyncItera
 @contextlib.asynccontextmanager
 async def _run_peer(name: str, folder: Path, lanes: list[Lane]) -> AsyncIterator[None]:
     template, each = (NGINX, NGINX_LANE) if name == "nginx" else (HAPROXY, HAPROXY_LANE)
-    for lane, port in zip(lanes, free_ports(len(lanes)), strict=True):
-        lane.port = port
+    for lane in lanes:
+        lane.port = free_port()
     written = [each.format(n=n, port=lane.port, machine=lane.machine.port) for n, lane in enumerate(lanes)]
     config = folder / f"{name}.conf"
     config.write_text(template.format(folder=folder, lanes="".join(written)))

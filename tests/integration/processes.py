@@ -1,7 +1,7 @@
 """Real processes for end-to-end tests: nodes, machines, and relays that can cut gossip.
 
-Everything listens on loopback, on ports that the system chose. What is started is stopped by its owner's
-`close`; nothing is ended but by its own process id.
+Everything listens on loopback, on ports that nobody else had or may get. What is started is stopped by
+its owner's `close`; nothing is ended but by its own process id.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +39,25 @@ def wait_for(what: str, condition: Callable[[], Any], deadline_s: float = DEADLI
         time.sleep(0.02)
 
 
+def _count_ports() -> Iterator[int]:
+    """Yield ports for ever, below those that the system gives to anybody; 0 where it gives all."""
+    first, end = 10_000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    if end < first + 1_000:
+        return repeat(0)
+    return (first + number % (end - first) for number in count(os.getpid() * 97))
+
+
+_ports = _count_ports()
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody has, nor gets by chance before it is bound."""
+    while True:
+        with suppress(OSError), socket.socket() as stream, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
+            stream.bind((host, next(_ports)))
+            port = int(stream.getsockname()[1])
+            datagrams.bind((host, port))
+            return port
 
 
 @dataclass
