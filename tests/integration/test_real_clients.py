@@ -153,7 +153,7 @@ def test_hey_gets_no_error(url: str, counted: Counted) -> None:
     assert re.findall(r"\[(\d+)\]\s+(\d+) responses", said) == [("200", "400")]
     assert "Error distribution" not in said
     connections, _ = counted.wait(400)
-    assert connections <= 8
+    assert connections <= 16  # Go dials, and takes another's connection when that is free first
 
 
 def test_ab_keeps_connections_of_http_1_0(url: str, counted: Counted) -> None:
