@@ -331,6 +331,7 @@ async def test_a_slow_reader_stops_the_machine_and_loses_nothing(edge: Edge) -> 
     await edge.machine(behave=behave)
     await edge.start()
     client = await edge.client()
+    client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
     client.reader._limit = 1000  # the client's own stream stops reading
     client.send(b"GET / HTTP/1.1\r\nHost: app.test\r\n\r\n")
     await wait_for(lambda: sent > 0)
@@ -353,10 +354,14 @@ async def test_a_slow_machine_stops_the_client(edge: Edge) -> None:
         await connection.read_exactly(size)
         connection.writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
-    await edge.machine(behave=behave)
+    machine = await edge.machine(behave=behave)
+    edge.listener = socket.socket()
+    edge.listener.bind(("127.0.0.1", 0))
+    # By themselves they could grow until they take all. Connections have it from the socket that listens.
+    for listening in (edge.listener, *machine._server.sockets):
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
     await edge.start()
     client = await edge.client()
-    # By itself it could grow until it takes all.
     client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
     client.send(b"PUT / HTTP/1.1\r\nHost: app.test\r\nContent-Length: %d\r\n\r\n" % size)
     client.send(b"x" * size)
