@@ -36,6 +36,7 @@ from isthmus.commands.listing import format_table
 from isthmus.config import Config
 from isthmus.exercises import Exercise, note_exercise
 from isthmus.supervisor import lock_data_dir
+from isthmus.wording import count_of
 from replication.errors import ReplicationError
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def run_exec(args: argparse.Namespace) -> int:
         _print_json(answer)
         return 0
     for count in answer["rows_affected"]:
-        print(f"{count} row{'' if count == 1 else 's'} affected")
+        print(f"{count_of(count, 'row')} affected")
     print("no value changed" if answer["token"] is None else f"token {answer['token']}")
     return 0
 

@@ -16,8 +16,8 @@ import orjson
 
 from isthmus.client import ClientError, find_data_dir
 from isthmus.commands.listing import format_ago
-from isthmus.doctor.finding import count_of
 from isthmus.exercises import Exercise, note_exercise, read_exercises
+from isthmus.wording import count_of
 from replication.errors import ReplicationError
 
 if TYPE_CHECKING:

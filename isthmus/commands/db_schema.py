@@ -20,6 +20,7 @@ from isthmus.client import ClientError, add_asking_flags, add_client_flags, find
 from isthmus.commands.listing import format_table
 from isthmus.config import Config, ConfigError
 from isthmus.supervisor import lock_data_dir
+from isthmus.wording import count_of
 from replication.errors import ReplicationError
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def run_forget(args: argparse.Namespace) -> int:
         if count:
             _confirm(args, f"Delete for good what {count} plan{'s' * (count > 1)} took away?")
             forget(connection)
-    print(f"{count} plan{'' if count == 1 else 's'} forgotten")
+    print(f"{count_of(count, 'plan')} forgotten")
     return 0
 
 

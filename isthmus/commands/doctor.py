@@ -13,9 +13,10 @@ import orjson
 
 from isthmus.client import ClientError, add_client_flags, make_client
 from isthmus.doctor.facts import ProbeFacts, Snapshot
-from isthmus.doctor.finding import Diagnosis, Severity, count_of, diagnose
+from isthmus.doctor.finding import Diagnosis, Severity, diagnose
 from isthmus.doctor.rules import RULES
 from isthmus.logs import escape
+from isthmus.wording import count_of
 
 if TYPE_CHECKING:
     import argparse

@@ -10,6 +10,7 @@ import orjson
 
 from isthmus.client import add_asking_flags, make_client
 from isthmus.logs import escape
+from isthmus.wording import count_of
 
 if TYPE_CHECKING:
     import argparse
@@ -64,9 +65,9 @@ def _machine_rows(machine: dict[str, Any]) -> Iterable[Cells]:
     state += " cordoned" if machine["cordoned"] else ""
     verdict = machine["verdict"] + (f"; {machine['problem']}" if machine["problem"] else "")
     if failing is not None:
-        failures, workers = failing["failures"], failing["workers"]
-        verdict += f"; {failures} failure{'s'[: failures != 1]} in a row, " + (
-            f"left out by {workers} worker{'s'[: workers != 1]} here" if workers else "to be tried again"
+        workers = failing["workers"]
+        verdict += f"; {count_of(failing['failures'], 'failure')} in a row, " + (
+            f"left out by {count_of(workers, 'worker')} here" if workers else "to be tried again"
         )
     version = str(machine["version"] or "-")
     where = (machine[key] for key in ("region", "node", "address"))

@@ -9,6 +9,7 @@ import orjson
 
 from isthmus.client import add_asking_flags, make_client, quote
 from isthmus.commands.listing import format_ago, format_table
+from isthmus.wording import count_of
 
 if TYPE_CHECKING:
     import argparse
@@ -62,7 +63,7 @@ def run_release(args: argparse.Namespace) -> int:
 def run_drop(args: argparse.Namespace) -> int:
     """Undo a change everywhere."""
     answer = make_client(args).post(f"/v1/staged/{quote(args.change)}/drop")
-    rows = "1 row is" if answer["rows"] == 1 else f"{answer['rows']} rows are"
+    rows = f"{count_of(answer['rows'], 'row')} {'is' if answer['rows'] == 1 else 'are'}"
     print(orjson.dumps(answer).decode() if args.json else f"{rows} as before the change")
     return 0
 

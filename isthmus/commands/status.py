@@ -14,8 +14,8 @@ import orjson
 
 from isthmus.client import add_asking_flags, make_client
 from isthmus.commands.listing import format_ago, format_duration
-from isthmus.doctor.finding import count_of
 from isthmus.logs import escape
+from isthmus.wording import count_of
 
 if TYPE_CHECKING:
     import argparse

@@ -32,6 +32,7 @@ from isthmus.deploys.releases import (
 )
 from isthmus.deploys.sight import Sights
 from isthmus.registry import RegistryError
+from isthmus.wording import count_of
 from replication.errors import StatementError
 from routing.types import MachineState
 
@@ -334,7 +335,7 @@ class Conductor:
         )
         return (
             f"release {release.version}{what} of {release.app}: {release.strategy}, "
-            f"{_count(len(release.machines), 'machine')} in {_count(len(batches), 'step')}{checked}"
+            f"{count_of(len(release.machines), 'machine')} in {count_of(len(batches), 'step')}{checked}"
         )
 
     # Conducting
@@ -426,7 +427,3 @@ class Conductor:
             del self._journals[next(iter(self._journals))]
         journal.tell(self._clock_ms(), text)
         log.info("deploy", extra={"app": release.app, "release": release.version, "told": text})
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -60,11 +60,6 @@ class Diagnosis(NamedTuple):
         return {"rule": self.rule, **fields, "severity": self.finding.severity.word}
 
 
-def count_of(count: int, noun: str) -> str:
-    """Return a number with its noun."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
 def diagnose(snapshot: Snapshot, rules: Iterable[Rule]) -> list[Diagnosis]:
     """Return what all rules find, the worst first."""
     found = [Diagnosis(rule.name, finding) for rule in rules for finding in rule.find(snapshot)]

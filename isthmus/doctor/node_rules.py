@@ -9,7 +9,8 @@ from __future__ import annotations
 import ipaddress
 from typing import TYPE_CHECKING
 
-from isthmus.doctor.finding import Finding, Rule, Severity, count_of
+from isthmus.doctor.finding import Finding, Rule, Severity
+from isthmus.wording import count_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
